@@ -1,0 +1,315 @@
+"""The autoregressive prior over token sequences, and the Transformer both priors share (Sec. 3.2, Table 10).
+
+Read from top to bottom: configuration, attention with its cache, the block, the Transformer, how one token
+is drawn from logits, the prior. `prior_nar.py` reuses everything but the last class.
+Sections and tables are those of arXiv 2212.03185.
+"""
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class PriorConfig:
+    """Sizes of a prior; the defaults are the 172M "base" model of Table 8. Large is n_embd=1024.
+
+    num_classes = 0 means unconditional: the only condition is the null one, a learned start vector.
+    """
+
+    codebook_size: int = 1024  # K
+    num_tokens: int = 256  # N = h*w, raster order
+    num_classes: int = 0
+    n_layer: int = 24
+    n_head: int = 16
+    n_embd: int = 768
+    mlp_ratio: int = 4
+    dropout: float = 0.1
+
+
+class KVCache:
+    """Keys and values of one layer for the positions seen so far (ours: only the speed of sampling changes).
+
+    The full (B, n_head, N, head_dim) buffers are allocated once, at the first append, in the dtype the keys
+    arrive in (bfloat16 under autocast). `append` returns the filled prefix only, so no mask is needed.
+    """
+
+    def __init__(self, num_tokens):
+        self.num_tokens = num_tokens
+        self.length = 0
+        self.keys = self.values = None
+
+    def append(self, k, v):
+        """k, v: (B, n_head, 1, head_dim) of the next position -> both for all positions up to it."""
+        batch, heads, length, head_dim = k.shape
+        if length != 1 or self.length == self.num_tokens:
+            full = f"{self.length} of {self.num_tokens} positions"
+            raise ValueError(f"KVCache takes one position at a time: it holds {full}, got {length} more")
+        if self.keys is None:
+            self.keys = k.new_empty(batch, heads, self.num_tokens, head_dim)
+            self.values = torch.empty_like(self.keys)
+        self.keys[:, :, self.length] = k[:, :, 0]
+        self.values[:, :, self.length] = v[:, :, 0]
+        self.length += 1
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; `causal` is the one difference between the two priors (Sec. 4.2)."""
+
+    def __init__(self, config, causal):
+        super().__init__()
+        self.n_head = config.n_head
+        self.causal = causal
+        self.dropout = config.dropout
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, cache=None):
+        batch, length, width = x.shape
+        qkv = self.qkv(x).view(batch, length, 3, self.n_head, width // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, n_head, T, head_dim)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        # With a cache there is one query, the newest position, which may see every cached key.
+        out = F.scaled_dot_product_attention(
+            q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=self.causal and cache is None
+        )
+        return self.proj(out.transpose(1, 2).reshape(batch, length, width))  # (B, T, d)
+
+
+class MLP(nn.Module):
+    """Two linear layers with a GELU between them; hidden width mlp_ratio * d (3072 or 4096 in Table 10)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.fc = nn.Linear(config.n_embd, config.mlp_ratio * config.n_embd)
+        self.proj = nn.Linear(config.mlp_ratio * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return self.proj(F.gelu(self.fc(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm Transformer block with 12 d^2 + 13 d parameters; dropout after both branches (Table 10)."""
+
+    def __init__(self, config, causal):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.n_embd)
+        self.attn = Attention(config, causal)
+        self.norm2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x, cache=None):
+        x = x + self.drop(self.attn(self.norm1(x), cache))
+        return x + self.drop(self.mlp(self.norm2(x)))  # (B, T, d)
+
+
+class Transformer(nn.Module):
+    """Logits over the codebook for [condition, tokens], causal (AR) or not (NAR) (Sec. 4.2, Table 10).
+
+    Position 0 holds the condition, position i the token s_i. Row K of the token table is [MASK] and the last
+    row of the condition table is the null condition. Neither can be predicted: the head has K outputs only.
+
+    deviation: the paper prints sizes and leaves embeddings and head open. Ours: a head tied to the first K
+               token rows, with a bias per code, and learned positions. The totals then round to the printed
+               171M (Table 3), 172M and 305M (Table 8). Initialisation normal(0.02), zero biases (ours).
+    """
+
+    def __init__(self, config, causal):
+        super().__init__()
+        if config.n_embd % config.n_head:
+            raise ValueError(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
+        self.config = config
+        self.token_table = nn.Embedding(config.codebook_size + 1, config.n_embd)
+        self.condition_table = nn.Embedding(config.num_classes + 1, config.n_embd)
+        self.position_table = nn.Embedding(config.num_tokens + 1, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, causal) for _ in range(config.n_layer))
+        self.norm = nn.LayerNorm(config.n_embd)
+        self.head_bias = nn.Parameter(torch.zeros(config.codebook_size))
+        self.apply(self._init_weights)
+
+    @staticmethod
+    def _init_weights(module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+    def embed_condition(self, labels, batch_size):
+        """labels: (B,) int64 in [0, num_classes), or None for the null condition -> (B, 1, d)."""
+        if labels is None:
+            device = self.token_table.weight.device
+            labels = torch.full((batch_size,), self.config.num_classes, dtype=torch.int64, device=device)
+        return self.condition_table(labels)[:, None]  # (B, 1, d)
+
+    def run(self, x, start=0, caches=None):
+        """x: (B, T, d) embeddings of the positions start..start+T-1 -> logits (B, T, K)."""
+        positions = self.position_table.weight[start : start + x.shape[1]]  # (T, d)
+        x = self.drop(x + positions)
+        for i, block in enumerate(self.blocks):
+            x = block(x, None if caches is None else caches[i])
+        codes = self.token_table.weight[: self.config.codebook_size]  # (K, d), without [MASK]
+        return F.linear(self.norm(x), codes, self.head_bias)  # (B, T, K)
+
+    def forward(self, tokens, labels=None):
+        """tokens: (B, T) int64, T <= N; labels: (B,) int64 or None -> logits (B, T + 1, K)."""
+        condition = self.embed_condition(labels, tokens.shape[0])
+        return self.run(torch.cat([condition, self.token_table(tokens)], dim=1))
+
+
+def check_labels(labels, batch_size, num_classes, values=False):
+    """ValueError unless labels is None or (B,) int64; with `values`, also unless all lie in [0, num_classes).
+
+    Reading values waits for the device, so training skips it and `generate` asks for it.
+    """
+    if labels is None:
+        return
+    if num_classes == 0:
+        raise ValueError("this prior is unconditional (num_classes=0): labels must be None")
+    if labels.shape != (batch_size,) or labels.dtype != torch.int64:
+        raise ValueError(f"labels: expected ({batch_size},) int64, got {tuple(labels.shape)} {labels.dtype}")
+    if values and not bool(((labels >= 0) & (labels < num_classes)).all()):
+        raise ValueError(f"labels: expected values in [0, {num_classes}), got {labels.tolist()}")
+
+
+def check_tokens(tokens, num_tokens):
+    """ValueError unless tokens is (B, N) int64. Values are not read (see `check_labels`)."""
+    if tokens.ndim != 2 or tokens.shape[1] != num_tokens or tokens.dtype != torch.int64:
+        got = f"{tuple(tokens.shape)} {tokens.dtype}"
+        raise ValueError(f"tokens: expected (B, {num_tokens}) int64, got {got}")
+
+
+def check_noise(noise, shape):
+    """ValueError unless noise is (B, *shape) and lies in [0, 1)."""
+    if noise.ndim == 0 or noise.shape[1:] != shape:
+        raise ValueError(f"noise: expected (B, *{shape}), got {tuple(noise.shape)}")
+    if not bool(((noise >= 0) & (noise < 1)).all()):
+        raise ValueError("noise: expected uniforms in [0, 1)")
+
+
+@contextlib.contextmanager
+def eval_mode(module):
+    """Dropout off inside the `with`, the old mode restored after it, so sampling may interrupt training."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
+
+
+def top_p_filter(probs, p):
+    """Nucleus filter: the fewest likeliest codes whose mass reaches p (top-p of Table 10: 0.92 or 0.98).
+
+    probs:   (B, K) float32, each row in DESCENDING order and of sum 1.
+    p:       in [0, 1]; 1 keeps every code, 0 only the first.
+    returns: (B, K) float32: zero where dropped, the rest renormalised to sum 1. Code j is kept while the mass
+             before j is below p, so the code that crosses p is kept, and always at least one.
+    raises:  ValueError if p is outside [0, 1].
+    """
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"top_p: expected a number in [0, 1], got {p}")
+    if p == 1.0:  # the cumulative sum may round up to 1 before the last code
+        return probs
+    keep = probs.cumsum(dim=1).roll(1, dims=1) < p  # mass before j, except in column 0
+    keep[:, 0] = True
+    probs = probs * keep
+    return probs / probs.sum(dim=1, keepdim=True)
+
+
+def sample_logits(logits, u, temperature=1.0, top_k=0, top_p=1.0):
+    """Draw one code per row: temperature, then top-k, then top-p, then the inverse CDF at u (Table 10).
+
+    logits:    (B, K), any float dtype; the arithmetic is float32.
+    u:         (B,) uniforms in [0, 1). The draw is a function of (logits, u) alone: the caller owns the
+               randomness, so an image can depend on its own seed and not on its batch.
+    temperature, top_k: temperature 0 is argmax (u unused); top_k 0 is off.
+    returns:   (B,) int64 in [0, K).
+    raises:    ValueError for shapes that differ, a negative temperature or top_k, or top_p outside [0, 1].
+    deviation: the paper names top-p only; temperature and top-k are ours and off by default.
+    """
+    if logits.ndim != 2 or u.shape != logits.shape[:1]:
+        raise ValueError(f"expected logits (B, K) and u (B,), got {tuple(logits.shape)} and {tuple(u.shape)}")
+    if temperature < 0 or top_k < 0:
+        raise ValueError(f"temperature {temperature} and top_k {top_k} must not be negative")
+    if temperature == 0:
+        return logits.argmax(dim=1)
+    values, codes = logits.float().sort(dim=1, descending=True, stable=True)
+    if top_k:
+        values, codes = values[:, :top_k], codes[:, :top_k]
+    probs = top_p_filter(F.softmax(values / temperature, dim=1), top_p)  # (B, K), descending
+    cdf = probs.cumsum(dim=1)
+    drawn = torch.searchsorted(cdf, u.float()[:, None] * cdf[:, -1:], right=True)  # first j with cdf > u
+    last = (probs > 0).sum(dim=1, keepdim=True) - 1  # rounding must never reach a dropped code
+    return codes.gather(1, torch.minimum(drawn, last))[:, 0]  # (B,)
+
+
+class ARPrior(nn.Module):
+    """p(s | c) = prod_i p(s_i | c, s_1..s_{i-1}) over tokens in raster order (Sec. 3.2, 4.2).
+
+    In training write `logits = ddp(tokens, labels)`, then `loss, accuracy = prior.loss(logits, tokens)`:
+    DistributedDataParallel wraps `forward` alone.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config, causal=True)
+
+    def forward(self, tokens, labels=None):
+        """Teacher-forced logits: output i sees c, s_1..s_i and predicts s_{i+1} (Fig. 3: s to s').
+
+        tokens:  (B, N) int64 in [0, K); the last one is a target only. Out-of-range values are not checked.
+        labels:  (B,) int64 in [0, num_classes), or None for the null condition.
+        returns: logits (B, N, K); argmax over K gives s'.
+        raises:  ValueError for a wrong shape or dtype, or labels given to an unconditional prior.
+        """
+        check_tokens(tokens, self.config.num_tokens)
+        check_labels(labels, tokens.shape[0], self.config.num_classes)
+        return self.transformer(tokens[:, :-1], labels)  # [c, s_1..s_{N-1}] -> (B, N, K)
+
+    def loss(self, logits, tokens):
+        """Mean cross-entropy in nats over all N positions, and top-1 accuracy (Sec. 3.2, Fig. 10).
+
+        logits:  (B, N, K) of `forward`, any float dtype; tokens: (B, N) int64 in [0, K).
+        returns: (loss, accuracy), 0-dim float32 tensors; an untrained prior starts near ln K.
+        """
+        check_tokens(tokens, logits.shape[1])
+        loss = F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
+        return loss, (logits.detach().argmax(dim=2) == tokens).float().mean()
+
+    @torch.no_grad()
+    def generate(self, labels, noise, temperature=1.0, top_k=0, top_p=1.0, use_cache=True):
+        """Sample N tokens one after the other (Sec. 4.2; the top-p of each data set is in Table 10).
+
+        labels:    (B,) int64 in [0, num_classes), or None.
+        noise:     (B, N) uniforms in [0, 1); noise[b, i] alone draws token i of image b, so an image does not
+                   depend on its batch (up to rounding of the matrix products).
+        use_cache: False runs the whole sequence again for every token: the same tokens, slower.
+        returns:   (B, N) int64 in [0, K).
+        raises:    ValueError for wrong shapes, labels out of range or noise outside [0, 1).
+        """
+        num_tokens, model = self.config.num_tokens, self.transformer
+        check_noise(noise, (num_tokens,))
+        batch_size = noise.shape[0]
+        check_labels(labels, batch_size, self.config.num_classes, values=True)
+        tokens = torch.zeros(batch_size, num_tokens, dtype=torch.int64, device=noise.device)
+        caches = [KVCache(num_tokens) for _ in model.blocks] if use_cache else None
+        with eval_mode(self):
+            for i in range(num_tokens):
+                if not use_cache:
+                    logits = self.forward(tokens, labels)[:, i]  # causal: the zeros still to fill are unseen
+                else:
+                    if i == 0:
+                        x = model.embed_condition(labels, batch_size)
+                    else:
+                        x = model.token_table(tokens[:, i - 1 : i])  # (B, 1, d)
+                    logits = model.run(x, start=i, caches=caches)[:, 0]  # (B, K)
+                tokens[:, i] = sample_logits(logits, noise[:, i], temperature, top_k, top_p)
+        return tokens

@@ -1,0 +1,342 @@
+"""Claims about prior_ar.py: sizes, causality, cache, and draws that depend on (logits, u) alone."""
+
+import math
+
+import pytest
+import torch
+
+from prior_ar import ARPrior, Block, KVCache, PriorConfig, Transformer, sample_logits, top_p_filter
+
+TINY = dict(codebook_size=32, num_tokens=12, num_classes=3, n_layer=2, n_head=2, n_embd=32, dropout=0.0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tiny matrices gain nothing from threads, and lose much where other processes share the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tiny_prior(seed=0, sharpen=1.0, **changes):
+    """An ARPrior in eval mode; `sharpen` scales the weights so that logits differ clearly."""
+    torch.manual_seed(seed)
+    prior = ARPrior(PriorConfig(**{**TINY, **changes})).eval()
+    with torch.no_grad():
+        for parameter in prior.parameters():
+            parameter.mul_(sharpen)
+    return prior
+
+
+def random_tokens(batch_size, seed=0, config=TINY):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(config["codebook_size"], (batch_size, config["num_tokens"]), generator=generator)
+
+
+def uniforms(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    "sizes, expected",
+    [
+        (dict(), 171_096_832),
+        (dict(num_classes=1000), 171_864_832),
+        (dict(num_classes=1000, n_embd=1024), 304_650_240),
+    ],
+)
+def test_parameter_totals_are_exact_and_round_to_the_printed_ones(sizes, expected, causal):
+    with torch.device("meta"):
+        model = Transformer(PriorConfig(**sizes), causal)
+    assert count(model) == expected
+    assert round(count(model) / 1e6) in (171, 172, 305)
+
+
+@pytest.mark.parametrize("width, expected", [(768, 7_087_872), (1024, 12_596_224)])
+def test_block_has_12_d_squared_plus_13_d_parameters(width, expected):
+    with torch.device("meta"):
+        block = Block(PriorConfig(n_embd=width), causal=True)
+    assert count(block) == expected == 12 * width**2 + 13 * width
+
+
+def test_initial_weights_are_normal_002_with_zero_biases():
+    prior = tiny_prior(n_embd=64)
+    for name, parameter in prior.named_parameters():
+        if name.endswith("bias"):
+            assert not parameter.any(), name
+        elif "norm" in name:
+            assert (parameter == 1).all(), name
+        elif parameter.numel() > 1000:
+            assert 0.018 < parameter.std().item() < 0.022, name
+
+
+@pytest.mark.parametrize("changed", [0, 4, 10])
+def test_a_token_changes_no_output_up_to_its_own_and_changes_a_later_one(changed):
+    prior, tokens = tiny_prior(sharpen=5.0), random_tokens(2)
+    other = tokens.clone()
+    other[:, changed] = (other[:, changed] + 1) % TINY["codebook_size"]
+    before, after = prior(tokens), prior(other)
+    assert torch.equal(before[:, : changed + 1], after[:, : changed + 1])
+    assert not torch.allclose(before[:, changed + 1 :], after[:, changed + 1 :])
+
+
+def test_first_output_depends_on_the_condition_only():
+    prior = tiny_prior(sharpen=5.0)
+    labels = torch.tensor([0, 0, 1])
+    first = prior(random_tokens(3), labels)[:, 0]
+    torch.testing.assert_close(first[0], first[1])
+    assert not torch.allclose(first[0], first[2])
+    assert not torch.allclose(first[0], prior(random_tokens(1))[0, 0])  # the null condition has its own row
+
+
+def test_the_last_token_is_a_target_only():
+    prior, tokens = tiny_prior(), random_tokens(2)
+    other = tokens.clone()
+    other[:, -1] = (other[:, -1] + 1) % TINY["codebook_size"]
+    assert torch.equal(prior(tokens), prior(other))
+
+
+def test_loss_is_the_mean_negative_log_probability_of_all_n_positions():
+    prior, tokens = tiny_prior(sharpen=5.0), random_tokens(3)
+    logits = prior(tokens)
+    log_probs = logits.double().log_softmax(dim=2)
+    expected = -sum(log_probs[b, i, tokens[b, i]] for b in range(3) for i in range(12)) / 36
+    loss, accuracy = prior.loss(logits, tokens)
+    assert loss.ndim == accuracy.ndim == 0 and loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert accuracy.item() == pytest.approx((logits.argmax(2) == tokens).float().mean().item())
+
+
+def test_loss_is_float32_for_bfloat16_logits():
+    prior, tokens = tiny_prior(), random_tokens(2)
+    logits = prior(tokens).bfloat16()
+    assert torch.equal(prior.loss(logits, tokens)[0], prior.loss(logits.float(), tokens)[0])
+
+
+def test_perfect_logits_give_accuracy_one():
+    prior, tokens = tiny_prior(), random_tokens(2)
+    loss, accuracy = prior.loss(100.0 * torch.nn.functional.one_hot(tokens, 32), tokens)
+    assert loss.item() < 1e-6 and accuracy.item() == 1.0
+
+
+def test_untrained_loss_is_near_ln_k():
+    config = dict(TINY, codebook_size=1024)
+    prior, tokens = tiny_prior(codebook_size=1024), random_tokens(4, config=config)
+    assert abs(prior.loss(prior(tokens), tokens)[0].item() - math.log(1024)) < 0.5
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_cached_equals_uncached_greedy_decoding_twice_in_a_row(batch_size):
+    prior = tiny_prior(sharpen=5.0)
+    labels = torch.arange(batch_size) % 3
+    noise = uniforms(batch_size, 12)
+    uncached = prior.generate(labels, noise, temperature=0, use_cache=False)
+    assert uncached.unique().numel() > 2  # a constant sequence would prove nothing
+    for _ in range(2):
+        assert torch.equal(prior.generate(labels, noise, temperature=0), uncached)
+
+
+def test_cached_logits_reproduce_the_full_forward_at_every_position():
+    prior, tokens = tiny_prior(sharpen=5.0), random_tokens(3)
+    model, labels = prior.transformer, torch.tensor([2, 0, 1])
+    caches = [KVCache(12) for _ in model.blocks]
+    steps = [model.run(model.embed_condition(labels, 3), 0, caches)]
+    for i in range(1, 12):
+        steps.append(model.run(model.token_table(tokens[:, i - 1 : i]), i, caches))
+    torch.testing.assert_close(torch.cat(steps, dim=1), prior(tokens, labels), rtol=1e-4, atol=1e-4)
+
+
+def test_cache_returns_the_filled_prefix_only():
+    cache, kv = KVCache(5), torch.randn(2, 3, 4, 6)
+    for i in range(4):
+        keys, values = cache.append(kv[:, :, i : i + 1], -kv[:, :, i : i + 1])
+        assert torch.equal(keys, kv[:, :, : i + 1]) and torch.equal(values, -kv[:, :, : i + 1])
+
+
+def test_cache_refuses_more_positions_than_it_holds():
+    cache, one = KVCache(1), torch.zeros(1, 2, 1, 4)
+    cache.append(one, one)
+    with pytest.raises(ValueError, match="KVCache"):
+        cache.append(one, one)
+
+
+def test_an_image_is_the_same_alone_and_in_a_batch_of_four():
+    prior, noise = tiny_prior(sharpen=5.0), uniforms(4, 12)
+    labels = torch.tensor([0, 1, 2, 0])
+    together = prior.generate(labels, noise, top_p=0.92)
+    for i in range(4):
+        assert torch.equal(prior.generate(labels[i : i + 1], noise[i : i + 1], top_p=0.92)[0], together[i])
+
+
+def test_noise_changes_the_sample_and_only_from_its_own_position_on():
+    prior, noise = tiny_prior(), uniforms(1, 12)
+    other = noise.clone()
+    other[0, 6] = (other[0, 6] + 0.5) % 1
+    a, b = prior.generate(None, noise), prior.generate(None, other)
+    assert torch.equal(a[:, :6], b[:, :6]) and a[0, 6] != b[0, 6]
+
+
+def test_special_ids_are_never_sampled_however_strong_their_rows():
+    prior = tiny_prior()
+    with torch.no_grad():
+        prior.transformer.norm.bias.fill_(1.0)
+        prior.transformer.token_table.weight[TINY["codebook_size"]] = 100.0  # [MASK] would win by far
+        prior.transformer.condition_table.weight.fill_(100.0)
+    assert prior(random_tokens(2)).shape == (2, 12, 32)
+    for temperature in (0, 1.0, 100.0):
+        tokens = prior.generate(None, uniforms(16, 12), temperature=temperature)
+        assert tokens.dtype == torch.int64 and 0 <= tokens.min() and tokens.max() < 32
+
+
+def test_the_mask_row_plays_no_part_in_the_autoregressive_prior():
+    prior, tokens = tiny_prior(sharpen=5.0), random_tokens(2)
+    expected = prior(tokens)
+    with torch.no_grad():
+        prior.transformer.token_table.weight[TINY["codebook_size"]] = 7.0
+    assert torch.equal(prior(tokens), expected)
+
+
+def test_head_is_tied_to_the_code_rows_plus_a_bias():
+    prior = tiny_prior(n_layer=0)
+    model = prior.transformer
+    with torch.no_grad():
+        model.head_bias.normal_()
+        x = torch.randn(1, 5, 32)
+        hidden = model.norm(x + model.position_table.weight[:5])
+        expected = hidden @ model.token_table.weight[:32].T + model.head_bias
+        torch.testing.assert_close(model.run(x), expected)
+
+
+def test_generate_ignores_dropout_and_restores_the_mode():
+    prior, noise = tiny_prior(sharpen=5.0, dropout=0.5), uniforms(2, 12)
+    expected = prior.generate(None, noise)
+    prior.train()
+    assert torch.equal(prior.generate(None, noise), expected) and prior.training
+
+
+def test_dropout_acts_in_training_only():
+    prior, tokens = tiny_prior(dropout=0.5), random_tokens(2)
+    assert torch.equal(prior(tokens), prior(tokens))
+    prior.train()
+    assert not torch.equal(prior(tokens), prior(tokens))
+
+
+def test_bfloat16_weights_generate_valid_tokens():
+    prior = tiny_prior().bfloat16()
+    tokens = prior.generate(None, uniforms(2, 12), top_p=0.9)
+    assert tokens.shape == (2, 12) and tokens.max() < 32
+
+
+@pytest.mark.parametrize("p, kept", [(0.92, 3), (0.5, 1), (0.0, 1), (1e-6, 1), (0.51, 2), (0.96, 4), (1, 4)])
+def test_top_p_keeps_the_code_that_crosses_p(p, kept):
+    probs = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
+    filtered = top_p_filter(probs, p)
+    assert (filtered > 0).sum().item() == kept
+    torch.testing.assert_close(filtered[:, :kept], probs[:, :kept] / probs[:, :kept].sum())
+
+
+def test_top_p_keeps_the_smallest_set_whose_mass_reaches_p():
+    probs = torch.randn(200, 50, generator=torch.Generator().manual_seed(0)).mul(2).softmax(1)
+    probs = probs.sort(dim=1, descending=True).values
+    kept = (top_p_filter(probs, 0.8) > 0).sum(1)
+    for row, n in zip(probs.double(), kept.tolist(), strict=True):
+        assert row[:n].sum() >= 0.8 - 1e-6 and row[: n - 1].sum() < 0.8 + 1e-6
+
+
+def test_top_p_one_keeps_even_a_code_after_the_sum_rounds_to_one():
+    probs = torch.tensor([[1.0, 1e-9, 1e-12]])
+    assert torch.equal(top_p_filter(probs, 1.0), probs)
+
+
+def test_draws_follow_the_inverse_cdf_over_descending_probabilities():
+    logits = torch.tensor([0.15, 0.5, 0.05, 0.3]).log()
+    u = torch.tensor([0.0, 0.49, 0.51, 0.79, 0.81, 0.94, 0.96, 1 - 2**-24])
+    assert sample_logits(logits.repeat(8, 1), u).tolist() == [1, 1, 3, 3, 0, 0, 2, 2]
+
+
+def test_u_on_a_boundary_draws_the_next_code():
+    assert sample_logits(torch.zeros(2, 2), torch.tensor([0.5, 0.5 - 2**-24])).tolist() == [1, 0]
+
+
+def test_draws_match_the_probabilities():
+    probs = torch.tensor([0.1, 0.6, 0.3])
+    u = (torch.arange(10_000) + 0.5) / 10_000
+    drawn = sample_logits(probs.log().repeat(10_000, 1), u)
+    torch.testing.assert_close(drawn.bincount(minlength=3) / 10_000, probs, atol=2e-4, rtol=0)
+
+
+def test_temperature_zero_is_argmax_and_a_small_one_tends_to_it():
+    logits, u = torch.randn(64, 20, generator=torch.Generator().manual_seed(0)), uniforms(64)
+    assert torch.equal(sample_logits(logits, u, temperature=0), logits.argmax(1))
+    assert torch.equal(sample_logits(logits, u, temperature=1e-4), logits.argmax(1))
+
+
+def test_temperature_divides_the_logits():
+    logits, u = torch.randn(64, 20, generator=torch.Generator().manual_seed(0)), uniforms(64)
+    assert torch.equal(sample_logits(logits, u, temperature=2.0), sample_logits(logits / 2, u))
+
+
+def test_top_k_draws_only_the_k_likeliest():
+    logits = torch.randn(1, 20, generator=torch.Generator().manual_seed(0)).repeat(500, 1)
+    drawn = sample_logits(logits, uniforms(500), temperature=5.0, top_k=3)
+    assert set(drawn.tolist()) == set(logits[0].topk(3).indices.tolist())
+    assert torch.equal(sample_logits(logits, uniforms(500), top_k=1), logits.argmax(1))
+    assert torch.equal(sample_logits(logits, uniforms(500), top_k=99), sample_logits(logits, uniforms(500)))
+
+
+def test_top_p_reaches_the_draw():
+    logits = torch.tensor([0.05, 0.5, 0.15, 0.3]).log().repeat(500, 1)
+    assert set(sample_logits(logits, uniforms(500), top_p=0.92).tolist()) == {1, 2, 3}
+    assert set(sample_logits(logits, uniforms(500), top_p=0.0).tolist()) == {1}
+
+
+def test_a_code_of_probability_zero_is_never_drawn():
+    logits = torch.full((3, 1024), -math.inf)
+    logits[:, 7], logits[:, 1000] = 0.0, 1.0
+    assert set(sample_logits(logits, torch.tensor([0.0, 0.9, 1 - 2**-24])).tolist()) <= {7, 1000}
+
+
+@pytest.mark.parametrize(
+    "labels, noise",
+    [
+        (torch.tensor([0, 3]), torch.zeros(2, 12)),
+        (torch.tensor([-1, 0]), torch.zeros(2, 12)),
+        (torch.tensor([0]), torch.zeros(2, 12)),
+        (torch.tensor([0.0, 1.0]), torch.zeros(2, 12)),
+        (None, torch.zeros(2, 11)),
+        (None, torch.ones(2, 12)),
+    ],
+)
+def test_generate_rejects_bad_labels_and_noise(labels, noise):
+    with pytest.raises(ValueError):
+        tiny_prior().generate(labels, noise)
+
+
+def test_forward_rejects_wrong_shapes_and_labels_without_classes():
+    with pytest.raises(ValueError, match="tokens"):
+        tiny_prior()(random_tokens(2)[:, :5])
+    with pytest.raises(ValueError, match="tokens"):
+        tiny_prior()(random_tokens(2).float())
+    with pytest.raises(ValueError, match="unconditional"):
+        tiny_prior(num_classes=0)(random_tokens(2), torch.tensor([0, 0]))
+
+
+def test_a_tiny_prior_overfits_four_sequences_and_repeats_them():
+    prior, tokens = tiny_prior().train(), random_tokens(4)
+    tokens[:, 0] = torch.arange(4)  # the first tokens tell the sequences apart
+    optimizer = torch.optim.AdamW(prior.parameters(), lr=3e-3)
+    for _ in range(150):
+        loss, _ = prior.loss(prior(tokens), tokens)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    # Nothing tells which of the four comes first: ln 4 for one of the 12 positions remains.
+    assert loss.item() == pytest.approx(math.log(4) / 12, abs=0.05)
+    sampled = prior.generate(None, torch.tensor([0.1, 0.35, 0.6, 0.9])[:, None].expand(4, 12), top_p=0.9)
+    assert all((row == tokens).all(dim=1).any() for row in sampled)
