@@ -10,13 +10,11 @@ number of processes. train.py and visualize.py import the data sets and the load
 
 import argparse
 import hashlib
-import json
 import math
 import os
 import pickle
 import random
 import sys
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +68,9 @@ def setup_device(name):
         raise UserError("--device cuda, but torch sees no GPU; use --device cpu or --device auto")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if name == "cuda" and local_rank >= torch.cuda.device_count():
-        raise UserError(f"more processes than the {torch.cuda.device_count()} visible GPUs; lower --nproc_per_node")
+        raise UserError(
+            f"more processes than the {torch.cuda.device_count()} visible GPUs; lower --nproc_per_node"
+        )
     device = torch.device(name, local_rank) if name == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -256,7 +256,9 @@ class Shapes(ImageData):
 
     def render(self, index):
         f, (x, y) = self.factors(index), self._grid()
-        foreground, background = (torch.tensor(f[name])[:, None, None] for name in ("foreground", "background"))
+        foreground, background = (
+            torch.tensor(f[name])[:, None, None] for name in ("foreground", "background")
+        )
         image = background + (foreground - background) * self.mask(index)
         if f["texture"] != "plain":
             c, s = math.cos(f["texture_angle"]), math.sin(f["texture_angle"])
@@ -300,19 +302,27 @@ def shape_distance(label, u, v):
     return torch.maximum(b - 0.85, a - 0.85 * b - 0.05)  # hourglass
 
 
+def images_in(folder):
+    files = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in EXTENSIONS and p.is_file()]
+    return [p for p in files if not p.name.startswith(".")]
+
+
 def scan_folder(folder):
     """(files, class names) of a folder of images, sorted; hidden files and folders are left out."""
     folder = Path(folder)
     if not folder.exists():
-        raise UserError(f"--data {folder} does not exist. Try --data shapes (built in), or a folder of images")
+        raise UserError(
+            f"--data {folder} does not exist. Try --data shapes (built in), or a folder of images"
+        )
     if not folder.is_dir():
         raise UserError(f"--data {folder} is a file; unpack it first and pass the folder")
     inside = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
-    classes = [p for p in inside if any(q.suffix.lower() in EXTENSIONS for q in p.iterdir())]
-    files = [p for place in (classes or [folder]) for p in sorted(place.iterdir())]
-    files = [p for p in files if p.suffix.lower() in EXTENSIONS and not p.name.startswith(".") and p.is_file()]
+    classes = [p for p in inside if images_in(p)]
+    files = [p for place in (classes or [folder]) for p in images_in(place)]
     if not files:
-        raise UserError(f"no images under {folder} (looked for {' '.join(EXTENSIONS)}, in it and one level below)")
+        raise UserError(
+            f"no images under {folder} (looked for {' '.join(EXTENSIONS)}, in it and one level below)"
+        )
     return files, [p.name for p in classes]
 
 
@@ -332,7 +342,9 @@ def load_data(config):
     if val is not None:
         val_files, val_names = scan_folder(val)
         if val_names != names:
-            raise UserError(f"the {len(val_names)} classes of --val {val} are not the {len(names)} of {folder}")
+            raise UserError(
+                f"the {len(val_names)} classes of --val {val} are not the {len(names)} of {folder}"
+            )
     else:
         held_out = set(random.Random(mix(seed, "split")).sample(range(len(files)), max(1, len(files) // 20)))
         val_files = [path for i, path in enumerate(files) if i in held_out]
@@ -362,7 +374,9 @@ def batches(data, batch, start, workers):
         def __len__(self):
             return 2**62
 
-    loader = DataLoader(data, batch_sampler=Steps(), num_workers=workers, pin_memory=torch.cuda.is_available())
+    loader = DataLoader(
+        data, batch_sampler=Steps(), num_workers=workers, pin_memory=torch.cuda.is_available()
+    )
     return iter(loader)
 
 
@@ -381,15 +395,19 @@ def read_checkpoint(path, stages):
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"no checkpoint {path}" + (f"; it is a folder, name a file in it" * path.is_dir()))
+        raise UserError(f"no checkpoint {path}" + ("; it is a folder, name a file in it" * path.is_dir()))
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged or no checkpoint ({type(error).__name__}); name another one") from None
+    except (RuntimeError, OSError, EOFError, ValueError, LookupError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"{path} is damaged or no checkpoint ({type(error).__name__}); name another one"
+        ) from None
     if not isinstance(ckpt, dict) or ckpt.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this project (format {FORMAT})")
     if ckpt["stage"] not in stages:
-        raise UserError(f"{path} is a checkpoint of stage {ckpt['stage']!r}; this needs {' or '.join(stages)}")
+        raise UserError(
+            f"{path} is a checkpoint of stage {ckpt['stage']!r}; this needs {' or '.join(stages)}"
+        )
     return ckpt
 
 
@@ -421,7 +439,9 @@ def latent_hash(tokenizer):
 def load_tokenizer_of(prior_path, prior_ckpt, given=None, device="cpu"):
     """The tokenizer whose tokens a prior models: `given`, else phase2.pt or phase1.pt beside the prior."""
     folder = Path(prior_path).parent
-    path = given or next((folder / f"{s}.pt" for s in ("phase2", "phase1") if (folder / f"{s}.pt").exists()), None)
+    path = given or next(
+        (folder / f"{s}.pt" for s in ("phase2", "phase1") if (folder / f"{s}.pt").exists()), None
+    )
     if path is None:
         raise UserError(f"no phase2.pt or phase1.pt beside {prior_path}; pass --tokenizer FILE")
     tokenizer, ckpt = load_model(path, ("phase1", "phase2"), device)
@@ -539,7 +559,9 @@ def save_atomic(write, path):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--ckpt", type=Path, required=True, help="ar.pt or nar.pt; with --reconstruct phase1.pt or phase2.pt")
     add("--tokenizer", type=Path, help="tokenizer that decodes (default: phase2.pt or phase1.pt beside CKPT)")
@@ -583,7 +605,7 @@ def choose_classes(text, names):
         return None
     chosen = []
     for word in text.split(",") if text else names:
-        if word not in names and not (word.isdigit() and int(word) < len(names)):
+        if word not in names and not (word.isdecimal() and int(word) < len(names)):
             raise UserError(f"--classes {word}: not one of {', '.join(names[:20])} or 0..{len(names) - 1}")
         chosen.append(names.index(word) if word in names else int(word))
     return chosen
@@ -591,11 +613,15 @@ def choose_classes(text, names):
 
 def write_images(images, args, default, columns, note):
     """Images as one sheet, single files or npz; returns the path written."""
-    out = args.out or args.ckpt.parent / (default + {"sheet": ".png", "npz": ".npz", "files": ""}[args.format])
+    out = args.out or args.ckpt.parent / (
+        default + {"sheet": ".png", "npz": ".npz", "files": ""}[args.format]
+    )
     if args.format == "files":
         out.mkdir(parents=True, exist_ok=True)
         for i, image in enumerate(images):
-            save_atomic(lambda p, x=image: make_sheet(x[None], 1, zoom=1).save(p, "PNG"), out / f"{i:06d}.png")
+            save_atomic(
+                lambda p, x=image: make_sheet(x[None], 1, zoom=1).save(p, "PNG"), out / f"{i:06d}.png"
+            )
     elif args.format == "npz":
         arrays = images.permute(0, 2, 3, 1).numpy()
         save_atomic(lambda p: np.savez(open(p, "wb"), arr_0=arrays), out)
@@ -610,7 +636,9 @@ def sample(args, device):
     settings = sample_settings(args, ckpt["config"])
     classes = choose_classes(args.classes, ckpt["class_names"])
     labels = classes and [classes[i % len(classes)] for i in range(args.num)]
-    images = generate_images(prior, tokenizer, args.num, labels, args.seed, settings, args.batch, progress=True)
+    images = generate_images(
+        prior, tokenizer, args.num, labels, args.seed, settings, args.batch, progress=True
+    )
     return images, f"samples_{ckpt['stage']}", min(args.num, len(classes or "12345678")), ckpt["note"]
 
 
@@ -627,7 +655,9 @@ def reconstruct(args, device):
         rows.append(torch.stack([x, x_hat], 1) if args.format == "sheet" else x_hat)
     images = torch.cat(rows)
     columns = min(8, args.num)
-    if args.format == "sheet":  # a row of inputs above a row of reconstructions
+    if args.format == "sheet":  # a row of inputs above a row of reconstructions; white fills the last rows
+        filler = torch.full_like(images[:1], 255).expand(-args.num % columns, -1, -1, -1, -1)
+        images = torch.cat([images, filler])
         images = torch.cat([part.transpose(0, 1).flatten(0, 1) for part in images.split(columns)])
     return images, f"reconstructions_{ckpt['stage']}", columns, ckpt["note"]
 
@@ -640,7 +670,9 @@ def main(argv=None):
         device = setup_device(args.device)
         images, default, columns, note = (reconstruct if args.reconstruct else sample)(args, device)
         if rank() == 0:
-            print(f"wrote {write_images(images, args, default, columns, note)}" + (f" ({note})" if note else ""))
+            print(
+                f"wrote {write_images(images, args, default, columns, note)}" + (f" ({note})" if note else "")
+            )
     except UserError as error:
         if rank() == 0:
             print(f"error: {error}", file=sys.stderr)

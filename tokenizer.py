@@ -70,8 +70,12 @@ class TokenizerConfig:
 
 
 def group_norm(channels):
-    """GroupNorm with the largest number of groups that divides `channels` and is at most 32."""
-    return nn.GroupNorm(max(g for g in range(1, 33) if channels % g == 0), channels, eps=1e-6)
+    """GroupNorm of 32 groups, fewer where a group would have less than 4 channels (as at the paper's width 128).
+
+    With one channel a group, as 32 groups give at width 32, each map loses its mean: an image's colour is gone.
+    """
+    groups = max(g for g in range(1, 33) if channels % g == 0 and (channels >= 4 * g or g == 1))
+    return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 class ResBlock(nn.Module):
@@ -389,7 +393,8 @@ class VectorQuantizer(nn.Module):
             z, codes = self.flatten(z_hat), self.codes  # (M, n_z), (K, n_z)
             with torch.set_grad_enabled(torch.is_grad_enabled() and c.codebook == "entropy"):
                 distances = code_distances(z, codes, c.distance)  # (M, K)
-            indices = distances.argmin(1)  # (M,)
+            squared = distances if c.distance == "squared" else code_distances(z, codes)  # a root makes ties
+            indices = squared.argmin(1)  # (M,), as in `quantize`
             if self.training and self.collecting:
                 self._fill_reservoir(z.detach())
             if self.bypass and self.training:
@@ -529,7 +534,7 @@ class VQTokenizer(nn.Module):
 
         raises: ValueError unless N is a square number (grids of other forms: use `decoder`).
         """
-        side = math.isqrt(tokens.shape[1])
+        side = math.isqrt(tokens.shape[-1])
         if tokens.dim() != 2 or side * side != tokens.shape[1]:
             raise ValueError(f"tokens must be (B, N) with a square N, got {tuple(tokens.shape)}")
         return self.decoder(self.quantizer.lookup(tokens.view(-1, side, side)))

@@ -103,7 +103,9 @@ PRESETS = {
 
 def parse_args(argv=None):
     """Command line to (args, config): config is the preset with every flag and --set applied."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--stage", choices=(*STAGES, "all"), help="what to train")
     add("--preset", default="demo", choices=PRESETS, help="recipe (default: demo)")
@@ -177,7 +179,6 @@ if __name__ == "__main__":
 
 import contextlib  # noqa: E402
 import math  # noqa: E402
-
 import resource  # noqa: E402
 import time  # noqa: E402
 from dataclasses import asdict  # noqa: E402
@@ -191,14 +192,43 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn  # noqa: E
 from tqdm import tqdm  # noqa: E402
 
 from perceptual import (  # noqa: E402
-    PatchDiscriminator, StyleDiscriminator, VGGTaps, adaptive_weight, adv_loss, build_vgg16, disc_loss,
-    layer_weights, load_vgg16, normalize_images, perceptual_loss, r1_penalty,
+    PatchDiscriminator,
+    StyleDiscriminator,
+    VGGTaps,
+    adaptive_weight,
+    adv_loss,
+    build_vgg16,
+    disc_loss,
+    layer_weights,
+    load_vgg16,
+    normalize_images,
+    perceptual_loss,
+    r1_penalty,
 )  # fmt: skip
 from prior_ar import ARPrior, PriorConfig  # noqa: E402
 from prior_nar import NARPrior, mask_tokens  # noqa: E402
 from sample import (  # noqa: E402
-    FORMAT, UserError, barrier, batches, decode, generate_images, latent_hash, load_data, load_model, make_sheet,
-    mix, my_rows, print0, psnr, rank, read_checkpoint, save_atomic, seeded_rand, setup_device, to_float, to_uint8,
+    FORMAT,
+    UserError,
+    barrier,
+    batches,
+    decode,
+    generate_images,
+    latent_hash,
+    load_data,
+    load_model,
+    make_sheet,
+    mix,
+    my_rows,
+    print0,
+    psnr,
+    rank,
+    read_checkpoint,
+    save_atomic,
+    seeded_rand,
+    setup_device,
+    to_float,
+    to_uint8,
     world,
 )  # fmt: skip
 from tokenizer import TokenizerConfig, VQTokenizer, all_reduce_mean, codebook_usage  # noqa: E402
@@ -270,7 +300,9 @@ class Run:
         self.train, self.val = load_data(config)
         # channels_last suits a GPU's convolutions; on a CPU it makes GroupNorm ten times slower
         self.layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
-        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=config["precision"] == "bf16")
+        self.autocast = torch.autocast(
+            self.device.type, torch.bfloat16, enabled=config["precision"] == "bf16"
+        )
         self.note = "random VGG weights: a test run" if config["vgg"] == "random" else ""
         if rank() == 0:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -280,7 +312,9 @@ class Run:
         """The frozen VGG of the perceptual loss: ImageNet's, a file, random, or this run's own vgg.pt."""
         source = self.config["vgg"]
         own = self.out / "vgg.pt" if source == "judge" else Path(source)
-        if source == "judge" and not (own.exists() and read_checkpoint(own, ["vgg"])["step"] >= self.steps("vgg")):
+        if source == "judge" and not (
+            own.exists() and read_checkpoint(own, ["vgg"])["step"] >= self.steps("vgg")
+        ):
             print0(f"note: the perceptual loss needs a judge and {own} is not finished: training it first")
             train_judge(self)
         if own.suffix == ".pt":
@@ -304,7 +338,9 @@ class Run:
             model.compile()
         if world() == 1:
             return model
-        return DDP(model, [self.device.index] if self.device.index is not None else None, broadcast_buffers=False)
+        return DDP(
+            model, [self.device.index] if self.device.index is not None else None, broadcast_buffers=False
+        )
 
     def micro(self, x):
         """This process's part of a batch, cut into micro-batches."""
@@ -314,7 +350,9 @@ class Run:
         """Loads <stage>.pt where it exists. Returns (steps done, seconds spent) and cuts the log to fit."""
         path, c = self.out / f"{stage}.pt", self.config[SECTION[stage]]
         if world() > 1 and c["batch"] % world():
-            raise UserError(f"batch {c['batch']} cannot be split over {world()} processes; use a multiple of it")
+            raise UserError(
+                f"batch {c['batch']} cannot be split over {world()} processes; use a multiple of it"
+            )
         step, seconds = 0, 0.0
         if path.exists():
             ckpt = read_checkpoint(path, [stage])
@@ -383,7 +421,9 @@ class Run:
 
     def sheet(self, name, images, columns):
         if rank() == 0:
-            save_atomic(lambda p: make_sheet(images, columns, self.note).save(p, "PNG"), self.out / f"{name}.png")
+            save_atomic(
+                lambda p: make_sheet(images, columns, self.note).save(p, "PNG"), self.out / f"{name}.png"
+            )
 
 
 SECTION = dict(vgg="judge", phase1="phase1", phase2="phase2", ar="ar", nar="nar")  # stage -> preset section
@@ -398,10 +438,14 @@ def refuse_other_config(path, stage, old, new):
     """A checkpoint is continued only by the configuration that began it; `steps` may change."""
     for key in ["data", "val", "limit", "image_size", "seed", "precision", *DEPENDS[stage]]:
         a, b = old[key], new[key]
-        pairs = [(f"{key}.{k}", a.get(k), b.get(k)) for k in {*a, *b}] if isinstance(a, dict) else [(key, a, b)]
+        pairs = (
+            [(f"{key}.{k}", a.get(k), b.get(k)) for k in {*a, *b}] if isinstance(a, dict) else [(key, a, b)]
+        )
         for name, was, now in pairs:
             if was != now and not name.endswith(".steps"):
-                raise UserError(f"{path} was made with {name} = {was}, this command says {now}; use another --out")
+                raise UserError(
+                    f"{path} was made with {name} = {was}, this command says {now}; use another --out"
+                )
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -413,7 +457,9 @@ def train_judge(run):
     """Classification with batch norm, which is folded away when the judge is loaded. Not in the paper."""
     c, device = run.config["judge"], run.device
     if not run.train.class_names:
-        raise UserError("--stage vgg needs labels: one sub-folder per class. Or pass --vgg FILE for other weights")
+        raise UserError(
+            "--stage vgg needs labels: one sub-folder per class. Or pass --vgg FILE for other weights"
+        )
     sizes = dict(width=c["width"], num_classes=run.train.num_classes, hidden=c["hidden"], batch_norm=True)
     vgg = build_vgg16(**sizes).to(device, memory_format=torch.channels_last)
     vgg.sizes = sizes
@@ -423,7 +469,10 @@ def train_judge(run):
     for step in run.loop("vgg", start):
         set_lr(optimizer, lr_at(step, c))
         pixels, labels = next(stream)
-        x, labels = random_shift(to_float(pixels, device), run.config["seed"], step, c["batch"]), labels.to(device)
+        x, labels = (
+            random_shift(to_float(pixels, device), run.config["seed"], step, c["batch"]),
+            labels.to(device),
+        )
         vgg.train()
         optimizer.zero_grad(set_to_none=True)
         with run.autocast:
@@ -447,7 +496,9 @@ def random_shift(x, seed, step, batch):
     rows = seeded_rand(batch, 2, seed=mix(seed, "shift", step))[my_rows(batch)]
     offsets = (rows * (2 * reach + 1)).long().tolist()
     padded, S = F.pad(x, (reach,) * 4, mode="reflect"), x.shape[-1]
-    return torch.stack([image[:, t : t + S, left : left + S] for image, (t, left) in zip(padded, offsets, strict=True)])
+    return torch.stack(
+        [image[:, t : t + S, left : left + S] for image, (t, left) in zip(padded, offsets, strict=True)]
+    )
 
 
 @torch.no_grad()
@@ -481,10 +532,14 @@ def build_tokenizer(run, stage):
     first, given = run.out / "phase1.pt", run.args.tokenizer
     if stage == "phase1":
         if run.config["phase1"]["init"] == "required" and not given and not first.exists():
-            raise UserError("this preset starts from an ImageNet phase-1 checkpoint (Table 9): --tokenizer FILE")
+            raise UserError(
+                "this preset starts from an ImageNet phase-1 checkpoint (Table 9): --tokenizer FILE"
+            )
         torch.manual_seed(mix(run.config["seed"], "phase1"))
         try:
-            tokenizer = VQTokenizer(TokenizerConfig(image_size=run.config["image_size"], **run.config["tokenizer"]))
+            tokenizer = VQTokenizer(
+                TokenizerConfig(image_size=run.config["image_size"], **run.config["tokenizer"])
+            )
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from None
         if given:
@@ -524,7 +579,9 @@ def mean_probs(tokenizer, parts):
     probs = [tokenizer.average_probs(part) for part in parts]
     if probs[0] is None:
         return None
-    return all_reduce_mean(sum(p * len(part) for p, part in zip(probs, parts, strict=True)) / sum(map(len, parts)))
+    return all_reduce_mean(
+        sum(p * len(part) for p, part in zip(probs, parts, strict=True)) / sum(map(len, parts))
+    )
 
 
 def train_tokenizer(run, stage):
@@ -534,7 +591,11 @@ def train_tokenizer(run, stage):
     disc, judge, weights = build_discriminator(run), run.judge, layer_weights(c["alpha"])
     if disc_weights:  # I21: phase 2 continues the discriminator with a fresh optimizer
         disc.load_state_dict(disc_weights)
-    opt_g, opt_d, ema = build_optimizer(tokenizer, c), build_optimizer(disc, c), build_ema(tokenizer, c["ema"])
+    opt_g, opt_d, ema = (
+        build_optimizer(tokenizer, c),
+        build_optimizer(disc, c),
+        build_ema(tokenizer, c["ema"]),
+    )
     frozen = latent_hash(tokenizer) if stage == "phase2" else None
     start = run.start(stage, model=tokenizer, disc=disc, opt_g=opt_g, opt_d=opt_d, ema=ema)
     g, d = run.wrap(tokenizer), run.wrap(disc)
@@ -559,8 +620,12 @@ def train_tokenizer(run, stage):
                 loss_adv = adv_loss(disc(x_hat), c["gan"]) if adv else x_hat.new_zeros(())
             scale = adv
             if adv and c["adaptive"]:
-                scale = adv * adaptive_weight(loss_rec + c["per_weight"] * loss_per, loss_adv, tokenizer.decoder.conv_out.weight)
-            loss = loss_rec + loss_vq(latent, c) + c["per_weight"] * loss_per + scale * loss_adv  # Eq. 2, Eq. 4
+                scale = adv * adaptive_weight(
+                    loss_rec + c["per_weight"] * loss_per, loss_adv, tokenizer.decoder.conv_out.weight
+                )
+            loss = (
+                loss_rec + loss_vq(latent, c) + c["per_weight"] * loss_per + scale * loss_adv
+            )  # Eq. 2, Eq. 4
             (loss * (len(part) / len(x))).backward()
             fakes.append(x_hat.detach())
         opt_g.step()
@@ -613,7 +678,9 @@ def evaluate_tokenizer(run, stage, step, tokenizer, limit=1000):
         sums += torch.tensor([psnr(x, x_hat).sum(), (x - x_hat).abs().mean((1, 2, 3)).sum(), len(x)])
     sums, counts = all_reduce_mean(sums), all_reduce_mean(counts)
     usage, perplexity = codebook_usage(counts)
-    run.log(stage, step, val_psnr=sums[0] / sums[2], val_l1=sums[1] / sums[2], usage=usage, perplexity=perplexity)
+    run.log(
+        stage, step, val_psnr=sums[0] / sums[2], val_l1=sums[1] / sums[2], usage=usage, perplexity=perplexity
+    )
     x = torch.stack([run.val.view(i) for i in range(min(10, len(run.val)))])
     with run.autocast:
         x_hat = to_uint8(decode(tokenizer, tokenizer.encode(to_float(x, run.device))))
@@ -632,7 +699,12 @@ def cached_codes(run, tokenizer):
     Odd variants are flipped, variants 0 and 1 are central crops, later ones random crops.
     """
     path, V, data = run.out / "codes.pt", run.config["code_variants"], run.train
-    key = [latent_hash(tokenizer), V, len(data), *(str(run.config[k]) for k in ("data", "image_size", "seed"))]
+    key = [
+        latent_hash(tokenizer),
+        V,
+        len(data),
+        *(str(run.config[k]) for k in ("data", "image_size", "seed")),
+    ]
     if not (path.exists() and torch.load(path, weights_only=True, mmap=True).get("key") == key):
         print0(f"\nencoding {len(data)} training images in {V} variants and {len(run.val)} validation images")
         views = [(data, i, mix(run.config["seed"], "variant", v, i) if v > 1 else None, v % 2 == 1)
@@ -685,7 +757,9 @@ def train_prior(run, stage):
         set_lr(optimizer, lr_at(step, c))
         tokens, labels = code_batch(run, codes["train"], step, c["batch"])
         noise = seeded_rand(c["batch"], N + 1, seed=mix(seed, "mask", step))[my_rows(c["batch"])].to(device)
-        inputs, mask = mask_tokens(tokens, K, noise) if stage == "nar" else (tokens, torch.ones_like(tokens).bool())
+        inputs, mask = (
+            mask_tokens(tokens, K, noise) if stage == "nar" else (tokens, torch.ones_like(tokens).bool())
+        )
         masked = all_reduce_mean(mask.sum().float())
         optimizer.zero_grad(set_to_none=True)
         means = torch.zeros(2, device=device)
@@ -779,7 +853,7 @@ def main(args, config):
         if args.stage == "all":
             import visualize
 
-            visualize.summarize(run, time.time() - begin)
+            visualize.summarize(run)
         print0(f"\ndone in {time.time() - begin:.0f} s, {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB"
                f" peak memory; see {run.out}/")  # fmt: skip
     except UserError as error:

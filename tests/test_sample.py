@@ -1,0 +1,631 @@
+"""Claims about sample.py: data as functions of their address, image files, checkpoints, samples, pictures."""
+
+import itertools
+import math
+import os
+import pickle
+from argparse import Namespace
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sample
+from prior_ar import ARPrior, PriorConfig
+from prior_nar import NARPrior
+from sample import FORMAT, FolderData, Shapes, UserError, load_rgb, mix, read_checkpoint, scan_folder
+from tokenizer import TokenizerConfig, VQTokenizer
+
+SETTINGS = dict(
+    top_p=0.92, temperature=1.0, nar_steps=3, token_temperature=1.0, choice_temperature=0.45,
+    confidence_space="prob",
+)  # fmt: skip
+CONFIG = dict(data="shapes", image_size=16, seed=0, limit=None, val=None, sample=SETTINGS)
+TOKENIZER = dict(image_size=16, base_width=8, channel_mult=(1, 2, 2), codebook_size=16, codebook_dim=4)
+PRIOR = dict(codebook_size=16, num_tokens=16, num_classes=3, n_layer=1, n_head=2, n_embd=16)
+
+
+def tiny_tokenizer(seed=0):
+    torch.manual_seed(seed)
+    tokenizer = VQTokenizer(TokenizerConfig(**TOKENIZER)).eval()
+    torch.nn.init.normal_(tokenizer.quantizer.codebook.weight)
+    return tokenizer
+
+
+def tiny_prior(kind=ARPrior, **changes):
+    """Weights scaled so that the logits, and with them the images, differ clearly."""
+    torch.manual_seed(1)
+    prior = kind(PriorConfig(**{**PRIOR, **changes})).eval()
+    with torch.no_grad():
+        for parameter in prior.parameters():
+            parameter.mul_(5)
+    return prior
+
+
+def write_checkpoint(path, stage, model, /, **changes):
+    """A checkpoint as train.py writes it."""
+    sizes = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(model.config).items()}
+    ckpt = dict(
+        format=FORMAT, stage=stage, step=1, config=CONFIG, model_config=sizes, model=model.state_dict(),
+        ema=None, class_names=["disk", "ring", "star"], tokenizer_hash=None, note="", seconds=0.0, train={},
+    )  # fmt: skip
+    torch.save({**ckpt, **changes}, path)
+    return path
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder with a tokenizer and both priors."""
+    tokenizer = tiny_tokenizer()
+    write_checkpoint(tmp_path / "phase1.pt", "phase1", tokenizer)
+    for stage, kind in (("ar", ARPrior), ("nar", NARPrior)):
+        ours = sample.latent_hash(tokenizer)
+        write_checkpoint(tmp_path / f"{stage}.pt", stage, tiny_prior(kind), tokenizer_hash=ours)
+    return tmp_path
+
+
+def picture(path, colour=(10, 200, 30), size=(12, 10)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+    return path
+
+
+# Seeds ----------------------------------------------------------------------------------------------------
+
+
+def test_mix_is_the_same_number_on_every_machine_and_differs_for_other_parts():
+    assert mix(0, "sample", 3) == 4826775862454517698  # golden
+    assert mix("order", 7) == 6676722207188498306  # golden
+    numbers = {mix(*parts) for parts in itertools.product(range(20), ("crop", "order"), range(50))}
+    assert len(numbers) == 2000 and all(0 <= number < 2**63 for number in numbers)
+    assert mix(1, 23) != mix(12, 3)
+    assert mix("1") != mix(1)
+
+
+def test_seeded_numbers_depend_on_the_seed_only():
+    torch.manual_seed(0)
+    first = sample.seeded_rand(2, 3, seed=5)
+    state = torch.get_rng_state()
+    assert torch.equal(sample.seeded_rand(2, 3, seed=5), first)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(sample.seeded_rand(2, 3, seed=6), first)
+
+
+# Shapes ---------------------------------------------------------------------------------------------------
+
+
+def test_shapes_are_a_function_of_seed_split_and_index():
+    first, again = Shapes("train", 30, 16), Shapes("train", 100, 16)
+    for index in (0, 7, 29):
+        assert torch.equal(first.render(index), again.render(index))
+        assert torch.equal(first.pixels(index), first.pixels(index))
+        for other in (Shapes("val", 30, 16), Shapes("train", 30, 16, seed=1)):
+            assert not torch.equal(first.mask(index), other.mask(index))
+        assert not torch.equal(first.mask(index), first.mask(index + 10))  # the same class, another structure
+
+
+def test_another_detail_seed_redraws_the_detail_and_keeps_the_structure():
+    first, other = Shapes("val", 20, 16), Shapes("val", 20, 16, detail_seed=1)
+    structure = {"label", "radius", "angle", "x", "y"}
+    for index in range(20):
+        a, b = first.factors(index), other.factors(index)
+        assert set(a) > structure and len(a) == 14
+        assert all(a[name] == b[name] for name in structure)
+        assert all(a[name] != b[name] for name in ("foreground", "background", "light_angle", "frequency"))
+        assert torch.equal(first.mask(index), other.mask(index))
+        assert not torch.equal(first.render(index), other.render(index))
+
+
+def test_classes_of_shapes_are_balanced_and_every_class_looks_different():
+    data = Shapes("train", 200, 32)
+    assert data.num_classes == 10 and len(set(data.class_names)) == 10
+    assert np.bincount(data.labels).tolist() == [20] * 10
+    assert all(data.factors(index)["label"] == data.labels[index] for index in range(20))
+    for index in range(200):
+        assert 0.02 < data.mask(index).mean() < 0.4  # a shape under enough of the image, on enough ground
+    axis = torch.linspace(-1.2, 1.2, 33)
+    fields = [sample.shape_distance(label, axis[None, :], axis[:, None]) < 0 for label in range(10)]
+    assert all((a != b).float().mean() > 0.02 for a, b in itertools.combinations(fields, 2))
+
+
+@pytest.mark.parametrize("side", [8, 24, 33, 96])
+def test_shapes_render_at_any_resolution_with_the_same_factors(side):
+    small, large = Shapes("val", 4, side), Shapes("val", 4, 4 * side)
+    for index in range(4):
+        assert small.factors(index) == large.factors(index)
+        pixels = small.render(index)
+        assert pixels.shape == (3, side, side) and pixels.dtype == torch.uint8
+        shrunk = torch.nn.functional.avg_pool2d(large.render(index).float(), 4)
+        assert (shrunk - pixels).abs().mean() < 20  # the same picture up to its edges
+
+
+# The stream of training images ----------------------------------------------------------------------------
+
+
+def test_every_epoch_is_a_permutation_of_its_own():
+    data = Shapes("train", 30, 8)
+    epochs = [[data.shuffled(30 * epoch + i) for i in range(30)] for epoch in range(3)]
+    assert all(sorted(epoch) == list(range(30)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    assert data.shuffled(4) == epochs[0][4]  # back to an earlier epoch
+    assert [Shapes("train", 30, 8, seed=1).shuffled(i) for i in range(30)] != epochs[0]
+
+
+def test_an_item_depends_on_its_position_only_and_brings_its_label(tmp_path):
+    files = [picture(tmp_path / f"{i}.png", (i, 0, 0), (11, 9)) for i in range(4)]
+    data, again = (FolderData(files, [], 8, seed=0) for _ in range(2))
+    for position in (9, 2, 13, 2):
+        torch.manual_seed(position)
+        assert torch.equal(data[position][0], again[position][0])
+    shapes = Shapes("train", 20, 8)
+    assert all(shapes[p][1] == shapes.labels[shapes.shuffled(p)] for p in range(25))
+
+
+def test_crops_are_central_without_a_seed_and_deterministic_with_one(tmp_path):
+    ramp = np.stack([np.arange(40)[None, :].repeat(8, 0)] * 3, 2).astype(np.uint8)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    data = FolderData([tmp_path / "ramp.png"], [], 8, seed=0)
+    assert torch.equal(data.view(0)[0, 0], torch.arange(16, 24).byte())
+    assert torch.equal(data.view(0, flip=True), data.view(0).flip(2))
+    starts = [data.view(0, crop_seed)[0, 0, 0].item() for crop_seed in range(300)]
+    assert starts == [data.view(0, crop_seed)[0, 0, 0].item() for crop_seed in range(300)]
+    assert set(starts) == set(range(33))  # every place, both ends included
+    both = {data[position][0][0, 0].diff()[0].item() for position in range(40)}
+    assert both == {1, 255}  # some items are mirrored: their ramp falls
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_from_a_later_step_are_the_rest_of_the_stream_for_any_number_of_workers(workers):
+    data = Shapes("train", 10, 8)  # 4 does not divide 10: batches cross the epochs
+    expected = [[data[position] for position in range(4 * step, 4 * step + 4)] for step in range(6)]
+    loader = sample.batches(data, 4, 3, workers)
+    for items, (x, labels) in zip(expected[3:], loader, strict=False):
+        assert x.dtype == torch.uint8 and torch.equal(x, torch.stack([item[0] for item in items]))
+        assert labels.tolist() == [item[1] for item in items]
+
+
+def test_processes_take_contiguous_shares_of_the_batch(monkeypatch):
+    monkeypatch.setattr(sample, "world", lambda: 4)
+    rows = []
+    for rank in range(4):
+        monkeypatch.setattr(sample, "rank", lambda rank=rank: rank)
+        rows += range(12)[sample.my_rows(12)]
+    assert rows == list(range(12))
+
+
+# Image files ----------------------------------------------------------------------------------------------
+
+
+def test_16_bit_grey_is_scaled_and_not_white(tmp_path):
+    values = np.array([[0, 257, 128 * 257, 65535]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "x.png")
+    assert np.asarray(load_rgb(tmp_path / "x.png"))[0].tolist() == [[v] * 3 for v in (0, 1, 128, 255)]
+
+
+def test_transparency_shows_white_in_every_mode(tmp_path):
+    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "rgba.png")
+    Image.new("LA", (4, 4), (0, 0)).save(tmp_path / "la.png")
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([0, 0, 255, 0, 255, 0])
+    palette.putpixel((0, 0), 0)
+    palette.save(tmp_path / "p.png", transparency=1)
+    Image.new("RGB", (4, 4), (1, 2, 3)).save(tmp_path / "key.png", transparency=(1, 2, 3))
+    for name in ("rgba", "la", "p", "key"):
+        assert load_rgb(tmp_path / f"{name}.png").getpixel((2, 2)) == (255, 255, 255), name
+    assert load_rgb(tmp_path / "p.png").getpixel((0, 0)) == (0, 0, 255)
+    Image.new("RGBA", (4, 4), (255, 0, 0, 51)).save(tmp_path / "half.png")
+    assert load_rgb(tmp_path / "half.png").getpixel((0, 0)) == (255, 204, 204)
+
+
+def test_cmyk_grey_and_one_bit_images_become_rgb(tmp_path):
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg", quality=95)
+    Image.new("L", (8, 8), 77).save(tmp_path / "grey.png")
+    Image.new("1", (8, 8), 1).save(tmp_path / "one.png")
+    red, green, blue = load_rgb(tmp_path / "cmyk.jpg").getpixel((4, 4))
+    assert red > 240 and green < 15 and blue < 15
+    assert load_rgb(tmp_path / "grey.png").getpixel((4, 4)) == (77, 77, 77)
+    assert load_rgb(tmp_path / "one.png").getpixel((4, 4)) == (255, 255, 255)
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    image, exif = Image.new("RGB", (32, 16), "blue"), Image.Exif()
+    image.paste((255, 0, 0), (0, 0, 16, 16))  # the left half red
+    exif[0x0112] = 6  # to be shown a quarter turn clockwise
+    image.save(tmp_path / "x.jpg", exif=exif, quality=95)
+    shown = load_rgb(tmp_path / "x.jpg")
+    assert shown.size == (16, 32)
+    assert shown.getpixel((8, 4))[0] > 200 and shown.getpixel((8, 28))[2] > 200  # red above, blue below
+
+
+@pytest.mark.parametrize("size", [(40, 20), (20, 40), (5, 7), (16, 16), (1, 30)])
+def test_files_are_resized_to_the_short_side(tmp_path, size):
+    data = FolderData([picture(tmp_path / "x.png", size=size)], [], 16, seed=0)
+    pixels = data.pixels(0)
+    assert min(pixels.shape[1:]) == 16 and pixels.dtype == torch.uint8
+    assert pixels.shape[2] / pixels.shape[1] == pytest.approx(size[0] / size[1], rel=0.05)
+    assert data.view(0, crop_seed=1).shape == (3, 16, 16)
+    assert (data.view(0) == torch.tensor([10, 200, 30])[:, None, None]).all()
+
+
+# Folders --------------------------------------------------------------------------------------------------
+
+
+def test_sub_folders_are_classes_and_hidden_things_are_ignored(tmp_path):
+    hidden = (".hidden/1.png", "__MACOSX/1.png", "a/._1.png", "a/d.png/x.png")
+    for name in ("b/1.png", "a/2.JPEG", "a/1.PNG", *hidden):
+        picture(tmp_path / name)
+    (tmp_path / "a" / "notes.txt").write_text("no image")
+    (tmp_path / "empty").mkdir()
+    files, names = scan_folder(tmp_path)
+    assert [str(path.relative_to(tmp_path)) for path in files] == ["a/1.PNG", "a/2.JPEG", "b/1.png"]
+    assert names == ["a", "b"]
+    data = FolderData(files, names, 8, seed=0)
+    assert data.labels == [0, 0, 1] and data.num_classes == 2 and data.render(1).shape[0] == 3
+
+
+def test_a_folder_with_hidden_images_only_is_no_class(tmp_path):
+    for name in ("a/1.png", "b/._1.png", "c/d.png/x.png"):
+        picture(tmp_path / name)
+    assert scan_folder(tmp_path)[1] == ["a"]
+
+
+def test_a_flat_folder_has_no_classes(tmp_path):
+    for name in ("2.webp", "1.BMP", ".3.png"):
+        picture(tmp_path / name)
+    files, names = scan_folder(tmp_path)
+    assert [path.name for path in files] == ["1.BMP", "2.webp"] and names == []
+    data = FolderData(files, names, 8, seed=0)
+    assert data.labels == [0, 0] and data.num_classes == 0
+
+
+def test_a_missing_folder_an_empty_one_and_a_file_are_named_errors(tmp_path):
+    with pytest.raises(UserError, match="does not exist.*--data shapes"):
+        scan_folder(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no images under"):
+        scan_folder(tmp_path)
+    with pytest.raises(UserError, match="is a file; unpack"):
+        scan_folder(picture(tmp_path / "x.png"))
+
+
+def test_without_a_validation_folder_a_twentieth_is_held_out_and_stays_the_same(tmp_path):
+    for i in range(40):
+        picture(tmp_path / "a" / f"{i:02d}.png")
+    train, val = sample.load_data(dict(CONFIG, data=str(tmp_path)))
+    assert (len(train), len(val)) == (38, 2) and not set(train.files) & set(val.files)
+    again = sample.load_data(dict(CONFIG, data=str(tmp_path), limit=5))
+    assert again[1].files == val.files and len(again[0]) == 5 and set(again[0].files) < set(train.files)
+
+
+def test_train_and_val_folders_are_found_and_must_have_the_same_classes(tmp_path):
+    for name in ("train/a/1.png", "train/b/1.png", "val/a/2.png", "val/b/2.png"):
+        picture(tmp_path / name)
+    train, val = sample.load_data(dict(CONFIG, data=str(tmp_path)))
+    assert (len(train), len(val)) == (2, 2) and train.class_names == val.class_names == ["a", "b"]
+    picture(tmp_path / "val/c/3.png")
+    with pytest.raises(UserError, match="3 classes .* are not the 2 of"):
+        sample.load_data(dict(CONFIG, data=str(tmp_path)))
+    with pytest.raises(UserError, match="--data FOLDER"):
+        sample.load_data(dict(CONFIG, data=None))
+
+
+# Checkpoints ----------------------------------------------------------------------------------------------
+
+
+class Bomb:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_pickled_code_in_a_checkpoint_is_never_executed(tmp_path):
+    bomb = Bomb(tmp_path / "exploded")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(bomb))
+    torch.save(dict(format=FORMAT, stage="ar", model=bomb), tmp_path / "zip.pt")
+    for name in ("plain.pt", "zip.pt"):
+        with pytest.raises(UserError, match="damaged or no checkpoint"):
+            read_checkpoint(tmp_path / name, ["ar"])
+    assert not (tmp_path / "exploded").exists()
+    pickle.loads(pickle.dumps(bomb))
+    assert (tmp_path / "exploded").exists()  # the bomb would have worked
+
+
+@pytest.mark.parametrize("content", [b"", b"hello\n", b"a text read as opcodes", b"{}", b"PK\x03\x04"])
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content):
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(UserError, match="x.pt is damaged or no checkpoint"):
+        read_checkpoint(tmp_path / "x.pt", ["ar"])
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
+def test_a_truncated_checkpoint_is_refused(run, share):
+    content = (run / "ar.pt").read_bytes()
+    (run / "ar.pt").write_bytes(content[: int(share * len(content))])
+    with pytest.raises(UserError, match="damaged"):
+        read_checkpoint(run / "ar.pt", ["ar"])
+
+
+def test_missing_files_folders_other_stages_and_other_formats_are_refused(run):
+    with pytest.raises(UserError, match="no checkpoint .*nowhere.pt"):
+        read_checkpoint(run / "nowhere.pt", ["ar"])
+    with pytest.raises(UserError, match="it is a folder"):
+        read_checkpoint(run, ["ar"])
+    with pytest.raises(UserError, match="stage 'nar'; this needs phase1 or phase2"):
+        read_checkpoint(run / "nar.pt", ["phase1", "phase2"])
+    for other in ([1, 2], dict(format=FORMAT + 1, stage="ar"), dict(state_dict={})):
+        torch.save(other, run / "other.pt")
+        with pytest.raises(UserError, match="not a checkpoint of this project"):
+            read_checkpoint(run / "other.pt", ["ar"])
+
+
+@pytest.mark.parametrize("stage, kind", [("phase1", VQTokenizer), ("ar", ARPrior), ("nar", NARPrior)])
+def test_every_stage_loads_as_its_model_in_eval_mode(run, stage, kind):
+    model, ckpt = sample.load_model(run / f"{stage}.pt", [stage])
+    assert type(model) is kind and not model.training and ckpt["stage"] == stage
+    assert all(torch.equal(value, ckpt["model"][name]) for name, value in model.state_dict().items())
+
+
+def test_averaged_weights_are_loaded_where_there_are_any_and_names_must_match(tmp_path):
+    prior = tiny_prior()
+    averaged = {name: 2 * value for name, value in prior.state_dict().items()}
+    write_checkpoint(tmp_path / "ar.pt", "ar", prior, ema=averaged)
+    model, _ = sample.load_model(tmp_path / "ar.pt", ["ar"])
+    assert all(torch.equal(value, averaged[name]) for name, value in model.state_dict().items())
+    renamed = {f"module.{name}": value for name, value in averaged.items()}
+    write_checkpoint(tmp_path / "ar.pt", "ar", prior, model=renamed)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        sample.load_model(tmp_path / "ar.pt", ["ar"])
+
+
+def test_the_latent_hash_covers_encoder_and_codebook_and_not_the_decoder():
+    tokenizer, hashes = tiny_tokenizer(), []
+    for part in (tokenizer.decoder.conv_out, tokenizer.encoder.conv_in, tokenizer.quantizer.codebook):
+        hashes.append(sample.latent_hash(tokenizer))
+        with torch.no_grad():
+            part.weight[0] += 1e-3
+    hashes.append(sample.latent_hash(tokenizer))
+    assert hashes[0] == hashes[1] and len(set(hashes)) == 3
+    assert sample.latent_hash(tiny_tokenizer()) == hashes[0]
+
+
+def test_a_prior_finds_its_tokenizer_and_refuses_a_foreign_one(run, tmp_path_factory):
+    ckpt = read_checkpoint(run / "ar.pt", ["ar"])
+    assert sample.load_tokenizer_of(run / "ar.pt", ckpt)[1]["stage"] == "phase1"
+    second = tiny_tokenizer()
+    second.add_attention()
+    write_checkpoint(run / "phase2.pt", "phase2", second)
+    assert sample.load_tokenizer_of(run / "ar.pt", ckpt)[1]["stage"] == "phase2"  # the better decoder first
+    foreign = write_checkpoint(run / "foreign.pt", "phase1", tiny_tokenizer(seed=9))
+    with pytest.raises(UserError, match="is not the tokenizer that .*ar.pt was trained on"):
+        sample.load_tokenizer_of(run / "ar.pt", ckpt, given=foreign)
+    with pytest.raises(UserError, match="pass --tokenizer FILE"):
+        sample.load_tokenizer_of(tmp_path_factory.mktemp("alone") / "ar.pt", ckpt)
+
+
+# Sampling -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [ARPrior, NARPrior])
+def test_image_i_is_the_same_for_any_number_of_images_and_whatever_follows(kind):
+    prior, tokenizer, labels = tiny_prior(kind), tiny_tokenizer(), [0, 1, 2, 2, 1, 0, 1]
+
+    def draw(num, labels, seed=0):
+        return sample.generate_images(prior, tokenizer, num, labels, seed, SETTINGS, batch=4)
+
+    seven = draw(7, labels)
+    assert seven.shape == (7, 3, 16, 16) and seven.dtype == torch.uint8
+    assert len({image.numpy().tobytes() for image in seven}) == 7  # equal images would prove nothing
+    torch.manual_seed(99)
+    for num in (1, 3, 4, 5):
+        assert torch.equal(draw(num, labels[:num]), seven[:num])
+    assert torch.equal(draw(7, labels[:3] + [0, 0, 2, 0])[:3], seven[:3])
+    assert torch.equal(draw(7, labels), seven)
+    assert not torch.equal(draw(7, labels, seed=1), seven)
+
+
+@pytest.mark.parametrize("kind", [ARPrior, NARPrior])
+def test_tokens_of_an_image_depend_on_its_index_and_not_on_its_place_in_a_batch(kind):
+    prior, labels = tiny_prior(kind), torch.ones(6, dtype=torch.int64)
+    together = sample.generate_tokens(prior, labels, 0, range(6), SETTINGS)
+    assert together.unique(dim=0).shape[0] == 6
+    for some in ([5], [4, 1], [3, 0, 2]):
+        found = sample.generate_tokens(prior, labels[: len(some)], 0, some, SETTINGS)
+        assert torch.equal(found, together[some])
+
+
+def test_every_chunk_has_the_full_batch_so_that_matrix_products_round_alike(monkeypatch):
+    real, sizes = sample.generate_tokens, []
+
+    def spy(prior, labels, seed, indices, settings):
+        sizes.append((len(labels), len(indices)))
+        return real(prior, labels, seed, indices, settings)
+
+    monkeypatch.setattr(sample, "generate_tokens", spy)
+    assert len(sample.generate_images(tiny_prior(), tiny_tokenizer(), 5, [0] * 5, 0, SETTINGS, batch=4)) == 5
+    assert sizes == [(4, 4), (4, 4)]
+
+
+@pytest.mark.parametrize("kind", [ARPrior, NARPrior])
+def test_processes_draw_the_images_of_a_single_one(kind, monkeypatch):
+    prior, tokenizer, labels = tiny_prior(kind), tiny_tokenizer(), [0, 1, 2, 0, 1]
+    expected, parts = sample.generate_images(prior, tokenizer, 5, labels, 0, SETTINGS, batch=2), {}
+    monkeypatch.setattr(sample, "world", lambda: 2)
+    monkeypatch.setattr(sample, "gather_dicts", lambda mine: parts.update(mine) or parts)
+    monkeypatch.setattr(sample, "rank", lambda: 1)
+    with pytest.raises(KeyError):  # the chunks of the other process are still missing
+        sample.generate_images(prior, tokenizer, 5, labels, 0, SETTINGS, batch=2)
+    assert set(parts) == {1}
+    monkeypatch.setattr(sample, "rank", lambda: 0)
+    assert torch.equal(sample.generate_images(prior, tokenizer, 5, labels, 0, SETTINGS, batch=2), expected)
+
+
+@pytest.mark.parametrize("kind", [ARPrior, NARPrior])
+def test_unconditional_priors_sample_without_labels(kind):
+    prior = tiny_prior(kind, num_classes=0)
+    found = sample.generate_images(prior, tiny_tokenizer(), 3, None, 0, SETTINGS, batch=2)
+    assert found.shape == (3, 3, 16, 16)
+
+
+def test_classes_are_chosen_by_name_or_number():
+    names = ["disk", "ring", "2", "star"]
+    assert sample.choose_classes(None, names) == [0, 1, 2, 3]
+    assert sample.choose_classes("star,1,disk", names) == [3, 1, 0]
+    assert sample.choose_classes("2", ["2", "1", "0"]) == [0]  # a name goes before a number
+    assert sample.choose_classes(None, []) is None
+    for wrong in ("4", "-1", "moon", "disk,", "1.0", "²"):
+        with pytest.raises(UserError, match="not one of disk, ring, 2, star or 0..3"):
+            sample.choose_classes(wrong, names)
+    with pytest.raises(UserError, match="unconditional"):
+        sample.choose_classes("0", [])
+
+
+def test_flags_are_written_over_the_sampler_of_the_preset_and_zero_counts():
+    args = Namespace(temperature=0.0, top_p=None, nar_steps=5, confidence_space="log")
+    settings = sample.sample_settings(args, CONFIG)
+    assert settings == dict(SETTINGS, temperature=0.0, nar_steps=5, confidence_space="log")
+    assert SETTINGS["nar_steps"] == 3  # the preset is not touched
+
+
+@pytest.mark.parametrize("key", [key for key in SETTINGS if key != "confidence_space"])
+@pytest.mark.parametrize("value", [-1, math.inf, math.nan])
+def test_settings_out_of_bounds_are_refused_by_the_name_of_their_flag(key, value):
+    if key == "nar_steps" and value != -1:
+        value = 0  # the parser takes whole numbers only
+    flag = {"nar_steps": "--steps"}.get(key, f"--{key.replace('_', '-')}")
+    with pytest.raises(UserError, match=flag):
+        sample.sample_settings(Namespace(**{key: value}), CONFIG)
+
+
+@pytest.mark.parametrize("top_p, fine", [(0, False), (1e-6, True), (1, True), (1.01, False)])
+def test_top_p_lies_between_zero_excluded_and_one_included(top_p, fine):
+    if fine:
+        assert sample.sample_settings(Namespace(top_p=top_p), CONFIG)["top_p"] == top_p
+    else:
+        with pytest.raises(UserError, match="--top-p"):
+            sample.sample_settings(Namespace(top_p=top_p), CONFIG)
+
+
+# Pixels and pictures --------------------------------------------------------------------------------------
+
+
+def test_all_256_values_survive_the_way_to_float_and_back():
+    u = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    x = sample.to_float(u, "cpu")
+    assert x.dtype == torch.float32 and x.min() == -1 and x.max() == 1
+    assert torch.equal(sample.to_uint8(x), u)
+    assert sample.to_uint8(torch.tensor([-7.0, 7.0])).tolist() == [0, 255]
+
+
+def test_psnr_has_its_closed_form_and_counts_after_rounding():
+    u = torch.randint(0, 200, (3, 3, 4, 4), generator=torch.Generator().manual_seed(0)).byte()
+    x = sample.to_float(u, "cpu")
+    found = sample.psnr(x, sample.to_float(u + torch.tensor([1, 5, 50]).byte()[:, None, None, None], "cpu"))
+    assert found.shape == (3,)
+    torch.testing.assert_close(found, torch.tensor([20 * math.log10(255 / d) for d in (1, 5, 50)]).double())
+    one = u.clone()
+    one[0, 0, 0, 0] += 6  # one value of 48
+    expected = 10 * math.log10(255**2 / (36 / 48))
+    assert sample.psnr(x, sample.to_float(one, "cpu"))[0].item() == pytest.approx(expected)
+    assert sample.psnr(x, x + 0.001).min() > 140 and sample.psnr(x, x).isfinite().all()
+
+
+def test_a_sheet_has_rows_of_columns_with_gaps_and_room_for_its_note():
+    images = torch.arange(5).byte().mul(50).view(5, 1, 1, 1).expand(5, 3, 4, 6).contiguous()
+    sheet = sample.make_sheet(images, 3, zoom=2)
+    assert sheet.size == (3 * 12 + 2 * 2, 2 * 8 + 2)
+    pixels = np.asarray(sheet)
+    for i in range(5):
+        top, left = i // 3 * 10, i % 3 * 14
+        assert (pixels[top : top + 8, left : left + 12] == 50 * i).all()
+    assert (pixels[8:10] == 255).all() and (pixels[:, 12:14] == 255).all() and (pixels[10:, 28:] == 255).all()
+    noted = sample.make_sheet(images, 3, note="random weights", zoom=2)
+    assert noted.size == (40, 18 + 14) and (np.asarray(noted)[:18] == pixels).all()
+    assert (np.asarray(noted)[18:] < 128).any()
+    assert sample.make_sheet(images, 5).size[1] == 64  # small images are enlarged
+    assert sample.make_sheet(images[:1], 1, zoom=1).size == (6, 4)
+
+
+def test_a_stopped_writer_leaves_the_old_file_and_no_temporary_one(tmp_path):
+    path = tmp_path / "new" / "x.txt"
+    sample.save_atomic(lambda p: p.write_text("old"), path)
+
+    def fail(temporary):
+        assert temporary.parent == path.parent and path.read_text() == "old"
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sample.save_atomic(fail, path)
+    assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
+    sample.save_atomic(lambda p: p.write_text("new"), path)
+    assert path.read_text() == "new" and list(path.parent.iterdir()) == [path]
+
+
+# Command line ---------------------------------------------------------------------------------------------
+
+
+def call(*words):
+    sample.main([*map(str, words), "--device", "cpu"])
+
+
+@pytest.mark.parametrize("stage", ["ar", "nar"])
+def test_the_command_writes_sheet_files_and_npz_of_the_same_images(run, stage, capsys):
+    ckpt = ("--ckpt", run / f"{stage}.pt", "--num", 3, "--batch", 2)
+    call(*ckpt)
+    assert f"samples_{stage}.png" in capsys.readouterr().out
+    assert Image.open(run / f"samples_{stage}.png").size == (3 * 66 - 2, 64)  # a column per class, zoom 4
+    call(*ckpt, "--format", "files")
+    call(*ckpt, "--format", "npz")
+    files = sorted((run / f"samples_{stage}").iterdir())
+    assert [path.name for path in files] == ["000000.png", "000001.png", "000002.png"]
+    with np.load(run / f"samples_{stage}.npz") as arrays:
+        assert (arrays["arr_0"] == np.stack([np.asarray(Image.open(path)) for path in files])).all()
+    call(*ckpt, "--format", "npz", "--classes", "star,0", "--seed", 4, "--out", run / "o.npz")
+    with np.load(run / "o.npz") as arrays:
+        assert arrays["arr_0"].shape == (3, 16, 16, 3) and arrays["arr_0"].dtype == np.uint8
+
+
+def test_the_command_reconstructs_validation_images(run):
+    call("--ckpt", run / "phase1.pt", "--reconstruct", "--num", 3, "--batch", 2, "--format", "npz")
+    data, tokenizer = Shapes("val", 3, 16), tiny_tokenizer()
+    x = sample.to_float(torch.stack([data.view(i) for i in range(3)]), "cpu")
+    with np.load(run / "reconstructions_phase1.npz") as arrays:
+        found = torch.from_numpy(arrays["arr_0"]).permute(0, 3, 1, 2)
+    expected = sample.to_uint8(sample.decode(tokenizer, tokenizer.encode(x)))
+    assert (found.int() - expected.int()).abs().max() <= 1  # another batch size rounds differently
+    call("--ckpt", run / "phase1.pt", "--reconstruct", "--num", 10)
+    sheet = np.asarray(Image.open(run / "reconstructions_phase1.png"))
+    assert sheet.shape[:2] == (4 * 66 - 2, 8 * 66 - 2)  # 8 above 8, then 2 above 2
+    for i in range(10):  # under every input its reconstruction
+        top, left = i // 8 * 132, i % 8 * 66
+        x, x_hat = (sheet[row : row + 64 : 4, left : left + 64 : 4] for row in (top, top + 66))
+        assert (x == Shapes("val", 10, 16).view(i).permute(1, 2, 0).numpy()).all()
+        assert i > 2 or abs(x_hat.astype(int) - found[i].permute(1, 2, 0).numpy()).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--ckpt", "nowhere.pt"], "no checkpoint"),
+        (["--ckpt", "phase1.pt"], "needs ar or nar"),
+        (["--ckpt", "ar.pt", "--reconstruct"], "needs phase1 or phase2"),
+        (["--ckpt", "ar.pt", "--num", "0"], "at least 1"),
+        (["--ckpt", "ar.pt", "--top-p", "2"], "--top-p"),
+        (["--ckpt", "ar.pt", "--classes", "moon"], "moon"),
+        (["--ckpt", "phase1.pt", "--reconstruct", "--num", "1001"], "only 1000 images"),
+        (["--ckpt", "phase1.pt", "--reconstruct", "--data", "nowhere"], "does not exist"),
+    ],
+)
+def test_bad_input_ends_with_one_line_and_exit_code_2(run, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(run)
+    with pytest.raises(SystemExit) as stop:
+        call(*words)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and message in error
+    assert error.count("\n") == 1

@@ -1,0 +1,695 @@
+"""Claims about tokenizer.py: sizes, quantizer and its gradients, K-means, windowed attention, phase 2."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import tokenizer as module
+from tokenizer import (
+    CODEBOOKS,
+    BlockAttention,
+    Downsample,
+    ResBlock,
+    TokenizerConfig,
+    Upsample,
+    VectorQuantizer,
+    VQTokenizer,
+    attention_units,
+    average_probs,
+    code_distances,
+    codebook_usage,
+    entropy_loss,
+    from_windows,
+    group_norm,
+    kmeans,
+    to_windows,
+    windowed_attention,
+)
+
+TINY = dict(image_size=16, base_width=8, channel_mult=(1, 2, 2), codebook_size=16, codebook_dim=4)  # f = 4
+
+
+def tiny_tokenizer(seed=0, **changes):
+    """A VQTokenizer whose codes are random encoder outputs, so that a batch uses many of them."""
+    torch.manual_seed(seed)
+    tokenizer = VQTokenizer(TokenizerConfig(**{**TINY, **changes}))
+    with torch.no_grad():
+        z_hat = tokenizer.encoder(images(8, 32, seed + 1))
+        vectors = z_hat.permute(0, 2, 3, 1).reshape(-1, z_hat.shape[1])
+        chosen = torch.randperm(len(vectors))[: TINY["codebook_size"]]
+        tokenizer.quantizer.codebook.weight.copy_(vectors[chosen])
+    return tokenizer
+
+
+def tiny_quantizer(seed=0, **changes):
+    torch.manual_seed(seed)
+    quantizer = VectorQuantizer(TokenizerConfig(**{**TINY, **changes}))
+    torch.nn.init.normal_(quantizer.codebook.weight)
+    return quantizer
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def images(batch_size, side=16, seed=0):
+    return torch.rand(batch_size, 3, side, side, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def count(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def brute_force_indices(z_hat, codes):
+    """(B, n_z, h, w) -> (B, h, w): every pair compared in float64, one by one."""
+    z = z_hat.double().permute(0, 2, 3, 1)[..., None, :]
+    return (z - codes.double()).square().sum(-1).argmin(-1)
+
+
+# Sizes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes, expected, printed",
+    [
+        (dict(), 54_532_867, 54.5),
+        (dict(num_attention=1), 57_948_419, 57.9),
+        (dict(num_attention=2), 61_363_971, 61.4),
+        (dict(decoder_extra_blocks=2), 69_878_531, 69.9),  # the paper prints 70.0, which stays unexplained
+        (dict(bias=True), 54_547_203, 54.5),
+        (dict(bias=True, num_attention=1), 57_970_435, 58.0),
+        (dict(bias=True, num_attention=2), 61_393_667, 61.4),
+        (dict(bias=True, decoder_extra_blocks=2), 69_897_987, 69.9),
+        (dict(attention="parallel", num_attention=1), 57_950_979, 58.0),
+        (dict(attention="parallel", num_attention=2), 61_369_091, 61.4),
+        (dict(bias=True, latent_kernel=3), 56_644_355, 56.6),
+        (dict(codebook="fn", codebook_dim=32, codebook_size=8192), 54_303_267, 54.3),
+        (dict(codebook="plain"), 54_532_867, 54.5),
+        (dict(codebook="kmeans"), 54_532_867, 54.5),  # the reservoir is a buffer
+    ],
+)
+def test_parameter_totals_are_exact(changes, expected, printed):
+    with torch.device("meta"):
+        model = VQTokenizer(TokenizerConfig(**changes))
+    assert count(model) == expected
+    assert round(count(model) / 1e6, 1) == printed
+
+
+def test_parameters_of_encoder_decoder_and_codebook_are_exact():
+    with torch.device("meta"):
+        model = VQTokenizer(TokenizerConfig())
+        second = VQTokenizer(TokenizerConfig(num_attention=1))
+    assert count(model.encoder) == count(second.encoder) == 27_135_872
+    assert count(model.quantizer) == count(second.quantizer) == 262_144
+    assert (count(model.decoder), count(second.decoder)) == (27_134_851, 30_550_403)
+
+
+@pytest.mark.parametrize("width, expected", [(128, 131_840), (256, 525_824), (512, 2_100_224)])
+def test_parameters_of_the_blocks_follow_their_closed_forms(width, expected):
+    config = TokenizerConfig()
+    with torch.device("meta"):
+        assert count(ResBlock(width)) == 18 * width**2 + 4 * width
+        assert count(Downsample(width, 256)) == count(Upsample(width, 256)) == 9 * width * 256 + 256
+        assert count(attention_units(width, 16, config, 1)) == 8 * width**2 + 6 * width == expected
+        assert count(attention_units(width, 16, config, 2)) == 2 * expected
+        config.attention = "parallel"
+        assert count(attention_units(width, 16, config, 1)) == 8 * width**2 + 8 * width
+
+
+def test_block_sides_and_heads_are_the_documented_ones():
+    with torch.device("meta"):
+        stages = VQTokenizer(TokenizerConfig(num_attention=1)).decoder.stages
+    assert [stage.attention[0].block for stage in stages] == [4, 8, 8, 16, 16]
+    assert [stage.attention[0].heads for stage in stages] == [8, 4, 4, 4, 4]
+    assert [layer.kind for layer in stages[0].attention] == ["regional", "dilated"]
+
+
+@pytest.mark.parametrize(
+    "channels, groups", [(3, 1), (6, 1), (8, 2), (34, 2), (48, 12), (64, 16), (128, 32), (256, 32), (512, 32)]
+)
+def test_group_norm_has_at_most_32_groups_of_at_least_4_channels(channels, groups):
+    assert group_norm(channels).num_groups == groups
+
+
+# Shapes ---------------------------------------------------------------------------------------------------
+
+
+def test_the_full_size_maps_256_pixels_to_16_by_16_tokens_and_back():
+    with torch.device("meta"):
+        model, x = VQTokenizer(TokenizerConfig()), torch.empty(2, 3, 256, 256)
+        z_hat = model.encoder(x)
+        assert z_hat.shape == (2, 256, 16, 16)
+        assert model.decoder(z_hat).shape == x.shape
+    assert (model.grid_size, model.codebook_size, model.config.downsample) == (16, 1024, 16)
+
+
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+@pytest.mark.parametrize("height, width", [(16, 16), (4, 4), (20, 20), (32, 32), (8, 24)])
+def test_tokens_and_images_have_the_shapes_of_any_divisible_resolution(codebook, height, width):
+    model = tiny_tokenizer(codebook=codebook)
+    x = images(2, 32)[:, :, :height, :width]
+    x_hat, tokens, _ = model(x)
+    assert x_hat.shape == x.shape and x_hat.dtype == torch.float32
+    assert tokens.shape == (2, height * width // 16) and tokens.dtype == torch.int64
+    assert 0 <= tokens.min() and tokens.max() < model.codebook_size
+    assert torch.equal(model.encode(x), tokens)
+    if height == width:
+        assert model.decode(tokens).shape == x.shape
+
+
+def test_tokens_are_in_raster_order():
+    """Tokens of the grid's upper half are the tokens of the image's upper half, far from the cut."""
+    model, x = tiny_tokenizer().eval(), images(1, 32)
+    tokens, grid = model.encode(x), model.quantizer.quantize(model.encoder(x))
+    assert torch.equal(tokens, grid.reshape(1, -1))
+    assert torch.equal(tokens[0, 8:16], grid[0, 1])
+    assert not torch.equal(tokens[0, 8:16], grid[0, :, 1])
+
+
+def test_forward_and_encode_give_the_same_tokens_for_either_distance():
+    """The root of nearly equal float32 distances makes ties; they must not decide the index."""
+    for distance in ("squared", "l2"):
+        quantizer = VectorQuantizer(TokenizerConfig(distance=distance, codebook_dim=16))
+        z_hat = normal(8, 16, 16, 16)
+        assert torch.equal(quantizer(z_hat)[1], quantizer.quantize(z_hat)), distance
+
+
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+def test_decode_of_encode_is_the_reconstruction_of_forward_bit_for_bit(codebook):
+    model, x = tiny_tokenizer(codebook=codebook), images(3)
+    x_hat, tokens, _ = model(x)
+    assert tokens.unique().numel() > 3  # a constant map would prove nothing
+    assert torch.equal(model.decode(model.encode(x)), x_hat)
+
+
+def test_encoding_has_no_gradient_and_decoding_reaches_the_codebook():
+    model = tiny_tokenizer()
+    tokens = model.encode(images(2).requires_grad_())
+    assert not tokens.requires_grad
+    model.decode(tokens).sum().backward()
+    assert model.quantizer.codebook.weight.grad.any()
+    assert all(p.grad is None for p in model.encoder.parameters())
+
+
+# Wrong inputs ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 18, 16), (1, 3, 16, 18), (1, 1, 16, 16), (3, 16, 16)])
+def test_images_of_wrong_shape_are_refused(shape):
+    model = tiny_tokenizer()
+    for call in (model, model.encode):
+        with pytest.raises(ValueError, match="divisible by 4"):
+            call(torch.zeros(shape))
+
+
+def test_a_side_not_divisible_by_f_is_refused_with_the_nearest_sides():
+    with pytest.raises(ValueError, match="nearest sides are 96 and 112"):
+        TokenizerConfig(image_size=100)
+
+
+@pytest.mark.parametrize("shape", [(1, 15), (2, 4, 4), (2, 1, 16), (16,)])
+def test_tokens_that_form_no_square_grid_are_refused(shape):
+    with pytest.raises(ValueError, match="square"):
+        tiny_tokenizer().decode(torch.zeros(shape, dtype=torch.int64))
+
+
+def test_unknown_codebook_attention_and_distance_are_refused():
+    with pytest.raises(ValueError, match="plain, entropy, fn, kmeans"):
+        TokenizerConfig(codebook="vq")
+    with pytest.raises(ValueError, match="interleaved"):
+        VQTokenizer(TokenizerConfig(**TINY, num_attention=1, attention="full"))
+    with pytest.raises(ValueError, match="squared"):
+        code_distances(normal(2, 4), normal(3, 4), "cosine")
+
+
+def test_attention_on_a_map_that_its_blocks_do_not_tile_is_refused():
+    model, x = tiny_tokenizer(image_size=16), images(1, 12)  # a 3x3 grid; the blocks of 4x4 are 2x2
+    assert model(x)[0].shape == x.shape
+    model.add_attention()
+    with pytest.raises(ValueError, match="3x3 map needs sides divisible by its block side 2"):
+        model(x)
+    with pytest.raises(ValueError, match="6 channels cannot be split into 4"):
+        BlockAttention(6, 16, "regional")
+
+
+# Quantizer: indices, straight-through, Eq. 2 --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+def test_index_is_the_brute_force_nearest_code(codebook):
+    quantizer, z_hat = tiny_quantizer(codebook=codebook), normal(3, 4, 5, 6, seed=1)
+    expected = brute_force_indices(F.normalize(z_hat, dim=1) if codebook == "fn" else z_hat, quantizer.codes)
+    assert expected.unique().numel() > 8
+    assert torch.equal(quantizer.quantize(z_hat), expected)
+    assert torch.equal(quantizer(z_hat)[1], expected)
+
+
+def test_distances_are_the_euclidean_ones_squared_up_to_a_constant_of_each_row():
+    z, codes = normal(7, 4, dtype=torch.float64), normal(5, 4, seed=1, dtype=torch.float64)
+    true = torch.cdist(z, codes)
+    squared = code_distances(z, codes) + z.square().sum(1, keepdim=True)
+    torch.testing.assert_close(squared, true.square())
+    torch.testing.assert_close(code_distances(z, codes, "l2"), true)
+
+
+def test_a_code_returns_its_own_index_and_costs_nothing():
+    quantizer = tiny_quantizer(codebook="plain")
+    indices = torch.arange(16).view(1, 4, 4)
+    z_st, found, losses = quantizer(quantizer.lookup(indices).detach())
+    assert torch.equal(found, indices)
+    assert torch.equal(z_st, quantizer.lookup(indices))
+    assert losses["loss_codebook"] == losses["loss_commit"] == 0
+
+
+@pytest.mark.parametrize("codebook", ["plain", "entropy", "kmeans"])
+def test_straight_through_is_exactly_the_code_forwards_and_the_identity_backwards(codebook):
+    quantizer, z_hat = tiny_quantizer(codebook=codebook), normal(2, 4, 3, 3, seed=1).requires_grad_()
+    z_st, indices, _ = quantizer(z_hat)
+    assert torch.equal(z_st, quantizer.lookup(indices))
+    upstream = normal(*z_st.shape, seed=2)
+    z_st.backward(upstream)
+    assert torch.equal(z_hat.grad, upstream)
+    assert quantizer.codebook.weight.grad is None  # the decoder's path never moves the codes
+
+
+def test_codebook_term_moves_the_codes_only_and_commitment_the_encoder_only():
+    quantizer, z_hat = tiny_quantizer(codebook="plain"), normal(2, 4, 3, 3, seed=1).requires_grad_()
+    indices, losses = quantizer(z_hat)[1:]
+    variables = (z_hat, quantizer.codebook.weight)
+    to_z, to_codes = torch.autograd.grad(losses["loss_codebook"], variables, allow_unused=True)
+    difference = (quantizer.lookup(indices) - z_hat).detach()
+    assert to_z is None
+    expected = torch.zeros(16, 4).index_add_(
+        0, indices.flatten(), difference.permute(0, 2, 3, 1).reshape(-1, 4) * 2 / difference.numel()
+    )
+    torch.testing.assert_close(to_codes, expected)
+    to_z, to_codes = torch.autograd.grad(losses["loss_commit"], variables, allow_unused=True)
+    assert to_codes is None
+    torch.testing.assert_close(to_z, -2 * difference / difference.numel())
+
+
+def test_the_two_terms_are_the_mean_squared_quantization_error_without_beta():
+    quantizer, z_hat = tiny_quantizer(codebook="plain"), normal(2, 4, 3, 3, seed=1)
+    z_st, _, losses = quantizer(z_hat)
+    expected = (z_st - z_hat).square().mean().item()
+    assert losses["loss_codebook"].item() == losses["loss_commit"].item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+def test_only_the_entropy_codebook_has_an_entropy_term(codebook):
+    model, x = tiny_tokenizer(codebook=codebook, kmeans_warmup=0), images(2)
+    expected = {"loss_codebook", "loss_commit"} | ({"loss_entropy"} if codebook == "entropy" else set())
+    losses = model(x)[2]
+    assert set(losses) == expected
+    assert all(value.dtype == torch.float32 and value.ndim == 0 for value in losses.values())
+    assert (model.average_probs(x) is not None) == (codebook == "entropy")
+
+
+def test_without_the_entropy_term_losses_and_gradients_are_those_of_plain_vq():
+    gradients = []
+    for codebook in ("plain", "entropy"):
+        model, x = tiny_tokenizer(codebook=codebook), images(2)
+        x_hat, _, losses = model(x)
+        ((x - x_hat).abs().mean() + losses["loss_codebook"] + 0.25 * losses["loss_commit"]).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_uniform_initial_codes_lie_within_one_over_k():
+    codes = VectorQuantizer(TokenizerConfig(codebook_size=64, codebook_dim=32)).codebook.weight
+    assert codes.abs().max() <= 1 / 64 and codes.std().item() == pytest.approx(1 / 64 / 3**0.5, rel=0.1)
+
+
+def test_the_quantizer_computes_in_float32_under_bfloat16_autocast(monkeypatch):
+    quantizer, z_hat = tiny_quantizer(), normal(2, 4, 5, 5, seed=1)
+    expected, types = quantizer(z_hat), []
+
+    def spy(z, codes, kind="squared"):
+        distances = code_distances(z, codes, kind)
+        types.extend((z.dtype, codes.dtype, distances.dtype))
+        return distances
+
+    monkeypatch.setattr(module, "code_distances", spy)
+    with torch.autocast("cpu", torch.bfloat16):
+        z_st, indices, losses = quantizer(z_hat)
+        assert torch.equal(quantizer.quantize(z_hat), indices)
+        probs = quantizer.probs(z_hat)
+        model_tokens = tiny_tokenizer()(images(1))[1]  # bfloat16 convolutions in front of the quantizer
+    assert set(types) == {torch.float32}
+    assert model_tokens.dtype == torch.int64
+    assert torch.equal(z_st, expected[0]) and torch.equal(indices, expected[1])
+    assert losses == expected[2] and z_st.dtype == probs.dtype == quantizer.codes.dtype == torch.float32
+    distances = code_distances(quantizer.flatten(z_hat), quantizer.codes)
+    torch.testing.assert_close(probs, average_probs(distances))
+
+
+# Entropy term ---------------------------------------------------------------------------------------------
+
+
+def test_entropy_term_is_zero_for_even_use_ln_k_for_one_code_and_never_negative():
+    assert entropy_loss(average_probs(torch.full((6, 16), 3.0))).item() == pytest.approx(0, abs=1e-6)
+    one_code = F.one_hot(torch.tensor(3), 16).float()
+    assert entropy_loss(one_code).item() == pytest.approx(math.log(16), rel=1e-6)
+    for seed in range(20):
+        term = entropy_loss(average_probs(10 * normal(30, 16, seed=seed))).item()
+        assert 0 < term < math.log(16)
+
+
+def test_entropy_term_is_ln_k_minus_the_entropy_of_the_mean_assignment():
+    quantizer, z_hat = tiny_quantizer(), normal(3, 4, 2, 2, seed=1)
+    z = z_hat.double().permute(0, 2, 3, 1).reshape(-1, 4)
+    mean = torch.cdist(z, quantizer.codes.double()).square().neg().softmax(1).mean(0)
+    expected = math.log(16) + (mean * mean.log()).sum().item()
+    assert quantizer(z_hat)[2]["loss_entropy"].item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("entropy_set", ["batch", "image"])
+@pytest.mark.parametrize("distance", ["squared", "l2"])
+@pytest.mark.parametrize("which", ["codes", "encoder"])
+def test_a_gradient_step_on_the_entropy_term_raises_the_entropy(which, distance, entropy_set):
+    quantizer = tiny_quantizer(distance=distance, entropy_set=entropy_set)
+    z_hat = (normal(3, 4, 4, 4, seed=1) + 1).requires_grad_()
+    moved = quantizer.codebook.weight if which == "codes" else z_hat
+    before = quantizer(z_hat)[2]["loss_entropy"]
+    (gradient,) = torch.autograd.grad(before, moved)
+    assert gradient.abs().sum() > 0
+    with torch.no_grad():
+        moved -= 0.01 * gradient / gradient.norm()
+    assert quantizer(z_hat)[2]["loss_entropy"] < before - 1e-5
+
+
+def test_the_average_per_image_is_the_mean_of_the_terms_of_single_images():
+    quantizer, z_hat = tiny_quantizer(entropy_set="image"), normal(3, 4, 2, 2, seed=1)
+    single = [quantizer(z_hat[i : i + 1])[2]["loss_entropy"].item() for i in range(3)]
+    together = quantizer(z_hat)[2]["loss_entropy"].item()
+    assert together == pytest.approx(sum(single) / 3, rel=1e-5)
+    assert together > tiny_quantizer()(z_hat)[2]["loss_entropy"].item() + 0.1  # the entropy is concave
+
+
+def test_the_global_mean_makes_two_half_batches_equal_one_batch_in_float64():
+    quantizer = tiny_quantizer()
+    z, codes = normal(40, 4, seed=1, dtype=torch.float64), normal(16, 4, seed=2, dtype=torch.float64)
+    z[20:] += 1  # halves that differ
+    z, codes = z.requires_grad_(), codes.requires_grad_()
+
+    def gradients(rows, global_probs):
+        loss = quantizer._entropy_loss(code_distances(z[rows], codes), 1, global_probs)
+        return loss, *torch.autograd.grad(loss, (z, codes))
+
+    halves = slice(0, 20), slice(20, 40)
+    probs = torch.stack([average_probs(code_distances(z[rows], codes)).detach() for rows in halves]).mean(0)
+    full = gradients(slice(0, 40), None)
+    with_mean = [sum(parts) / 2 for parts in zip(*(gradients(rows, probs) for rows in halves), strict=True)]
+    naive = [sum(parts) / 2 for parts in zip(*(gradients(rows, None) for rows in halves), strict=True)]
+    for ours, expected in zip(with_mean, full, strict=True):
+        assert (ours - expected).abs().max() < 1e-10
+    assert naive[0] > full[0] + 0.01
+    assert (naive[1] - full[1]).abs().max() > 1e-4 and (naive[2] - full[2]).abs().max() > 1e-4
+
+
+def test_accumulated_micro_batches_give_the_gradients_of_the_whole_batch():
+    model, x = tiny_tokenizer(), images(4)
+    x[2:] = x[2:] * 0.1 + 0.5
+
+    def gradients(parts, probs):
+        model.zero_grad()
+        for part in parts:
+            (model(part, probs)[2]["loss_entropy"] / len(parts)).backward()
+        moved = (*model.encoder.parameters(), model.quantizer.codebook.weight)
+        return torch.cat([p.grad.flatten() for p in moved])
+
+    def gap(some, others):
+        return ((some - others).norm() / others.norm()).item()
+
+    full, parts = gradients([x], None), x.split(2)
+    probs = torch.stack([model.average_probs(part) for part in parts]).mean(0)
+    assert gap(gradients(parts, probs), full) < 1e-4
+    assert gap(gradients(parts, None), full) > 1e-2
+
+
+# Normalised mode ------------------------------------------------------------------------------------------
+
+
+def test_normalised_codes_have_norm_one_and_distances_of_the_angle():
+    quantizer, z_hat = tiny_quantizer(codebook="fn"), normal(2, 4, 3, 3, seed=1)
+    z, codes = quantizer.flatten(z_hat), quantizer.codes
+    torch.testing.assert_close(codes.norm(dim=1), torch.ones(16))
+    distances = code_distances(z, codes) + z.square().sum(1, keepdim=True)
+    torch.testing.assert_close(distances, 2 - 2 * F.cosine_similarity(z[:, None], codes[None], dim=2))
+    assert distances.min() >= -1e-6 and distances.max() <= 4 + 1e-6
+    z_st = quantizer(z_hat)[0]
+    torch.testing.assert_close(z_st.norm(dim=1), torch.ones(2, 3, 3))  # the decoder gets the normalised code
+
+
+def test_in_normalised_mode_a_positive_factor_changes_nothing():
+    quantizer, z_hat = tiny_quantizer(codebook="fn"), normal(2, 4, 3, 3, seed=1)
+    before, after = quantizer(z_hat), quantizer(8 * z_hat)
+    assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
+    torch.testing.assert_close(before[2], after[2])
+
+
+# K-means --------------------------------------------------------------------------------------------------
+
+
+def test_kmeans_finds_exactly_k_distinct_points_without_error():
+    points = torch.randperm(6**4, generator=torch.Generator().manual_seed(0))[:16]
+    points = torch.stack([points // 6**i % 6 for i in range(4)], 1).float()
+    x = points.repeat_interleave(torch.arange(1, 17), 0)  # clusters of very different sizes
+    for seed in range(3):
+        centres = kmeans(x, 16, seed)
+        distances = torch.cdist(x, centres)
+        assert distances.min(1).values.max() == 0
+        counts = torch.bincount(distances.argmin(1), minlength=16)
+        assert codebook_usage(counts)[0] == 1
+        assert sorted(map(tuple, centres.tolist())) == sorted(map(tuple, points.tolist()))
+
+
+def test_kmeans_depends_on_its_seed_only_and_survives_fewer_distinct_points_than_centres():
+    x = normal(60, 3)
+    torch.manual_seed(1)
+    first = kmeans(x, 5, seed=7)
+    torch.manual_seed(2)
+    assert torch.equal(kmeans(x, 5, seed=7), first)
+    assert not torch.equal(kmeans(x, 5, seed=8), first)
+    assert kmeans(torch.ones(9, 3), 4, seed=0).eq(1).all()
+
+
+def test_reestimation_on_k_distinct_vectors_gives_error_zero_and_usage_one():
+    quantizer = tiny_quantizer(codebook="kmeans", kmeans_warmup=1, kmeans_every=1, kmeans_last=1).train()
+    z_hat = torch.stack(torch.meshgrid(*[torch.tensor([-1.0, 1.0])] * 4, indexing="ij")).reshape(1, 4, 4, 4)
+    quantizer.start_step(0)
+    quantizer(z_hat)
+    assert quantizer.start_step(1) is True
+    z_st, indices, losses = quantizer(z_hat)
+    assert torch.equal(z_st, z_hat) and losses["loss_codebook"] == 0
+    assert codebook_usage(torch.bincount(indices.flatten(), minlength=16)) == (1, pytest.approx(16))
+
+
+def test_start_step_is_true_exactly_when_the_codebook_was_overwritten():
+    quantizer = tiny_quantizer(codebook="kmeans", kmeans_warmup=2, kmeans_every=3, kmeans_last=9).train()
+    overwritten, bypassed = [], []
+    for step in range(13):
+        before = quantizer.codebook.weight.clone()
+        told = quantizer.start_step(step)
+        assert told == (not torch.equal(before, quantizer.codebook.weight))
+        overwritten += [step] * told
+        bypassed += [step] * quantizer.bypass
+        quantizer(normal(2, 4, 4, 4, seed=step))
+    assert overwritten == [2, 5, 8] and bypassed == [0, 1]
+    assert quantizer.num_seen == 8 * 32  # nothing is collected after the last re-estimation
+
+
+@pytest.mark.parametrize("codebook", ["plain", "entropy", "fn"])
+def test_without_kmeans_start_step_does_nothing_and_there_is_no_reservoir(codebook):
+    quantizer = tiny_quantizer(codebook=codebook)
+    assert not any(quantizer.start_step(step) for step in range(5))
+    assert not quantizer.bypass and not quantizer.collecting
+    assert set(quantizer.state_dict()) == {"codebook.weight"}
+
+
+def test_reestimation_is_skipped_while_the_reservoir_holds_fewer_than_k_vectors():
+    quantizer = tiny_quantizer(codebook="kmeans", kmeans_warmup=1, kmeans_every=1, kmeans_last=2).train()
+    before = quantizer.codebook.weight.clone()
+    quantizer.start_step(0)
+    quantizer(normal(1, 4, 3, 5))  # 15 of the 16
+    assert quantizer.start_step(1) is False
+    assert torch.equal(quantizer.codebook.weight, before)
+    quantizer(normal(1, 4, 1, 1, seed=1))  # kept: the skipped ones still count
+    assert quantizer.start_step(2) is True
+
+
+def test_reestimation_empties_the_reservoir():
+    quantizer = tiny_quantizer(codebook="kmeans", kmeans_warmup=1, kmeans_every=1, kmeans_last=9).train()
+    quantizer.start_step(0)
+    quantizer(normal(2, 4, 4, 4))
+    assert quantizer.start_step(1) is True
+    assert quantizer.start_step(2) is False
+
+
+def test_the_reservoir_is_a_uniform_sample_of_everything_seen(monkeypatch):
+    monkeypatch.setattr(VectorQuantizer, "RESERVOIR", 200)
+    quantizer = tiny_quantizer(codebook="kmeans", codebook_dim=1).train()
+    quantizer.start_step(0)
+    for i in range(20):
+        quantizer(torch.full((1, 1, 10, 10), float(i)))  # 2000 vectors, 100 of each number
+    counts = torch.bincount(quantizer.reservoir[:, 0].long(), minlength=20)
+    assert counts.sum() == 200 and (quantizer.reservoir_keys >= 0).all()
+    assert counts[:10].sum() > 70 and counts[10:].sum() > 70 and counts.min() >= 1
+
+
+def test_while_warming_up_the_decoder_gets_the_encoder_output_and_the_losses_are_zero():
+    model, x = tiny_tokenizer(codebook="kmeans", kmeans_warmup=2).train(), images(2)
+    model.quantizer.start_step(0)
+    x_hat, tokens, losses = model(x)
+    assert torch.equal(x_hat, model.decoder(model.encoder(x)))
+    assert torch.equal(tokens, model.encode(x))
+    assert losses == {"loss_codebook": 0, "loss_commit": 0}
+    (x_hat.mean() + sum(losses.values())).backward()
+    assert not model.quantizer.codebook.weight.grad.any()  # zero but there, as DDP wants it
+    assert model.encoder.conv_in.weight.grad.any()
+    model.eval()
+    assert torch.equal(model(x)[0], model.decode(tokens))  # evaluation quantizes
+
+
+def test_warm_start_gives_the_entropy_codebook_one_kmeans_and_then_its_usual_losses():
+    model, x = tiny_tokenizer(codebook="entropy", warm_start=3).train(), images(4)
+    told, names = [], []
+    for step in range(6):
+        told.append(model.quantizer.start_step(step))
+        names.append("loss_entropy" in model(x)[2])
+    assert told == [False, False, False, True, False, False]
+    assert names == [False, False, False, True, True, True]
+    assert model.quantizer.num_seen == 3 * 4 * 16
+
+
+def test_usage_of_a_constant_map_is_one_over_k_and_of_an_even_one_is_one():
+    assert codebook_usage(torch.bincount(torch.full((50,), 3), minlength=16)) == (1 / 16, pytest.approx(1))
+    assert codebook_usage(torch.full((16,), 5)) == (1, pytest.approx(16))
+    assert codebook_usage(torch.tensor([5, 5, 0, 0])) == (0.5, pytest.approx(2))
+
+
+# Windowed attention ---------------------------------------------------------------------------------------
+
+
+def seen_pixels(function, row, column, seed=0):
+    """(16, 16) bool: the input pixels with a gradient from the output at (row, column)."""
+    x = normal(1, 2, 4, 16, 16, seed=seed, dtype=torch.float64).requires_grad_()
+    weights = normal(2, 4, seed=seed + 1, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad((function(x)[0, :, :, row, column] * weights).sum(), x)
+    return gradient[0].abs().sum((0, 1)) > 0
+
+
+def attend(kind, block=4):
+    return lambda x: windowed_attention(x, x.flip(2), x.roll(1, 2), block, kind)
+
+
+@pytest.mark.parametrize("row, column", [(0, 0), (5, 10), (15, 3)])
+def test_receptive_sets_are_the_block_the_grid_their_union_and_everything(row, column):
+    rows, columns = torch.arange(16)[:, None], torch.arange(16)[None, :]
+    own_block = (rows // 4 == row // 4) & (columns // 4 == column // 4)
+    own_grid = (rows % 4 == row % 4) & (columns % 4 == column % 4)
+    assert torch.equal(seen_pixels(attend("regional"), row, column), own_block)
+    assert torch.equal(seen_pixels(attend("dilated"), row, column), own_grid)
+    parallel = seen_pixels(attend("parallel"), row, column)
+    assert torch.equal(parallel, own_block | own_grid) and parallel.sum() == 31
+    assert seen_pixels(lambda x: attend("dilated")(attend("regional")(x)), row, column).sum() == 256
+
+
+@pytest.mark.parametrize("kind", ["regional", "dilated"])
+@pytest.mark.parametrize("height, width, block", [(16, 16, 4), (8, 8, 8), (8, 8, 1), (4, 12, 2), (6, 9, 3)])
+def test_cutting_into_windows_and_joining_them_are_inverse(kind, height, width, block):
+    x = normal(2, 3, 4, height, width)
+    windows = to_windows(x, block, kind)
+    positions = block**2 if kind == "regional" else height * width // block**2
+    assert windows.shape == (2 * height * width // positions, 3, positions, 4)
+    assert torch.equal(from_windows(windows, block, kind, height, width), x)
+    assert torch.equal(to_windows(from_windows(windows, block, kind, height, width), block, kind), windows)
+
+
+@pytest.mark.parametrize("kind, block", [("regional", 8), ("dilated", 1)])
+def test_one_window_over_the_whole_map_is_full_attention(kind, block):
+    q, k, v = (normal(2, 3, 4, 8, 8, seed=seed, dtype=torch.float64) for seed in range(3))
+    scores = torch.einsum("bhdn,bhdm->bhnm", q.flatten(3), k.flatten(3)) / 4**0.5
+    expected = torch.einsum("bhnm,bhdm->bhdn", scores.softmax(3), v.flatten(3)).view(2, 3, 4, 8, 8)
+    torch.testing.assert_close(windowed_attention(q, k, v, block, kind), expected)
+
+
+def unit(kind, num=1, zero=False):
+    torch.manual_seed(0)
+    layers = attention_units(8, 16, TokenizerConfig(**TINY, attention=kind), num).double()
+    if not zero:
+        for parameter in layers.parameters():
+            torch.nn.init.normal_(parameter)
+    return layers
+
+
+@pytest.mark.parametrize("kind", ["interleaved", "parallel"])
+def test_new_attention_units_are_the_identity(kind):
+    x = normal(2, 8, 16, 16, dtype=torch.float64)
+    assert torch.equal(unit(kind, num=2, zero=True)(x), x)
+    assert not torch.allclose(unit(kind)(x), x)
+
+
+@pytest.mark.parametrize("kind", ["interleaved", "parallel"])
+def test_a_cyclic_shift_by_the_block_side_commutes_with_the_unit(kind):
+    layers, x = unit(kind), normal(2, 8, 16, 16, dtype=torch.float64)
+    shifted = layers(x.roll((4, -8), (2, 3)))
+    torch.testing.assert_close(shifted, layers(x).roll((4, -8), (2, 3)))
+    assert not torch.allclose(layers(x.roll(1, 2)), layers(x).roll(1, 2))  # windows have borders
+
+
+@pytest.mark.parametrize("kind", ["interleaved", "parallel"])
+def test_images_of_a_batch_do_not_mix(kind):
+    layers, x = unit(kind), normal(3, 8, 16, 16, dtype=torch.float64)
+    torch.testing.assert_close(layers(x)[1:2], layers(x[1:2]))
+
+
+# Second phase ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["interleaved", "parallel"])
+def test_new_units_leave_the_reconstruction_bit_equal_and_the_weights_load_again(attention):
+    model, x = tiny_tokenizer(attention=attention).eval(), images(2)
+    before, size = model(x)[0], count(model)
+    model.add_attention()
+    widths = model.config.widths
+    per_width = 8 if attention == "parallel" else 6
+    assert count(model) - size == sum(8 * width**2 + per_width * width for width in widths)
+    assert torch.equal(model(x)[0], before)
+    again = VQTokenizer(model.config)
+    again.load_state_dict(model.state_dict(), strict=True)
+
+
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+def test_phase_2_moves_the_decoder_and_leaves_encoder_codebook_and_tokens_bit_identical(codebook):
+    model, x = tiny_tokenizer(codebook=codebook), images(4)
+    model.add_attention()
+    model.freeze_latent_space()
+    frozen = {k: v.clone() for k, v in model.state_dict().items() if not k.startswith("decoder.")}
+    tokens, before = model.encode(x), {k: v.clone() for k, v in model.decoder.state_dict().items()}
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {f"decoder.{name}" for name, _ in model.decoder.named_parameters()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+    for step in range(3):
+        model.train()
+        model.quantizer.start_step(step)
+        x_hat, seen, losses = model(x)
+        assert losses == {} and torch.equal(seen, tokens)
+        optimizer.zero_grad()
+        (x - x_hat).abs().mean().backward()
+        optimizer.step()
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in frozen.items())
+    assert torch.equal(model.encode(x), tokens)
+    assert not any(torch.equal(before[name], value) for name, value in model.decoder.state_dict().items())
+
+
+def test_after_freezing_encoder_and_codebook_stay_in_eval_mode_without_gradients():
+    model = tiny_tokenizer().train()
+    model.freeze_latent_space()
+    assert model.train() is model
+    assert model.decoder.training and not model.encoder.training and not model.quantizer.training
+    model(images(2))[0].sum().backward()
+    assert all(p.grad is None for part in (model.encoder, model.quantizer) for p in part.parameters())
+    assert model.average_probs(images(2)) is None
