@@ -77,7 +77,7 @@ def build_vgg16(width=64, num_classes=1000, hidden=4096, batch_norm=False):
 
     At the defaults: torchvision's `vgg16()`, same state-dict keys, 138,357,544 parameters. With width < 64
     (the reduced judge for small images, ours) the 7x7 average pool becomes 1x1, so the first linear layer
-    has 8 * width inputs instead of 8 * width * 49, and there is no dropout. `batch_norm` is for training such a judge;
+    has 8 * width inputs instead of 8 * width * 49, and there is no dropout. `batch_norm` is for training it;
     `fold_batch_norm` removes it afterwards. Five max-pools: sides of at least 32 pixels.
 
     deviation: weights start as He-normal and biases at zero (ours); trained ones replace them.
@@ -505,5 +505,5 @@ def lpips_like(vgg, x, x_hat):
     """
     with torch.no_grad():
         a, b = vgg(x, LAYERS), vgg(x_hat, LAYERS)
-    unit = {name: (F.normalize(a[name].float(), dim=1), F.normalize(b[name].float(), dim=1)) for name in LAYERS}
-    return sum((u - v).square().sum(1).mean((1, 2)) for u, v in unit.values())
+    unit = [(F.normalize(a[name].float(), dim=1), F.normalize(b[name].float(), dim=1)) for name in LAYERS]
+    return sum((u - v).square().sum(1).mean((1, 2)) for u, v in unit)

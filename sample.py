@@ -59,7 +59,7 @@ def barrier():
 
 
 def setup_device(name):
-    """Opens the process group under torchrun (NCCL on GPUs, gloo on CPUs) and returns this process's device."""
+    """Opens the process group under torchrun (NCCL on GPUs, gloo on CPUs) and returns the device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cuda", "cpu"):
@@ -195,7 +195,7 @@ class Cifar10(ImageData):
             data = TorchvisionCifar10(Path.home() / ".cache" / "cifar10", train=train, download=True)
         except Exception as error:  # torchvision raises what the network raises
             raise UserError(
-                f"CIFAR-10 could not be downloaded ({type(error).__name__}); unpack it into one folder per class "
+                f"CIFAR-10 could not be downloaded ({type(error).__name__}); unpack it to a folder per class "
                 "and pass --data FOLDER"
             ) from None
         super().__init__(image_size, seed, data.classes)
@@ -231,17 +231,18 @@ class Shapes(ImageData):
         return self.size
 
     def factors(self, index):
-        """All factors of one image: dict of floats and tuples. Lengths in half image sides, angles in radians."""
+        """All factors of one image: floats and tuples. Lengths in half image sides, angles in radians."""
         key = (self.seed, self.split, index)
         s, d = random.Random(mix("structure", *key)), random.Random(mix("detail", *key, self.detail_seed))
-        radius = s.uniform(0.45, 0.65)
+        radius = s.uniform(0.55, 0.8)
         dark, bright = [tuple(d.uniform(*span) for _ in range(3)) for span in ((0.0, 0.45), (0.55, 1.0))]
         swap = d.random() < 0.5
         return dict(
-            label=index % 10, radius=radius, angle=s.uniform(0, 2 * math.pi),
-            x=s.uniform(radius - 0.95, 0.95 - radius), y=s.uniform(radius - 0.95, 0.95 - radius),
+            label=index % 10, radius=radius, angle=s.uniform(-0.5, 0.5),
+            x=s.uniform(radius - 1, 1 - radius), y=s.uniform(radius - 1, 1 - radius),
             foreground=bright if swap else dark, background=dark if swap else bright,
-            texture=d.choice(("plain", "stripes", "checks")), frequency=d.uniform(4, 8), phase=d.uniform(0, 6.28),
+            texture=d.choice(("plain", "stripes", "checks")), frequency=d.uniform(4, 8),
+            phase=d.uniform(0, 2 * math.pi),
             texture_angle=d.uniform(0, math.pi), texture_strength=d.uniform(0.05, 0.15),
             light_angle=d.uniform(0, 2 * math.pi), light_strength=d.uniform(0, 0.2),
         )  # fmt: skip
@@ -360,7 +361,7 @@ def to_float(pixels, device):
 
 
 def batches(data, batch, start, workers):
-    """Endless (images uint8, labels) of this process's share of each global batch, beginning at step `start`."""
+    """Endless (images uint8, labels) of this process's share of each global batch, from step `start` on."""
 
     def positions():
         for step in range(start, 2**62):
@@ -426,14 +427,21 @@ def load_model(path, stages, device="cpu"):
     return model.to(device).eval(), ckpt
 
 
-def latent_hash(tokenizer):
-    """16 hex digits over everything that decides the tokens of an image: all weights but the decoder's."""
+def weights_hash(*modules, skip=None):
+    """16 hex digits over the names and bits of all weights, but those whose name begins with `skip`."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(tokenizer.state_dict().items()):
-        if not name.startswith("decoder."):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    for module in modules:
+        for name, tensor in sorted(module.state_dict().items()):
+            if skip is None or not name.startswith(skip):
+                digest.update(name.encode())
+                bits = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                digest.update(bits.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def latent_hash(tokenizer):
+    """Hash of everything that decides the tokens of an image: all weights but the decoder's."""
+    return weights_hash(tokenizer, skip="decoder.")
 
 
 def load_tokenizer_of(prior_path, prior_ckpt, given=None, device="cpu"):
@@ -515,7 +523,7 @@ def to_uint8(x):
 
 
 def psnr(x, x_hat):
-    """Peak signal-to-noise ratio in dB of each image, (B,), after rounding to 8 bits: 10 log10(255^2 / mse)."""
+    """Peak signal-to-noise ratio in dB of each image, (B,), rounded to 8 bits: 10 log10(255^2 / mse)."""
     error = (to_uint8(x).double() - to_uint8(x_hat).double()).square().flatten(1).mean(1)
     return 10 * torch.log10(255**2 / error.clamp(min=1e-10))
 
@@ -644,7 +652,7 @@ def sample(args, device):
 
 def reconstruct(args, device):
     tokenizer, ckpt = load_model(args.ckpt, ("phase1", "phase2"), device)
-    config = dict(ckpt["config"], **({"data": args.data, "val": None} if args.data else {}))
+    config = dict(ckpt["config"], **({"data": args.data, "val": args.data} if args.data else {}))
     data = load_data(config)[1]
     if args.num > len(data):
         raise UserError(f"--num {args.num}, but there are only {len(data)} images")

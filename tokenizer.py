@@ -70,9 +70,9 @@ class TokenizerConfig:
 
 
 def group_norm(channels):
-    """GroupNorm of 32 groups, fewer where a group would have less than 4 channels (as at the paper's width 128).
+    """GroupNorm of 32 groups, fewer where a group would have less than 4 channels (as at width 128).
 
-    With one channel a group, as 32 groups give at width 32, each map loses its mean: an image's colour is gone.
+    With one channel a group, as 32 groups give at width 32, every map loses its mean: colour is gone.
     """
     groups = max(g for g in range(1, 33) if channels % g == 0 and (channels >= 4 * g or g == 1))
     return nn.GroupNorm(groups, channels, eps=1e-6)
@@ -570,6 +570,12 @@ class VQTokenizer(nn.Module):
             width = self.config.widths[-1 - i]
             unit = attention_units(width, self.grid_size * 2**i, self.config, num)
             stage.attention = unit.to(self.quantizer.codebook.weight.device)
+
+    def start_step(self, step):
+        """Called before each training step: the parameters that were just overwritten, usually none."""
+        if self.frozen or not self.quantizer.start_step(step):
+            return []
+        return [self.quantizer.codebook.weight]
 
     def train(self, mode=True):
         super().train(mode)

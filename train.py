@@ -1,7 +1,7 @@
 """Trains every part of SeQ-GAN (Sec. 3 and 4): a judge, the tokenizer's two phases and both priors.
 
-    python train.py --stage all --preset demo                            # the whole method on a CPU, no download
-    python train.py --stage all --preset cifar10 --data DIR              # real images on a CPU
+    python train.py --stage all --preset demo                   # the whole method on a CPU, no download
+    python train.py --stage all --preset cifar10 --data DIR     # real images on a CPU
     torchrun --nproc_per_node=8 train.py --stage phase1 --preset imagenet --data DIR    # Table 9
 
 Stages: vgg (a judge of one's own), phase1, phase2, ar, nar, or all. Each leaves one checkpoint in
@@ -23,8 +23,8 @@ STAGES = ("vgg", "phase1", "phase2", "ar", "nar")
 # Presets (Tables 9 and 10). `--set section.key=value` changes any single value.
 # ----------------------------------------------------------------------------------------------------------
 
-LOSS = dict(beta=0.25, gamma=0.01, per_weight=1.0, adv_weight=0.1, adv_start=0.05, adv_ramp=0.05, gan="logistic",
-            adaptive=False, r1_gamma=10.0, r1_every=16)  # fmt: skip
+LOSS = dict(beta=0.25, gamma=0.01, per_weight=1.0, adv_weight=0.1, adv_start=0.05, adv_ramp=0.05,
+            gan="logistic", adaptive=False, r1_gamma=10.0, r1_every=16)  # fmt: skip
 IMAGENET = dict(
     data=None, val=None, limit=None, image_size=256, conditional=True, vgg="imagenet", code_variants=10,
     seed=0, precision="bf16",
@@ -32,10 +32,10 @@ IMAGENET = dict(
     discriminator=dict(kind="style", channel_multiplier=1, max_width=512),
     judge=dict(width=64, hidden=4096, batch=256, steps=450_000, lr=1e-3, schedule="cosine", lr_end=0.0,
                lr_start=0, betas=[0.9, 0.99], weight_decay=0.05, ema=0.0, label_smoothing=0.1),
-    phase1=dict(LOSS, alpha=1.0, batch=256, steps=500_000, lr=1e-4, schedule="cosine", lr_end=5e-5, lr_start=0,
-                betas=[0.9, 0.99], weight_decay=0.0, ema=0.0, init=None),
-    phase2=dict(LOSS, alpha=0.0, batch=128, steps=200_000, lr=5e-5, schedule="constant", lr_end=5e-5, lr_start=0,
-                betas=[0.5, 0.9], weight_decay=0.0, ema=0.0),
+    phase1=dict(LOSS, alpha=1.0, batch=256, steps=500_000, lr=1e-4, schedule="cosine", lr_end=5e-5,
+                lr_start=0, betas=[0.9, 0.99], weight_decay=0.0, ema=0.0, init=None),
+    phase2=dict(LOSS, alpha=0.0, batch=128, steps=200_000, lr=5e-5, schedule="constant", lr_end=5e-5,
+                lr_start=0, betas=[0.5, 0.9], weight_decay=0.0, ema=0.0),
     prior=dict(n_layer=24, n_head=16, n_embd=768, dropout=0.1),
     ar=dict(batch=256, steps=1_500_000, lr=1e-4, schedule="exponential", lr_end=5e-6, lr_start=80_000,
             betas=[0.9, 0.96], weight_decay=1e-2, ema=0.0),
@@ -66,27 +66,27 @@ LSUN = variant(
     phase1=dict(lr=5e-5, schedule="constant", init="required"), phase2=dict(batch=64),
     ar=dict(batch=256), nar=dict(batch=256),
 )  # fmt: skip
-CIFAR10 = variant(
+CIFAR10 = variant(  # ours, for a CPU: small networks, a judge of one's own, short schedules
     IMAGENET, data="cifar10", image_size=32, vgg="judge", code_variants=2,
-    tokenizer=dict(base_width=48, channel_mult=[1, 2, 4], codebook_size=512, codebook_dim=64),
-    discriminator=dict(max_width=64),
+    tokenizer=dict(base_width=32, channel_mult=[1, 2, 4, 4], codebook_dim=64, warm_start=200),
+    discriminator=dict(max_width=32),
     judge=dict(width=32, hidden=256, batch=128, steps=4500, lr=2e-3),
-    phase1=dict(batch=64, steps=3000, lr=4e-4, lr_end=4e-5),
-    phase2=dict(batch=64, steps=1000, lr=2e-4),
-    prior=dict(n_layer=8, n_head=6, n_embd=192),
-    ar=dict(batch=128, steps=4000, lr=1e-3, lr_start=2000, lr_end=2e-5, ema=0.998),
-    nar=dict(batch=128, steps=4000, lr=1e-3, lr_start=2000, ema=0.998),
+    phase1=dict(batch=64, steps=3000, lr=6e-4, lr_end=3e-5, gamma=0.1, per_weight=0.03, ema=0.995),
+    phase2=dict(batch=64, steps=800, lr=2e-4, per_weight=0.1, ema=0.99),
+    prior=dict(n_layer=8, n_head=8, n_embd=256),
+    ar=dict(batch=128, steps=3600, lr=1e-3, lr_start=1200, lr_end=3e-5, ema=0.995),
+    nar=dict(batch=128, steps=3600, lr=1e-3, lr_start=1200, ema=0.995),
 )  # fmt: skip
-DEMO = variant(
+DEMO = variant(  # ours, minutes on a CPU
     CIFAR10, data="shapes",
-    tokenizer=dict(base_width=24, channel_mult=[1, 2, 4], codebook_size=128, codebook_dim=32, warm_start=100),
+    tokenizer=dict(codebook_size=256, codebook_dim=32, warm_start=100),
     discriminator=dict(max_width=16),
     judge=dict(width=16, hidden=128, batch=64, steps=900),
-    phase1=dict(batch=32, steps=800, lr=1e-3, lr_end=1e-4, gamma=0.03, per_weight=0.02),
-    phase2=dict(batch=32, steps=150, per_weight=0.1),
-    prior=dict(n_layer=4, n_head=4, n_embd=128),
-    ar=dict(batch=64, steps=600, lr=2e-3, lr_start=300, lr_end=1e-4, ema=0.99),
-    nar=dict(batch=64, steps=600, lr=2e-3, lr_start=300, ema=0.99),
+    phase1=dict(batch=32, steps=1000, lr=1e-3, lr_end=5e-5, per_weight=0.02, ema=0.99),
+    phase2=dict(batch=32, steps=150, ema=0.98),
+    prior=dict(n_layer=4, n_head=4, n_embd=160, dropout=0.0),
+    ar=dict(batch=64, steps=1200, lr=2e-3, lr_start=400, lr_end=1e-4, ema=0.99),
+    nar=dict(batch=64, steps=1200, lr=2e-3, lr_start=400, ema=0.99),
 )  # fmt: skip
 PRESETS = {
     "imagenet": IMAGENET,
@@ -110,7 +110,7 @@ def parse_args(argv=None):
     add("--stage", choices=(*STAGES, "all"), help="what to train")
     add("--preset", default="demo", choices=PRESETS, help="recipe (default: demo)")
     add("--data", help="folder of images (class sub-folders or none), 'cifar10' or 'shapes'")
-    add("--val", help="second folder for validation; default: DATA/val, else a seeded 5 %% split")
+    add("--val", help="folder of validation images (default: DATA/val beside DATA/train, else a 5 %% split)")
     add("--out", type=Path, help="run folder (default: runs/<preset>)")
     add("--tokenizer", type=Path, help="tokenizer checkpoint for phase2, ar, nar; initial weights of phase1")
     add("--vgg", help="perceptual network: 'imagenet', a torchvision .pth, a vgg.pt of ours, or 'random'")
@@ -119,7 +119,7 @@ def parse_args(argv=None):
     add("--micro-batch", type=int, help="largest batch per process and forward pass; the rest is accumulated")
     add("--alpha", type=float, help="semantic ratio of Eq. 4 in phase1")
     add("--seed", type=int, help="seed of everything (default 0)")
-    add("--limit", type=int, help="use only the first LIMIT training images")
+    add("--limit", type=int, help="use only LIMIT training images, drawn by the seed")
     add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change one preset value")
     add("--workers", type=int, default=0, help="data loading processes per rank (0: in the training process)")
     add("--device", default="auto", help="cuda, cpu or auto")
@@ -142,7 +142,7 @@ def parse_args(argv=None):
 
 
 def build_config(args):
-    """The preset named on the command line with `--data`, `--steps`, ... and every `--set` written into it."""
+    """The preset of the command line with `--data`, `--steps`, ... and every `--set` written into it."""
     config = variant(PRESETS[args.preset])
     for key in ("data", "val", "vgg", "seed", "limit", "precision"):
         if getattr(args, key) is not None:
@@ -177,61 +177,38 @@ def build_config(args):
 if __name__ == "__main__":
     ARGUMENTS = parse_args()  # before torch is imported: --help and a wrong flag answer at once
 
-import contextlib  # noqa: E402
-import math  # noqa: E402
-import resource  # noqa: E402
-import time  # noqa: E402
-from dataclasses import asdict  # noqa: E402
-from functools import cached_property  # noqa: E402
+# isort: off
+# ruff: noqa: E402
+# fmt: off
+import contextlib
+import math
+import resource
+import time
+from dataclasses import asdict
+from functools import cached_property
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: E402
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
 
-from perceptual import (  # noqa: E402
-    PatchDiscriminator,
-    StyleDiscriminator,
-    VGGTaps,
-    adaptive_weight,
-    adv_loss,
-    build_vgg16,
-    disc_loss,
-    layer_weights,
-    load_vgg16,
-    normalize_images,
-    perceptual_loss,
-    r1_penalty,
-)  # fmt: skip
-from prior_ar import ARPrior, PriorConfig  # noqa: E402
-from prior_nar import NARPrior, mask_tokens  # noqa: E402
-from sample import (  # noqa: E402
-    FORMAT,
-    UserError,
-    barrier,
-    batches,
-    decode,
-    generate_images,
-    latent_hash,
-    load_data,
-    load_model,
-    make_sheet,
-    mix,
-    my_rows,
-    print0,
-    psnr,
-    rank,
-    read_checkpoint,
-    save_atomic,
-    seeded_rand,
-    setup_device,
-    to_float,
-    to_uint8,
+from perceptual import (
+    PatchDiscriminator, StyleDiscriminator, VGGTaps, adaptive_weight, adv_loss, build_vgg16, disc_loss,
+    layer_weights, load_vgg16, normalize_images, perceptual_loss, r1_penalty,
+)
+from prior_ar import ARPrior, PriorConfig
+from prior_nar import NARPrior, mask_tokens
+from sample import (
+    FORMAT, UserError, barrier, batches, latent_hash, load_data, load_model, make_sheet, mix, my_rows, print0,
+    rank, read_checkpoint, save_atomic, seeded_rand, setup_device, to_float, weights_hash,
     world,
-)  # fmt: skip
-from tokenizer import TokenizerConfig, VQTokenizer, all_reduce_mean, codebook_usage  # noqa: E402
+)
+from tokenizer import TokenizerConfig, VQTokenizer, all_reduce_mean, codebook_usage
+from visualize import evaluate_judge, evaluate_prior, evaluate_tokenizer, explain, summarize
+# isort: on
+# fmt: on
 
 # ----------------------------------------------------------------------------------------------------------
 # What all stages share
@@ -243,7 +220,7 @@ def lr_at(step, c):
 
     cosine:      from lr at 0 to lr_end at `steps`
     exponential: lr until lr_start, then geometrically to lr_end at `steps`
-    linear:      lr until lr_start, then in a straight line to lr_end ("start_iter" is where decay begins, I17)
+    linear:      lr until lr_start, then in a straight line to lr_end ("start_iter" begins the decay, I17)
     """
     lr, end, T = c["lr"], c["lr_end"], c["steps"]
     t = min(max(0.0, (step - c["lr_start"]) / max(1, T - c["lr_start"])), 1.0)
@@ -346,8 +323,11 @@ class Run:
         """This process's part of a batch, cut into micro-batches."""
         return x.split(self.args.micro_batch or len(x))
 
-    def start(self, stage, **state):
-        """Loads <stage>.pt where it exists. Returns (steps done, seconds spent) and cuts the log to fit."""
+    def start(self, stage, made_from=None, **state):
+        """Loads <stage>.pt where it exists, cuts the log to fit and returns the steps done.
+
+        made_from: hash of the tokenizer that this stage builds on; a checkpoint of another one is refused.
+        """
         path, c = self.out / f"{stage}.pt", self.config[SECTION[stage]]
         if world() > 1 and c["batch"] % world():
             raise UserError(
@@ -356,14 +336,17 @@ class Run:
         step, seconds = 0, 0.0
         if path.exists():
             ckpt = read_checkpoint(path, [stage])
-            refuse_other_config(path, stage, ckpt["config"], self.config)
+            refuse_other_config(path, DEPENDS[stage], ckpt["config"], self.config)
+            if made_from not in (None, ckpt["tokenizer_hash"]):
+                raise UserError(f"{path} was made with tokenizer {ckpt['tokenizer_hash']}, not with "
+                                f"{made_from} as here; move it away or use another --out")  # fmt: skip
             for name, thing in state.items():
                 if thing is not None:
                     thing.load_state_dict(ckpt["model"] if name == "model" else ckpt["train"][name])
             step, seconds = ckpt["step"], ckpt["seconds"]
         share = f"{c['batch']} images" + (f" = {world()} processes x {c['batch'] // world()}" * (world() > 1))
-        print0(f"\n{stage}: step {step} of {c['steps']}, {share} a step, lr {c['lr']}, {self.config['precision']}"
-               f" -> {path}")  # fmt: skip
+        print0(f"\n{stage}: step {step} of {c['steps']}, {share} a step, lr {c['lr']}, "
+               f"{self.config['precision']} -> {path}")  # fmt: skip
         self.clock = time.time() - seconds
         if rank() == 0 and (self.out / "metrics.jsonl").exists():
             rows = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
@@ -403,7 +386,8 @@ class Run:
         """Writes <stage>.pt after `step` + 1 updates, once all processes are found to hold equal weights."""
         if world() > 1:
             hashes = [None] * world()
-            dist.all_gather_object(hashes, latent_hash(model))
+            modules = [thing for thing in (model, ema, *train.values()) if isinstance(thing, torch.nn.Module)]
+            dist.all_gather_object(hashes, weights_hash(*modules))
             if len(set(hashes)) > 1:
                 raise RuntimeError(f"weights differ between processes after step {step + 1}: {hashes}")
         if rank() == 0:
@@ -429,23 +413,21 @@ class Run:
 SECTION = dict(vgg="judge", phase1="phase1", phase2="phase2", ar="ar", nar="nar")  # stage -> preset section
 DEPENDS = dict(  # what a checkpoint of a stage was made with; a run with other values must not continue it
     vgg=["judge"], phase1=["tokenizer", "discriminator", "vgg", "phase1"],
-    phase2=["discriminator", "vgg", "phase2"], ar=["prior", "ar", "conditional"],
-    nar=["prior", "nar", "conditional"],
+    phase2=["discriminator", "vgg", "phase2"], ar=["prior", "ar", "conditional", "code_variants"],
+    nar=["prior", "nar", "conditional", "code_variants"],
 )  # fmt: skip
 
 
-def refuse_other_config(path, stage, old, new):
-    """A checkpoint is continued only by the configuration that began it; `steps` may change."""
-    for key in ["data", "val", "limit", "image_size", "seed", "precision", *DEPENDS[stage]]:
+def refuse_other_config(path, keys, old, new):
+    """A checkpoint is continued only by the configuration that began it; the number of steps may change."""
+    for key in ["data", "val", "limit", "image_size", "seed", "precision", *keys]:
         a, b = old[key], new[key]
-        pairs = (
-            [(f"{key}.{k}", a.get(k), b.get(k)) for k in {*a, *b}] if isinstance(a, dict) else [(key, a, b)]
-        )
+        pairs = [(key, a, b)]
+        if isinstance(a, dict):
+            pairs = [(f"{key}.{k}", a.get(k), b.get(k)) for k in sorted({*a, *b})]
         for name, was, now in pairs:
             if was != now and not name.endswith(".steps"):
-                raise UserError(
-                    f"{path} was made with {name} = {was}, this command says {now}; use another --out"
-                )
+                raise UserError(f"{path} was made with {name} = {was}, not {now} as here; use another --out")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -461,6 +443,7 @@ def train_judge(run):
             "--stage vgg needs labels: one sub-folder per class. Or pass --vgg FILE for other weights"
         )
     sizes = dict(width=c["width"], num_classes=run.train.num_classes, hidden=c["hidden"], batch_norm=True)
+    torch.manual_seed(mix(run.config["seed"], "vgg"))
     vgg = build_vgg16(**sizes).to(device, memory_format=torch.channels_last)
     vgg.sizes = sizes
     optimizer, ema = build_optimizer(vgg, c), build_ema(vgg, c["ema"])
@@ -469,10 +452,8 @@ def train_judge(run):
     for step in run.loop("vgg", start):
         set_lr(optimizer, lr_at(step, c))
         pixels, labels = next(stream)
-        x, labels = (
-            random_shift(to_float(pixels, device), run.config["seed"], step, c["batch"]),
-            labels.to(device),
-        )
+        x, labels = to_float(pixels, device), labels.to(device)
+        x = random_shift(x, run.config["seed"], step, c["batch"])
         vgg.train()
         optimizer.zero_grad(set_to_none=True)
         with run.autocast:
@@ -485,13 +466,13 @@ def train_judge(run):
         if run.due("log", "vgg", step):
             run.log("vgg", step, lr=lr_at(step, c), loss=loss)
         if run.due("eval", "vgg", step):
-            run.log("vgg", step, val_accuracy=judge_accuracy(run, ema.module if ema else vgg))
+            evaluate_judge(run, step, ema.module if ema else vgg)
         if run.due("save", "vgg", step):
             run.save("vgg", step, vgg, ema, optimizer=optimizer)
 
 
 def random_shift(x, seed, step, batch):
-    """Shifts each image by up to an eighth of its side (edges reflected); depends on (seed, step, row) only."""
+    """Shifts each image by up to an eighth of its side (edges reflected); a function of (seed, step, row)."""
     reach = x.shape[-1] // 8
     rows = seeded_rand(batch, 2, seed=mix(seed, "shift", step))[my_rows(batch)]
     offsets = (rows * (2 * reach + 1)).long().tolist()
@@ -499,27 +480,6 @@ def random_shift(x, seed, step, batch):
     return torch.stack(
         [image[:, t : t + S, left : left + S] for image, (t, left) in zip(padded, offsets, strict=True)]
     )
-
-
-@torch.no_grad()
-def judge_accuracy(run, vgg):
-    """Share of validation images, up to 5,000, that the judge classifies rightly; each process takes a part."""
-    vgg.eval()
-    hits = total = torch.zeros((), device=run.device)
-    for indices, x in val_batches(run, 5000):
-        labels = torch.tensor([run.val.labels[i] for i in indices], device=run.device)
-        with run.autocast:
-            hits = hits + (vgg(normalize_images(x)).argmax(1) == labels).sum()
-        total = total + len(labels)
-    return all_reduce_mean(hits) / all_reduce_mean(total).clamp(min=1)
-
-
-def val_batches(run, limit, batch=64):
-    """(indices, images) of this process's share of the first `limit` validation images."""
-    mine = list(range(rank(), min(limit, len(run.val)), world()))
-    for i in range(0, len(mine), batch):
-        indices = mine[i : i + batch]
-        yield indices, to_float(torch.stack([run.val.view(j) for j in indices]), run.device)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -545,17 +505,23 @@ def build_tokenizer(run, stage):
         if given:
             tokenizer.load_state_dict(load_model(given, ("phase1",))[0].state_dict())
         return tokenizer.to(run.device, memory_format=run.layout), {}
-    tokenizer, ckpt = finished(run, given or first, ("phase1",))
+    tokenizer, ckpt = earlier_tokenizer(run, ("phase1",))
     torch.manual_seed(mix(run.config["seed"], "phase2"))
     tokenizer.add_attention()
     return tokenizer.freeze_latent_space().to(memory_format=run.layout), ckpt["train"].get("disc", {})
 
 
-def finished(run, path, stages):
-    """(model, checkpoint) of an earlier stage; a UserError that names the command where it is missing."""
-    if not path.exists():
-        raise UserError(f"{path} is missing: run --stage {stages[0]} first, or pass --tokenizer FILE")
-    return load_model(path, stages, run.device)
+def earlier_tokenizer(run, stages):
+    """(tokenizer, checkpoint): --tokenizer FILE, else the last of `stages` in the run folder."""
+    given, found = run.args.tokenizer, [run.out / f"{s}.pt" for s in stages if (run.out / f"{s}.pt").exists()]
+    if not given and not found:
+        raise UserError(f"no {run.out / 'phase1.pt'}: run --stage phase1 first, or pass --tokenizer FILE")
+    tokenizer, ckpt = load_model(given or found[-1], stages, run.device)
+    if not given:
+        refuse_other_config(found[-1], ["tokenizer"], ckpt["config"], run.config)
+    if tokenizer.config.image_size != run.config["image_size"]:
+        raise UserError(f"{given} is for {tokenizer.config.image_size}-pixel images, this preset for others")
+    return tokenizer, ckpt
 
 
 def build_discriminator(run):
@@ -567,7 +533,7 @@ def build_discriminator(run):
 
 
 def adv_ramp(step, c):
-    """lambda_adv at a step: 0 before `adv_start`, then a straight line up to `adv_weight` (shares of the run)."""
+    """lambda_adv at a step: 0 before `adv_start`, then a ramp up to `adv_weight` (shares of the run)."""
     begin, length = c["adv_start"] * c["steps"], max(1, c["adv_ramp"] * c["steps"])
     return c["adv_weight"] * min(1.0, (step - begin + 1) / length) if step >= begin else 0.0
 
@@ -585,7 +551,7 @@ def mean_probs(tokenizer, parts):
 
 
 def train_tokenizer(run, stage):
-    """Both phases: phase 1 trains everything at alpha = 1, phase 2 the attention-enhanced decoder at alpha = 0."""
+    """Phase 1 trains everything at alpha = 1, phase 2 the attention-enhanced decoder at alpha = 0."""
     c, device = run.config[stage], run.device
     tokenizer, disc_weights = build_tokenizer(run, stage)
     disc, judge, weights = build_discriminator(run), run.judge, layer_weights(c["alpha"])
@@ -597,18 +563,19 @@ def train_tokenizer(run, stage):
         build_ema(tokenizer, c["ema"]),
     )
     frozen = latent_hash(tokenizer) if stage == "phase2" else None
-    start = run.start(stage, model=tokenizer, disc=disc, opt_g=opt_g, opt_d=opt_d, ema=ema)
+    start = run.start(stage, frozen, model=tokenizer, disc=disc, opt_g=opt_g, opt_d=opt_d, ema=ema)
     g, d = run.wrap(tokenizer), run.wrap(disc)
     stream = batches(run.train, c["batch"], start, run.args.workers)
     tokenizer.train()
     for step in run.loop(stage, start):
         set_lr(opt_g, lr_at(step, c))
         set_lr(opt_d, lr_at(step, c))
-        if tokenizer.quantizer.start_step(step):
-            opt_g.state.pop(tokenizer.quantizer.codebook.weight, None)
+        for parameter in tokenizer.start_step(step):
+            opt_g.state.pop(parameter, None)
         x = to_float(next(stream)[0], device)
         parts, adv = run.micro(x), adv_ramp(step, c)
-        global_probs, fakes, logs = mean_probs(tokenizer, parts), [], {}
+        with run.autocast:
+            global_probs, fakes, logs = mean_probs(tokenizer, parts), [], {}
 
         disc.requires_grad_(False)
         opt_g.zero_grad(set_to_none=True)
@@ -664,29 +631,6 @@ def loss_vq(latent, c):
     return sum(weights[name] * value for name, value in latent.items())
 
 
-@torch.no_grad()
-def evaluate_tokenizer(run, stage, step, tokenizer, limit=1000):
-    """Validation PSNR, L1 and hard codebook usage; a sheet of inputs above reconstructions."""
-    tokenizer.eval()
-    sums = torch.zeros(3, dtype=torch.float64, device=run.device)
-    counts = torch.zeros(tokenizer.codebook_size, device=run.device)
-    for _, x in val_batches(run, limit):
-        with run.autocast:
-            tokens = tokenizer.encode(x)
-            x_hat = tokenizer.decode(tokens).float()
-        counts += tokens.flatten().bincount(minlength=tokenizer.codebook_size)
-        sums += torch.tensor([psnr(x, x_hat).sum(), (x - x_hat).abs().mean((1, 2, 3)).sum(), len(x)])
-    sums, counts = all_reduce_mean(sums), all_reduce_mean(counts)
-    usage, perplexity = codebook_usage(counts)
-    run.log(
-        stage, step, val_psnr=sums[0] / sums[2], val_l1=sums[1] / sums[2], usage=usage, perplexity=perplexity
-    )
-    x = torch.stack([run.val.view(i) for i in range(min(10, len(run.val)))])
-    with run.autocast:
-        x_hat = to_uint8(decode(tokenizer, tokenizer.encode(to_float(x, run.device))))
-    run.sheet(f"reconstructions_{stage}", torch.cat([x, x_hat]), len(x))
-
-
 # ----------------------------------------------------------------------------------------------------------
 # Stages ar and nar: the priors (Sec. 4.2, Table 10)
 # ----------------------------------------------------------------------------------------------------------
@@ -733,21 +677,20 @@ def encode_all(run, tokenizer, views, batch=128):
 
 
 def train_prior(run, stage):
-    """AR: cross-entropy of every token given the ones before it. NAR: of the masked tokens given the others."""
+    """AR: cross-entropy of each token given the ones before. NAR: of masked tokens given the others."""
     c, device, seed, names = run.config[stage], run.device, run.config["seed"], run.train.class_names
     if run.config["conditional"] and not names:
         raise UserError("this preset's priors are class-conditional and the data has no class sub-folders; "
                         "sort the images into folders or pass --set conditional=false")  # fmt: skip
-    second = run.out / "phase2.pt"
-    path = run.args.tokenizer or (second if second.exists() else run.out / "phase1.pt")
-    tokenizer, tokenizer_ckpt = finished(run, path, ("phase1", "phase2"))
+    tokenizer, _ = earlier_tokenizer(run, ("phase1", "phase2"))
+    tokens_of = latent_hash(tokenizer)
     codes = cached_codes(run, tokenizer)
     K, N = tokenizer.codebook_size, tokenizer.grid_size**2
     sizes = PriorConfig(K, N, len(names) if run.config["conditional"] else 0, **run.config["prior"])
     torch.manual_seed(mix(seed, stage))
     prior = (ARPrior if stage == "ar" else NARPrior)(sizes).to(device)
     optimizer, ema = build_optimizer(prior, c), build_ema(prior, c["ema"])
-    start = run.start(stage, model=prior, optimizer=optimizer, ema=ema)
+    start = run.start(stage, tokens_of, model=prior, optimizer=optimizer, ema=ema)
     p = codes["train"][0, :2000].long().flatten().bincount(minlength=K).double()
     unigram = torch.special.entr(p / p.sum()).sum().item()
     print0(f"ln K = {math.log(K):.4f} nats; unigram entropy of the codes = {unigram:.4f} nats")
@@ -780,17 +723,10 @@ def train_prior(run, stage):
         if run.due("log", stage, step):
             run.log(stage, step, lr=lr_at(step, c), loss=means[0], top1=means[1])
         if run.due("eval", stage, step):
-            best = ema.module if ema else prior
-            loss, accuracy = evaluate_prior(run, best, codes["val"])
-            run.log(stage, step, val_loss=loss, val_top1=accuracy, ln_K=math.log(K), unigram_entropy=unigram)
-            num = 10 * min(10, sizes.num_classes or 8)
-            labels = [i % sizes.num_classes for i in range(num)] if sizes.num_classes else None
-            with run.autocast:
-                images = generate_images(best, tokenizer, num, labels, seed, run.config["sample"])
-            run.sheet(f"samples_{stage}", images, num // 10)
+            evaluate_prior(run, stage, step, ema.module if ema else prior, tokenizer, codes["val"], unigram)
             prior.train()
         if run.due("save", stage, step):
-            run.save(stage, step, prior, ema, latent_hash(tokenizer), optimizer=optimizer)
+            run.save(stage, step, prior, ema, tokens_of, optimizer=optimizer)
 
 
 def code_batch(run, codes, step, batch):
@@ -801,29 +737,6 @@ def code_batch(run, codes, step, batch):
     variants = [mix(run.config["seed"], "variant", p) % len(codes) for p in positions]
     labels = torch.tensor([run.train.labels[i] for i in index])
     return codes[variants, index].long().to(run.device), labels.to(run.device)
-
-
-@torch.no_grad()
-def evaluate_prior(run, prior, codes, limit=1000, batch=100):
-    """(nats per token, top-1 accuracy) on validation codes; NAR at mask ratios that are fixed by the seed."""
-    prior.eval()
-    sums = torch.zeros(3, dtype=torch.float64)
-    for start in range(rank() * batch, min(limit, len(codes)), world() * batch):
-        tokens = codes[start : start + batch].long().to(run.device)
-        labels = torch.tensor(run.val.labels[start : start + batch], device=run.device)
-        labels = labels if prior.config.num_classes else None
-        with run.autocast:
-            if isinstance(prior, ARPrior):
-                loss, accuracy = prior.loss(prior(tokens, labels), tokens)
-                count = tokens.numel()
-            else:
-                noise = seeded_rand(len(tokens), tokens.shape[1] + 1, seed=mix("val", start)).to(run.device)
-                inputs, mask = mask_tokens(tokens, prior.mask_id, noise)
-                loss, accuracy = prior.loss(prior(inputs, labels), tokens, mask)
-                count = int(mask.sum())
-        sums += torch.tensor([loss * count, accuracy * count, count], dtype=torch.float64)
-    sums = all_reduce_mean(sums.to(run.device))
-    return (sums[0] / sums[2]).item(), (sums[1] / sums[2]).item()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -843,7 +756,7 @@ def train_stage(run, stage):
 def main(args, config):
     try:
         if args.explain:
-            raise UserError("todo")
+            return explain(config)
         run = Run(args, config)
         begin = time.time()
         for stage in STAGES if args.stage == "all" else [args.stage]:
@@ -851,11 +764,9 @@ def main(args, config):
                 continue
             train_stage(run, stage)
         if args.stage == "all":
-            import visualize
-
-            visualize.summarize(run)
-        print0(f"\ndone in {time.time() - begin:.0f} s, {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB"
-               f" peak memory; see {run.out}/")  # fmt: skip
+            summarize(run)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print0(f"\ndone in {time.time() - begin:.0f} s, {memory:.0f} MB peak memory; see {run.out}/")
     except UserError as error:
         if rank() == 0:
             print(f"error: {error}", file=sys.stderr)

@@ -18,29 +18,40 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from perceptual import LOGIT, lpips_like
+from perceptual import (
+    LOGIT,
+    PatchDiscriminator,
+    StyleDiscriminator,
+    build_vgg16,
+    lpips_like,
+    normalize_images,
+)  # fmt: skip
+from prior_ar import ARPrior, PriorConfig
+from prior_nar import mask_tokens
 from sample import (
     UserError,
-    decode,
     generate_images,
     latent_hash,
     load_data,
     load_model,
     load_tokenizer_of,
+    mix,
     print0,
     psnr,
     rank,
     save_atomic,
+    seeded_rand,
     setup_device,
     to_float,
     to_uint8,
+    world,
 )  # fmt: skip
-from tokenizer import codebook_usage
+from tokenizer import TokenizerConfig, VQTokenizer, all_reduce_mean, codebook_usage
 
 
 @torch.no_grad()
 def teacher_forced_view(tokenizer, prior, x, labels=None):
-    """s = tokens of x; one forward pass on [c, s_1..s_{N-1}]; s' = its argmax; both decoded (Sec. 3.2, Fig. 3).
+    """s = tokens of x; s' = argmax of one forward pass on [c, s_1..s_{N-1}]; both decoded (Sec. 3.2, Fig. 3).
 
     tokenizer: anything with encode, decode;  prior: ARPrior (a masked prior would see its target)
     x:         (B, 3, H, W) in [-1, 1];  labels: (B,) int64 or None
@@ -122,7 +133,7 @@ def write_view(ckpts, num, device, out, tokenizers=(), data=None):
             path, ckpt, tokenizers[i] if tokenizers else None, device
         )
         if images is None:
-            config, note = dict(ckpt["config"], **({"data": data, "val": None} if data else {})), ckpt["note"]
+            config, note = dict(ckpt["config"], **({"data": data, "val": data} if data else {})), ckpt["note"]
             images = load_data(config)[1]
             if num > len(images):
                 raise UserError(f"--num {num}, but there are only {len(images)} images")
@@ -139,7 +150,8 @@ def write_view(ckpts, num, device, out, tokenizers=(), data=None):
         views.append(teacher_forced_view(tokenizer, prior, x, labels))
         numbers.append(dict(
             ckpt=str(path), tokenizer_hash=ckpt["tokenizer_hash"], tokenizer_stage=tokenizer_ckpt["stage"],
-            num_images=num, alpha=ckpt["config"]["phase1"]["alpha"], note=ckpt["note"], **view_numbers(x, views[-1]),
+            num_images=num, alpha=ckpt["config"]["phase1"]["alpha"], note=ckpt["note"],
+            **view_numbers(x, views[-1]),
         ))  # fmt: skip
     names = [f"{Path(path).parent.name} (α = {n['alpha']:g})" for path, n in zip(ckpts, numbers, strict=True)]
     rows = min(num, 8)
@@ -152,12 +164,98 @@ def write_view(ckpts, num, device, out, tokenizers=(), data=None):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# Validation during training; each process takes a part of the images
+# ----------------------------------------------------------------------------------------------------------
+
+
+def val_batches(run, limit, batch=50):
+    """(indices, images) of this process's share of the first `limit` validation images."""
+    mine = list(range(rank(), min(limit, len(run.val)), world()))
+    for i in range(0, len(mine), batch):
+        indices = mine[i : i + batch]
+        yield indices, to_float(torch.stack([run.val.view(j) for j in indices]), run.device)
+
+
+def ratio(run, sums):
+    """The first entries of a vector of sums over the last one, a count; summed over processes."""
+    sums = all_reduce_mean(torch.tensor(sums, dtype=torch.float64).to(run.device))
+    return (sums[:-1] / sums[-1].clamp(min=1)).tolist()
+
+
+@torch.no_grad()
+def evaluate_judge(run, step, vgg, limit=5000):
+    """Share of validation images that the judge in training classifies rightly."""
+    vgg.eval()
+    right = total = 0
+    for indices, x in val_batches(run, limit):
+        labels = torch.tensor([run.val.labels[i] for i in indices], device=run.device)
+        with run.autocast:
+            right += (vgg(normalize_images(x)).argmax(1) == labels).sum().item()
+        total += len(labels)
+    run.log("vgg", step, val_accuracy=ratio(run, [right, total])[0])
+
+
+@torch.no_grad()
+def evaluate_tokenizer(run, stage, step, tokenizer, limit=1000):
+    """PSNR, L1 and hard codebook usage on validation images; a sheet of inputs above reconstructions."""
+    tokenizer.eval()
+    sums, counts = [0.0, 0.0, 0], torch.zeros(tokenizer.codebook_size, device=run.device)
+    for _, x in val_batches(run, limit):
+        with run.autocast:
+            tokens = tokenizer.encode(x)
+            x_hat = tokenizer.decode(tokens).float()
+        counts += tokens.flatten().bincount(minlength=tokenizer.codebook_size)
+        values = psnr(x, x_hat).sum().item(), (x - x_hat).abs().mean((1, 2, 3)).sum().item(), len(x)
+        sums = [a + b for a, b in zip(sums, values, strict=True)]
+    val_psnr, val_l1 = ratio(run, sums)
+    usage, perplexity = codebook_usage(all_reduce_mean(counts))
+    run.log(stage, step, val_psnr=val_psnr, val_l1=val_l1, usage=usage, perplexity=perplexity)
+    x = torch.stack([run.val.view(i) for i in range(min(10, len(run.val)))])
+    with run.autocast:
+        x_hat = to_uint8(tokenizer.decode(tokenizer.encode(to_float(x, run.device))))
+    run.sheet(f"reconstructions_{stage}", torch.cat([x, x_hat]), len(x))
+
+
+@torch.no_grad()
+def evaluate_prior(run, stage, step, prior, tokenizer, codes, unigram, limit=1000, batch=100):
+    """Nats per token and top-1 accuracy on validation codes, beside ln K and the unigram entropy; samples.
+
+    NAR is measured at mask ratios that the seed fixes, the same at every call.
+    """
+    prior.eval()
+    classes, sums = prior.config.num_classes, [0.0, 0.0, 0]
+    for start in range(rank() * batch, min(limit, len(codes)), world() * batch):
+        tokens = codes[start : start + batch].long().to(run.device)
+        labels = torch.tensor(run.val.labels[start : start + batch], device=run.device) if classes else None
+        inputs, mask = tokens, torch.ones_like(tokens, dtype=torch.bool)
+        if stage == "nar":
+            noise = seeded_rand(len(tokens), tokens.shape[1] + 1, seed=mix("val", start)).to(run.device)
+            inputs, mask = mask_tokens(tokens, prior.mask_id, noise)
+        with run.autocast:
+            logits = prior(inputs, labels)
+        loss, accuracy = prior.loss(logits, tokens, *([mask] if stage == "nar" else []))
+        count = mask.sum().item()
+        values = loss.item() * count, accuracy.item() * count, count
+        sums = [a + b for a, b in zip(sums, values, strict=True)]
+    loss, accuracy = ratio(run, sums)
+    K = prior.config.codebook_size
+    run.log(stage, step, val_loss=loss, val_top1=accuracy, ln_K=math.log(K), unigram_entropy=unigram)
+    columns = min(10, classes or 8)
+    labels = [i % columns for i in range(columns * 10)] if classes else None
+    with run.autocast:
+        images = generate_images(
+            prior, tokenizer, columns * 10, labels, run.config["seed"], run.config["sample"], batch=50
+        )
+    run.sheet(f"samples_{stage}", images, columns)
+
+
+# ----------------------------------------------------------------------------------------------------------
 # The summary of a run (train.py --stage all)
 # ----------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def tokenizer_summary(run, first, second, judge):
+def tokenizer_summary(run, first, second):
     """Both phases on all validation images: usage, distances, and whether phase 2 moved a token."""
     sums, counts, changed, total = {}, torch.zeros(first.codebook_size), 0, len(run.val)
     for start in tqdm(range(0, total, 50), "reconstructing", disable=None if rank() == 0 else True):
@@ -167,12 +265,12 @@ def tokenizer_summary(run, first, second, judge):
         tokens = first.encode(x)
         changed += (tokens != second.encode(x)).sum().item()
         counts += tokens.cpu().flatten().bincount(minlength=first.codebook_size)
-        values = {"judge_accuracy": hits(judge, x, labels)}
+        values = {"judge_accuracy": hits(run, x, labels)}
         for name, tokenizer in (("phase1", first), ("phase2", second)):
             x_hat = tokenizer.decode(tokens)
             values[f"psnr_{name}"] = psnr(x, x_hat)
-            values[f"lpips_like_{name}"] = lpips_like(judge, x, x_hat)
-            values[f"recon_class_accuracy_{name}"] = hits(judge, x_hat, labels)
+            values[f"lpips_like_{name}"] = lpips_like(run.judge, x, x_hat)
+            values[f"recon_class_accuracy_{name}"] = hits(run, x_hat, labels)
         for name, value in values.items():
             sums[name] = sums.get(name, 0.0) + value.double().sum().item()
     usage, perplexity = codebook_usage(counts)
@@ -180,16 +278,16 @@ def tokenizer_summary(run, first, second, judge):
     return dict(usage=usage, perplexity=perplexity, phase2_tokens_changed=changed, **means)
 
 
-def hits(judge, x, labels):
-    """1 where the judge recognises the class, else 0, (B,); nan where the judge has other classes."""
-    logits = judge(x.clamp(-1, 1), [LOGIT])[LOGIT]
-    return (logits.argmax(1) == labels).float()
+def hits(run, x, labels):
+    """1 where the run's judge recognises the class, else 0, (B,); nan where the judge has other classes."""
+    logits = run.judge(x.clamp(-1, 1), [LOGIT])[LOGIT]
+    right = (logits.argmax(1) == labels).float()
+    return right if logits.shape[1] == run.train.num_classes else right * math.nan
 
 
-def sample_summary(run, stage, tokenizer, judge, num):
-    """Class accuracy of `num` samples as the judge sees them, nats per token, and a sheet of the first 100."""
-    path = run.out / f"{stage}.pt"
-    prior, ckpt = load_model(path, (stage,), run.device)
+def sample_summary(run, stage, tokenizer, num):
+    """Class accuracy of `num` samples as the judge sees them, nats per token, and a sheet."""
+    prior, _ = load_model(run.out / f"{stage}.pt", (stage,), run.device)
     classes = prior.config.num_classes
     labels = [i % classes for i in range(num)] if classes else None
     images = generate_images(
@@ -201,28 +299,27 @@ def sample_summary(run, stage, tokenizer, judge, num):
     result = {f"{stage}_nats_per_token": last["val_loss"], f"{stage}_top1": last["val_top1"],
               "unigram_entropy": last["unigram_entropy"], "ln_K": last["ln_K"]}  # fmt: skip
     if classes:
-        with torch.no_grad():
-            found = [hits(judge, to_float(part, run.device), torch.tensor(labels[i * 50 :][: len(part)], device=run.device))
-                     for i, part in enumerate(images.split(50))]  # fmt: skip
+        parts = zip(images.split(50), torch.tensor(labels, device=run.device).split(50), strict=True)
+        found = [hits(run, to_float(x, run.device), wanted) for x, wanted in parts]
         result[f"{stage}_class_accuracy"] = torch.cat(found).mean().item()
     return result
 
 
+@torch.no_grad()
 def summarize(run, num=1000):
     """The table that ends `--stage all`, printed and written to summary.json, with the run's pictures."""
-    first, ckpt1 = load_model(run.out / "phase1.pt", ("phase1",), run.device)
-    second, ckpt2 = load_model(run.out / "phase2.pt", ("phase2",), run.device)
-    judge = run.judge
+    first, _ = load_model(run.out / "phase1.pt", ("phase1",), run.device)
+    second, _ = load_model(run.out / "phase2.pt", ("phase2",), run.device)
     summary = dict(
         preset=run.args.preset, data=str(run.config["data"]), num_samples=num, num_val=len(run.val)
     )
-    summary |= tokenizer_summary(run, first, second, judge)
+    summary |= tokenizer_summary(run, first, second)
     summary["recon_class_accuracy"] = summary["recon_class_accuracy_phase2"]
     for stage in ("ar", "nar"):
-        summary |= sample_summary(run, stage, second, judge, num)
+        summary |= sample_summary(run, stage, second, num)
     x = torch.stack([run.val.view(i) for i in range(10)])
     tokens = first.encode(to_float(x, run.device))
-    run.sheet("phases", torch.cat([x, *(to_uint8(decode(t, tokens)) for t in (first, second))]), 10)
+    run.sheet("phases", torch.cat([x, *(to_uint8(t.decode(tokens)) for t in (first, second))]), 10)
     view = write_view([run.out / "ar.pt"], min(64, len(run.val)), run.device, run.out / "view.png")
     summary["view"] = view[0]
     stages = [
@@ -235,6 +332,7 @@ def summarize(run, num=1000):
         peak_rss_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         threads=torch.get_num_threads(), torch=torch.__version__, command=" ".join(["python", *sys.argv]),
     )  # fmt: skip
+    summary = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in summary.items()}
     if rank() == 0:
         save_atomic(lambda p: p.write_text(json.dumps(summary, indent=1) + "\n"), run.out / "summary.json")
     for name, value in summary.items():
@@ -244,6 +342,63 @@ def summarize(run, num=1000):
 
 def load_seconds(path):
     return torch.load(path, weights_only=True, mmap=True)["seconds"]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# train.py --explain
+# ----------------------------------------------------------------------------------------------------------
+
+
+def explain(config, processes=8):
+    """Prints modules, sizes and recipe of a preset; all networks are on the meta device, nothing runs."""
+
+    def count(module):
+        return sum(p.numel() for p in module.parameters())
+
+    def row(name, module, state, c):
+        recipe = f"lr {c['lr']:g} {c['schedule']}"
+        if c["schedule"] != "constant":
+            recipe += f" to {c['lr_end']:g}" + f" from step {c['lr_start']}" * bool(c["lr_start"])
+        print(f"  {name:30s} {count(module):>13,}  {state:9s}  {recipe if state == 'trainable' else ''}")
+
+    def stage(name, c):
+        share = c["batch"] / processes
+        print(f"{name}: {c['steps']:,} steps of {c['batch']} images = {processes} processes x {share:g}, "
+              f"or fewer with --micro-batch; {'AdamW' if c['weight_decay'] else 'Adam'} {tuple(c['betas'])}, "
+              f"weight decay {c['weight_decay']:g}, {config['precision']}")  # fmt: skip
+
+    sizes = dict(image_size=config["image_size"], **config["tokenizer"])
+    disc = dict(config["discriminator"])
+    kind = disc.pop("kind")
+    with torch.device("meta"):
+        judge = config["judge"]
+        own = (judge["width"], 10, judge["hidden"], True) if config["vgg"] == "judge" else ()
+        vgg = build_vgg16(*own)
+        first = VQTokenizer(TokenizerConfig(**sizes))
+        second = VQTokenizer(TokenizerConfig(**dict(sizes, num_attention=1)))
+        double = VQTokenizer(TokenizerConfig(**dict(sizes, num_attention=2)))
+        deeper = VQTokenizer(TokenizerConfig(**dict(sizes, decoder_extra_blocks=2)))
+        disc = PatchDiscriminator() if kind == "patch" else StyleDiscriminator(config["image_size"], **disc)
+        K, N = first.codebook_size, first.grid_size**2
+        prior = {n: ARPrior(PriorConfig(K, N, n, **config["prior"])) for n in (0, 1000)}
+    if config["vgg"] == "judge":
+        stage("vgg (10 classes assumed)", judge)
+        row("judge, a narrow VGG-16", vgg, "trainable", judge)
+    for name, tokenizer in (("phase1", first), ("phase2", second)):
+        c, frozen = config[name], "frozen" if name == "phase2" else "trainable"
+        stage(f"{name}, alpha {c['alpha']:g}", c)
+        row("encoder", tokenizer.encoder, frozen, c)
+        row("codebook", tokenizer.quantizer, frozen, c)
+        row("decoder", tokenizer.decoder, "trainable", c)
+        print(f"  {'tokenizer':30s} {count(tokenizer):>13,}")
+        row("discriminator", disc, "trainable", c)
+        row("VGG-16", vgg, "frozen", c)
+    print(f"Table 1: +Attention x2 {count(double):,} (--set tokenizer.num_attention=2), "
+          f"+Conv x2 {count(deeper):,} (--set tokenizer.decoder_extra_blocks=2)")  # fmt: skip
+    for name in ("ar", "nar"):
+        stage(f"{name}, {first.grid_size}^2 tokens of {first.codebook_size} codes", config[name])
+        row("prior, unconditional", prior[0], "trainable", config[name])
+        row("prior, 1000 classes", prior[1000], "trainable", config[name])
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,729 @@
+"""Claims about train.py: presets, schedules, resuming, accumulation, processes, both phases, refusals.
+
+One tiny run is trained once and shared: 60 small pictures of ten classes, six steps a stage, 16 tokens an image.
+"""
+
+import argparse
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from urllib.error import URLError
+
+import pytest
+import torch
+from PIL import Image
+
+import sample
+import train
+from sample import Shapes, latent_hash, load_model, read_checkpoint
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ["tokenizer", "perceptual", "prior_ar", "prior_nar", "sample", "visualize", "train"]
+STEPS = 6
+TINY = {
+    "tokenizer.base_width": 8, "tokenizer.channel_mult": [1, 1, 2, 2], "tokenizer.codebook_size": 32,
+    "tokenizer.codebook_dim": 8, "tokenizer.warm_start": 0, "discriminator.max_width": 8, "judge.width": 4,
+    "judge.hidden": 16, "prior.n_layer": 1, "prior.n_head": 2, "prior.n_embd": 32, "phase1.r1_every": 2,
+    "phase2.r1_every": 2, "phase1.ema": 0.5, "phase1.lr": 3e-4, "ar.lr_start": 2, "nar.lr_start": 2,
+    "sample.nar_steps": 4, **{f"{s}.batch": 8 for s in ("judge", "phase1", "phase2", "ar", "nar")},
+    **{f"{s}.steps": STEPS for s in ("judge", "phase1", "phase2", "ar", "nar")},
+}  # fmt: skip
+
+
+def write_pictures(folder, flat=False):
+    """40x32 pictures: folder/train and folder/val with ten classes each, or all in one folder."""
+    for split, count in (("train", 60), ("val", 20)):
+        shapes = Shapes(split, count, 40)
+        for i in range(count):
+            pixels = shapes.pixels(i)[:, :32].permute(1, 2, 0).contiguous().numpy()
+            path = folder / (f"{split}{i}.png" if flat else f"{split}/{Shapes.NAMES[i % 10]}/{i}.png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+    return folder
+
+
+def command(stage, out, data, *more, **sets):
+    """Words of a command line of the tiny run; `sets` are written with __ for the dot."""
+    sets = {**TINY, **{key.replace("__", "."): value for key, value in sets.items()}}
+    words = ["--stage", stage, "--data", str(data), "--out", str(out), "--precision", "fp32", "--device", "cpu"]
+    words += ["--log-every", "1", "--eval-every", "100", "--save-every", "2", *map(str, more)]
+    return words + [word for key, value in sets.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+
+
+def call(*words, **sets):
+    train.main(*train.parse_args(command(*words, **sets)))
+
+
+def open_run(*words, **sets):
+    return train.Run(*train.parse_args(command(*words, **sets)))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def flat(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("flat"), flat=True)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, data):
+    """A run folder with all five stages."""
+    out = tmp_path_factory.mktemp("trained")
+    for stage in train.STAGES:
+        call(stage, out, data)
+    return out
+
+
+BEFORE = dict(vgg=[], phase1=["vgg"], phase2=["vgg", "phase1"], ar=["phase1", "phase2", "codes"])
+BEFORE["nar"] = BEFORE["ar"]
+
+
+def earlier(trained, out, stage):
+    """A run folder that holds what `stage` builds on."""
+    out.mkdir(exist_ok=True)
+    for name in BEFORE[stage]:
+        shutil.copy(trained / f"{name}.pt", out)
+    return out
+
+
+def rows(out, stage=None):
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    kept = [row for row in lines if stage in (None, row["stage"])]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in kept]
+
+
+def differing(a, b, name=""):
+    """Names of all entries in which two checkpoints differ, by one bit or more."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        found = [f"{name}.{key}" for key in a.keys() ^ b.keys()]
+        return found + [x for key in a.keys() & b.keys() for x in differing(a[key], b[key], f"{name}.{key}")]
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        return [x for i, (u, v) in enumerate(zip(a, b, strict=True)) for x in differing(u, v, f"{name}.{i}")]
+    same = torch.equal(a, b) if torch.is_tensor(a) and torch.is_tensor(b) else a == b
+    return [] if same or name == ".seconds" else [name]
+
+
+def contents(*folders):
+    return {p: p.read_bytes() for folder in folders for p in Path(folder).rglob("*") if p.is_file()}
+
+
+def refusal(capsys, *words, **sets):
+    """The one line on stderr with which a command ends, exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        call(*words, **sets)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+    return error
+
+
+# Schedules and presets ------------------------------------------------------------------------------------
+
+
+def test_the_schedules_pass_through_the_points_of_tables_9_and_10():
+    phase1, ar, nar = (train.PRESETS["imagenet"][stage] for stage in ("phase1", "ar", "nar"))
+    middle = (80_000 + 1_500_000) // 2
+    for c, step, lr in [
+        (phase1, 0, 1e-4), (phase1, 250_000, 7.5e-5), (phase1, 500_000, 5e-5),
+        (ar, 0, 1e-4), (ar, 80_000, 1e-4), (ar, middle, (1e-4 * 5e-6) ** 0.5), (ar, 1_500_000, 5e-6),
+        (nar, 0, 1e-4), (nar, 50_000, 1e-4), (nar, 775_000, 5e-5), (nar, 1_500_000, 0),
+        (train.PRESETS["imagenet"]["phase2"], 123_456, 5e-5),
+    ]:  # fmt: skip
+        assert train.lr_at(step, c) == pytest.approx(lr, rel=1e-9, abs=1e-20)
+    assert train.lr_at(80_001, ar) < 1e-4 and train.lr_at(50_001, nar) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "preset, batches, steps, lr, priors, nar_temperature, top_p",
+    [
+        ("imagenet", (256, 128), (500_000, 200_000), (1e-4, "cosine"), (256, 1_500_000), 0.45, 0.92),
+        ("ffhq", (64, 32), (300_000, 200_000), (1e-4, "cosine"), (32, 500_000), 0.65, 0.98),
+        ("lsun-cat", (64, 64), (26_000, 200_000), (5e-5, "constant"), (256, 500_000), 0.65, 0.98),
+        ("lsun-bedroom", (64, 64), (48_000, 200_000), (5e-5, "constant"), (256, 500_000), 0.65, 0.98),
+        ("lsun-church", (32, 32), (4_000, 200_000), (5e-5, "constant"), (64, 500_000), 0.65, 0.98),
+    ],
+)
+def test_each_preset_equals_its_column_of_tables_9_and_10(
+    preset, batches, steps, lr, priors, nar_temperature, top_p
+):
+    c = train.PRESETS[preset]
+    first, second, ar, nar = (c[stage] for stage in ("phase1", "phase2", "ar", "nar"))
+    assert (first["batch"], second["batch"]) == batches and (first["steps"], second["steps"]) == steps
+    assert (first["lr"], first["schedule"]) == lr and first["lr_end"] == 5e-5 and first["lr_start"] == 0
+    assert first["init"] == ("required" if preset.startswith("lsun") else None)
+    assert (second["lr"], second["schedule"]) == (5e-5, "constant")
+    assert (first["betas"], second["betas"]) == ([0.9, 0.99], [0.5, 0.9])
+    assert (first["alpha"], second["alpha"]) == (1, 0)
+    for phase in (first, second):
+        assert (phase["beta"], phase["gamma"], phase["weight_decay"], phase["ema"]) == (0.25, 0.01, 0, 0)
+    for prior in (ar, nar):
+        assert (prior["batch"], prior["steps"], prior["lr"]) == (*priors, 1e-4)
+        assert (prior["betas"], prior["weight_decay"], prior["ema"]) == ([0.9, 0.96], 1e-2, 0)
+    assert (ar["schedule"], ar["lr_start"], ar["lr_end"]) == ("exponential", 80_000, 5e-6)
+    assert (nar["schedule"], nar["lr_start"], nar["lr_end"]) == ("linear", 50_000, 0)
+    wanted = dict(top_p=top_p, nar_steps=12, choice_temperature=nar_temperature, temperature=1)
+    assert wanted.items() <= c["sample"].items()
+    assert c["image_size"] == 256 and c["vgg"] == "imagenet" and c["tokenizer"] == {}
+    assert c["prior"] == dict(n_layer=24, n_head=16, n_embd=768, dropout=0.1)
+    assert c["conditional"] == (preset == "imagenet")
+
+
+@pytest.mark.parametrize("preset", train.PRESETS)
+def test_all_presets_have_the_same_keys(preset):
+    for key, value in train.IMAGENET.items():
+        if isinstance(value, dict) and key != "tokenizer":
+            assert train.PRESETS[preset][key].keys() == value.keys()
+    assert train.PRESETS[preset].keys() == train.IMAGENET.keys()
+
+
+def test_weight_decay_is_on_matrices_of_linear_layers_and_convolutions_only():
+    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4), torch.nn.Embedding(5, 4))
+    optimizer = train.build_optimizer(module, train.PRESETS["imagenet"]["ar"])
+    assert isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["betas"] == [0.9, 0.96]
+    decayed, others = optimizer.param_groups
+    assert [p is module[0].weight for p in decayed["params"]] == [True] and decayed["weight_decay"] == 1e-2
+    assert len(others["params"]) == 4 and others["weight_decay"] == 0
+    plain = train.build_optimizer(module, train.PRESETS["imagenet"]["phase1"])
+    assert type(plain) is torch.optim.Adam and plain.defaults["weight_decay"] == 0
+
+
+# The command line -----------------------------------------------------------------------------------------
+
+
+def test_every_flag_is_read_and_has_a_help_text_of_its_own(monkeypatch):
+    real, parsers = argparse.ArgumentParser.parse_known_args, []
+
+    def spy(parser, *words):
+        parsers.append(parser)
+        return real(parser, *words)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", spy)
+    train.parse_args(["--stage", "vgg"])
+    actions = [action for action in parsers[0]._actions if action.dest != "help"]
+    texts = [action.help for action in actions]
+    assert len(texts) > 15 and all(texts) and len(set(texts)) == len(texts)
+    lines = "".join((ROOT / f"{name}.py").read_text() for name in ("train", "visualize")).splitlines()
+    code = "\n".join(line for line in lines if not line.strip().startswith("add("))
+    for action in actions:
+        name = action.dest.removesuffix("_every")  # Run.due puts the two together
+        assert re.search(rf'args\.{action.dest}\b|"{name}"', code), action.dest
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--set phase1.lrr=1", "phase1.lrr"),
+        ("--set nothing=1", "nothing"),
+        ("--set phase9.lr=1", "phase9.lr"),
+        ("--set phase1.lr", "phase1.lr"),
+        ("--set phase1=3", "phase1"),
+        ("--set phase1.lr=fast", "phase1.lr"),
+        ("--set phase1.lr=true", "phase1.lr"),
+        ("--set phase1.betas=0.9", "phase1.betas"),
+        ("--set phase1.batch=0", "phase1.batch"),
+        ("--set phase1.batch=2.5", "phase1.batch"),
+        ("--set conditional=maybe", "conditional"),
+        ("--batch 0", "--batch"),
+        ("--batch x", "--batch"),
+        ("--steps -1", "--steps"),
+        ("--micro-batch -1", "--micro-batch"),
+        ("--alpha 2", "alpha"),
+        ("--set phase2.alpha=-1", "alpha"),
+        ("--seed -1", "--seed"),
+        ("--limit -3", "--limit"),
+        ("--preset imagenette", "imagenet"),
+        ("--batchsize 4", "did you mean --batch?"),
+        ("--stepz=5", "did you mean --steps?"),
+        ("--stage all --steps 5", "phase1.steps"),
+        ("--stage all --batch 5", "phase1.batch"),
+        ("--stage phase3", "phase3"),
+        ("", "--stage is missing"),
+    ],
+)
+def test_a_wrong_command_line_ends_with_exit_code_2_and_names_the_cause(words, message, capsys):
+    words = words if "--stage" in words or not words else f"--stage phase1 {words}"
+    with pytest.raises(SystemExit) as stop:
+        train.parse_args(words.split())
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("error: ") == 1
+    assert message in error[error.index("error: ") :] and error[error.index("error: ") :].count("\n") == 1
+
+
+def test_flags_and_set_are_written_into_a_copy_of_the_preset():
+    words = "--stage ar --steps 7 --batch 3 --alpha 0.5 --seed 4 --limit 9 --set ar.lr=0.5 --set tokenizer.bias=true"
+    _, config = train.parse_args(words.split())
+    assert (config["ar"]["steps"], config["ar"]["batch"], config["ar"]["lr"]) == (7, 3, 0.5)
+    assert (config["phase1"]["alpha"], config["seed"], config["limit"]) == (0.5, 4, 9)
+    assert config["tokenizer"]["bias"] is True
+    assert train.parse_args(["--stage", "vgg", "--steps", "7"])[1]["judge"]["steps"] == 7
+    assert "bias" not in train.DEMO["tokenizer"] and train.DEMO["ar"]["steps"] != 7
+
+
+# Resuming -------------------------------------------------------------------------------------------------
+
+
+def interrupt(monkeypatch, *words, **sets):
+    """Stops a command after step 4, before its checkpoint is written: the one of step 2 is left."""
+    real = train.Run.save
+
+    def save(run, stage, step, *models, **state):
+        if step + 1 == 4:
+            raise KeyboardInterrupt
+        return real(run, stage, step, *models, **state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "save", save)
+        with pytest.raises(KeyboardInterrupt):
+            call(*words, **sets)
+
+
+KMEANS = dict(tokenizer__codebook="kmeans", tokenizer__kmeans_warmup=1, tokenizer__kmeans_every=2,
+              tokenizer__kmeans_last=5)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "stage, sets",
+    [
+        *[(stage, {}) for stage in train.STAGES],
+        pytest.param("phase1", KMEANS, id="phase1-kmeans"),
+        pytest.param("phase1", dict(tokenizer__warm_start=3), id="phase1-warm_start"),
+    ],
+)
+def test_an_interrupted_and_continued_stage_equals_an_unbroken_one(
+    trained, data, tmp_path, monkeypatch, stage, sets
+):
+    straight = trained
+    if sets:
+        straight = earlier(trained, tmp_path / "straight", stage)
+        call(stage, straight, data, **sets)
+    out = earlier(trained, tmp_path / "broken", stage)
+    interrupt(monkeypatch, stage, out, data, **sets)
+    assert read_checkpoint(out / f"{stage}.pt", [stage])["step"] == 2
+    assert [row["step"] for row in rows(out, stage)] == [1, 2, 3, 4]
+    torch.manual_seed(77)  # a new process has another random state
+    call(stage, out, data, **sets)
+    a, b = (read_checkpoint(folder / f"{stage}.pt", [stage]) for folder in (straight, out))
+    assert a["step"] == STEPS and differing(a, b) == []
+    if stage in ("phase1", "phase2"):
+        assert a["train"].keys() >= {"disc", "opt_g", "opt_d"}
+        assert "loss_disc" in rows(straight, stage)[1]  # the GAN was on when the run was stopped
+    if stage in ("ar", "nar") or stage == "phase1":
+        assert a["ema"] is not None
+    assert rows(out, stage) == rows(straight, stage)
+    keys = [(row["step"], "lr" in row) for row in rows(out, stage)]
+    assert keys == [(step, True) for step in range(1, STEPS + 1)] + [(STEPS, False)]
+
+
+def test_a_finished_stage_started_again_changes_no_checkpoint(trained, data, tmp_path):
+    out = tmp_path / "again"
+    shutil.copytree(trained, out)
+    before = contents(out)
+    for stage in train.STAGES:
+        call(stage, out, data)
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize(
+    "stage, sets, name",
+    [
+        ("phase1", dict(phase1__lr=1e-3), "phase1.lr"),
+        ("phase1", dict(phase1__betas=[0.5, 0.9]), "phase1.betas"),
+        ("phase1", dict(tokenizer__codebook_size=64), "tokenizer.codebook_size"),
+        ("phase1", dict(seed=1), "seed"),
+        ("phase2", dict(phase2__per_weight=2.0), "phase2.per_weight"),
+        ("vgg", dict(judge__width=8), "judge.width"),
+        ("ar", dict(prior__n_embd=16), "prior.n_embd"),
+        ("ar", dict(conditional=False), "conditional"),
+        ("nar", dict(nar__lr=1e-3), "nar.lr"),
+        ("nar", dict(limit=20), "limit"),
+    ],
+)
+def test_a_run_is_not_continued_with_other_settings(trained, data, capsys, stage, sets, name):
+    before = contents(trained)
+    error = refusal(capsys, stage, trained, data, **sets)
+    assert f"{name} = " in error and "--out" in error
+    assert contents(trained) == before
+
+
+# Accumulation and processes -------------------------------------------------------------------------------
+
+
+def losses(out, stage):
+    return [{k: v for k, v in row.items() if k.startswith(("loss", "val_l"))} for row in rows(out, stage)]
+
+
+def check_losses(found, expected, rel):
+    assert len(found) == len(expected) > 3
+    for a, b in zip(found, expected, strict=True):
+        assert a == pytest.approx(b, rel=rel, abs=rel / 100)
+
+
+@pytest.mark.parametrize("adv_start", [1.0, 0.0])
+def test_micro_batches_of_the_tokenizer_equal_one_batch(trained, data, tmp_path, adv_start):
+    """With the GAN too: groups of four neighbours share the minibatch statistics."""
+    for name, micro in (("one", 8), ("four", 4)):
+        out = earlier(trained, tmp_path / name, "phase1")
+        call("phase1", out, data, "--micro-batch", micro, phase1__adv_start=adv_start, phase1__lr=1e-5)
+    assert ("loss_disc" in rows(out)[0]) == (adv_start == 0)
+    one, four = (load_model(tmp_path / name / "phase1.pt", ["phase1"])[0] for name in ("one", "four"))
+    for a, b in zip(one.parameters(), four.parameters(), strict=True):
+        assert (a - b).abs().mean() < 1e-6  # six steps of 1e-5 each
+    check_losses(losses(tmp_path / "four", "phase1"), losses(tmp_path / "one", "phase1"), 1e-4)
+
+
+@pytest.mark.parametrize("stage", ["ar", "nar"])
+def test_micro_batches_of_the_priors_equal_one_batch(trained, data, tmp_path, stage):
+    for name, micro in (("one", 8), ("three", 3)):
+        out = earlier(trained, tmp_path / name, stage)
+        call(stage, out, data, "--micro-batch", micro, prior__dropout=0.0)
+    check_losses(losses(tmp_path / "three", stage), losses(tmp_path / "one", stage), 1e-4)
+
+
+DRIVER = """
+import json, sys
+import torch
+import train
+from sample import rank
+
+for words in json.loads(sys.argv[1]):
+    run = train.Run(*train.parse_args(words))
+    train.train_stage(run, words[1])
+found, model = [], torch.nn.ModuleDict(dict(encoder=torch.nn.Linear(1, 1), decoder=torch.nn.Linear(1, 1)))
+model.sizes = {}
+for part in ("encoder", "decoder"):
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, 1)
+    if rank() == 1:
+        torch.nn.init.constant_(model[part].bias, 2)
+    try:
+        run.save("differ", 0, model)
+    except RuntimeError as error:
+        found.append(str(error))
+if rank() == 0:
+    print("REFUSED", json.dumps(found))
+train.main(*train.parse_args(words))
+"""
+DIST = [(stage, (), dict(prior__dropout=0.0)) for stage in train.STAGES]
+DIST += [("phase1", ("--micro-batch", 2), dict(phase1__adv_start=1.0))]
+
+
+@pytest.fixture(scope="module")
+def two_processes(trained, data, tmp_path_factory):
+    """The output of one torchrun that trains all of DIST, each in a folder of its own, and the folders."""
+    folders = [earlier(trained, tmp_path_factory.mktemp("dist"), stage) for stage, *_ in DIST]
+    words = [command(stage, folders[i], data, *more, **sets) for i, (stage, more, sets) in enumerate(DIST)]
+    driver = folders[0] / "driver.py"
+    driver.write_text(DRIVER)
+    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*torchrun, driver, json.dumps(words)], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout, folders
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("case", range(len(DIST)), ids=[*train.STAGES, "phase1-micro-batch"])
+def test_two_processes_equal_one_with_the_same_global_batch(two_processes, trained, data, tmp_path, case):
+    stage, more, sets = DIST[case]
+    out = earlier(trained, tmp_path / "one", stage)
+    call(stage, out, data, *[8 if word == 2 else word for word in more], **sets)
+    check_losses(losses(two_processes[1][case], stage), losses(out, stage), 1e-3)
+
+
+@pytest.mark.dist
+def test_weights_that_differ_between_processes_are_never_saved(two_processes):
+    stdout, folders = two_processes
+    found = json.loads(next(line for line in stdout.splitlines() if line.startswith("REFUSED"))[8:])
+    assert len(found) == 2 and all("differ between processes" in message for message in found)
+    assert not (folders[-1] / "differ.pt").exists()
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(trained, data, tmp_path, capsys, monkeypatch):
+    out = earlier(trained, tmp_path / "three", "phase2")
+    monkeypatch.setattr(train, "world", lambda: 3)
+    assert "batch 8 cannot be split over 3 processes" in refusal(capsys, "phase2", out, data)
+
+
+# The two phases and the GAN -------------------------------------------------------------------------------
+
+
+def test_phase_2_leaves_encoder_codebook_and_tokens_bit_equal_and_trains_the_decoder_alone(trained, data):
+    first, _ = load_model(trained / "phase1.pt", ["phase1"])
+    second, ckpt = load_model(trained / "phase2.pt", ["phase2"])
+    for name, value in first.state_dict().items():
+        if not name.startswith("decoder."):
+            assert torch.equal(value, second.state_dict()[name]), name
+    assert not torch.equal(first.decoder.conv_out.weight, second.decoder.conv_out.weight)
+    assert latent_hash(first) == latent_hash(second) == ckpt["tokenizer_hash"]
+    val = open_run("phase2", trained, data).val
+    x = sample.to_float(torch.stack([val.view(i) for i in range(20)]), "cpu")
+    assert torch.equal(first.encode(x), second.encode(x)) and len(first.encode(x).unique()) > 1
+    state = ckpt["train"]["opt_g"]
+    assert sum(len(group["params"]) for group in state["param_groups"]) == len(list(second.decoder.parameters()))
+    assert not any(name.startswith(("loss_co", "loss_entropy")) for row in rows(trained, "phase2") for name in row)
+    assert all({"loss_commit", "loss_codebook", "loss_entropy"} <= row.keys() for row in rows(trained, "phase1")[:-1])
+
+
+def test_phase_2_starts_as_the_decoder_and_the_discriminator_of_phase_1(trained, data):
+    run = open_run("phase2", trained, data)
+    first, ckpt = load_model(trained / "phase1.pt", ["phase1"])
+    second, disc = train.build_tokenizer(run, "phase2")
+    x = sample.to_float(torch.stack([run.val.view(i) for i in range(4)]), "cpu")
+    with torch.no_grad():
+        assert torch.equal(second.decode(second.encode(x)), first.decode(first.encode(x)))
+    assert len(list(second.parameters())) > len(list(first.parameters()))
+    assert differing(disc, ckpt["train"]["disc"]) == [] and disc
+
+
+def test_before_adv_start_the_discriminator_is_untouched_and_the_loss_has_no_adversarial_part(
+    trained, data, tmp_path
+):
+    out = earlier(trained, tmp_path / "out", "phase1")
+    call("phase1", out, data, phase1__adv_start=1.0)
+    initial = train.build_discriminator(open_run("phase1", out, data)).state_dict()
+    assert differing(read_checkpoint(out / "phase1.pt", ["phase1"])["train"]["disc"], dict(initial)) == []
+    assert not any("loss_adv" in row or "loss_disc" in row for row in rows(out))
+    assert all(row["adv_weight"] == 0 for row in rows(out, "phase1")[:-1])
+    late = dict(adv_start=0.5, adv_ramp=0.25, adv_weight=0.1, steps=8)
+    ramp = [train.adv_ramp(step, late) for step in range(8)]
+    assert ramp == pytest.approx([0, 0, 0, 0, 0.05, 0.1, 0.1, 0.1])
+
+
+def test_each_player_s_step_leaves_the_other_player_alone(trained, data, tmp_path, monkeypatch):
+    """Looks at weights and gradients of both whenever an optimizer steps."""
+    players, seen, real_step = [], [], torch.optim.Adam.step
+    real_tokenizer, real_disc = train.build_tokenizer, train.build_discriminator
+
+    def tokenizer(*words):
+        built = real_tokenizer(*words)
+        players.insert(0, built[0])
+        return built
+
+    def disc(*words):
+        players.append(real_disc(*words))
+        return players[-1]
+
+    def copies():
+        weights = [[p.detach().clone() for p in player.parameters()] for player in players]
+        grads = [[None if p.grad is None else p.grad.clone() for p in x.parameters()] for x in players]
+        return weights, grads
+
+    def step(optimizer, *words):
+        before = copies()
+        real_step(optimizer, *words)
+        mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        seen.append((int(id(next(players[1].parameters())) in mine), before, copies()))
+
+    monkeypatch.setattr(train, "build_tokenizer", tokenizer)
+    monkeypatch.setattr(train, "build_discriminator", disc)
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    call("phase1", earlier(trained, tmp_path / "out", "phase1"), data, phase1__adv_start=0.0)
+    assert [player for player, *_ in seen] == [0, 1] * STEPS
+    for player, before, after in seen:
+        assert differing(before[0][1 - player], after[0][1 - player]) == []
+        assert differing(before[0][player], after[0][player])
+    for (_, _, generator), (_, disc_before, _) in zip(seen[::2], seen[1::2], strict=True):
+        assert differing(generator[1][0], disc_before[1][0]) == []  # the tokenizer's gradients
+    for (_, _, disc_after), (_, generator, _) in zip(seen[1::2], seen[2::2], strict=False):
+        assert differing(disc_after[1][1], generator[1][1]) == []  # the discriminator's
+
+
+# Cached codes ---------------------------------------------------------------------------------------------
+
+
+def test_codes_are_reused_while_nothing_changes_and_made_again_for_another_tokenizer(trained, data, tmp_path):
+    out = earlier(trained, tmp_path / "out", "ar")
+    run = open_run("ar", out, data)
+    tokenizer, _ = load_model(out / "phase2.pt", ["phase2"])
+    (out / "codes.pt").unlink()
+
+    def made():
+        codes = train.cached_codes(run, tokenizer)
+        return (out / "codes.pt").stat().st_ino, codes["train"].clone()  # a new file has a new inode
+
+    first = made()
+    assert made()[0] == first[0]
+    with torch.no_grad():
+        tokenizer.decoder.conv_out.weight += 1  # decides no token
+    assert made()[0] == first[0]
+    with torch.no_grad():
+        tokenizer.encoder.conv_in.weight.add_(torch.randn_like(tokenizer.encoder.conv_in.weight))
+    assert not torch.equal(made()[1], first[1])
+
+
+def test_codes_are_made_again_for_other_validation_images(trained, data, flat, tmp_path):
+    out = earlier(trained, tmp_path / "out", "ar")
+    tokenizer, _ = load_model(out / "phase2.pt", ["phase2"])
+    counts = [
+        len(train.cached_codes(open_run("ar", out, data / "train", "--val", val), tokenizer)["val"])
+        for val in (data / "val", data / "train")
+    ]
+    assert counts == [20, 60]
+
+
+def test_variants_0_and_1_are_the_central_crop_and_its_mirror_image(trained, data):
+    run = open_run("ar", trained, data)
+    tokenizer, _ = load_model(trained / "phase1.pt", ["phase1"])
+    codes = torch.load(trained / "codes.pt", weights_only=True)
+    assert codes["train"].shape == (2, 60, 16) and codes["val"].shape == (20, 16)
+    for variant, flip in ((0, False), (1, True)):
+        x = sample.to_float(torch.stack([run.train.view(i, flip=flip) for i in range(60)]), "cpu")
+        same = (tokenizer.encode(x) == codes["train"][variant]).float().mean()
+        assert same > 0.98  # all, but for ties that another batch size rounds differently
+    assert (codes["train"][0] != codes["train"][1]).any()
+    x = sample.to_float(torch.stack([run.val.view(i) for i in range(20)]), "cpu")
+    assert (tokenizer.encode(x) == codes["val"]).float().mean() > 0.98
+
+
+# Refusals -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["phase2", "ar", "nar"])
+def test_a_stage_without_the_one_before_it_is_refused(trained, data, tmp_path, capsys, stage):
+    out = earlier(trained, tmp_path / "out", "phase1")
+    before = contents(out)
+    error = refusal(capsys, stage, out, data)
+    assert "phase1.pt is missing" in error and "--stage phase1" in error and contents(out) == before
+
+
+@pytest.mark.parametrize("stage", ["phase2", "ar", "nar"])
+def test_a_checkpoint_that_builds_on_another_tokenizer_is_not_continued(trained, data, tmp_path, capsys, stage):
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+    for name in ("phase1", *(["phase2"] if stage != "phase2" else [])):
+        ckpt = torch.load(out / f"{name}.pt", weights_only=True)
+        for weights in (ckpt["model"], ckpt["ema"] or {}):
+            if weights:
+                weights["quantizer.codebook.weight"] += 1e-3
+        torch.save(ckpt, out / f"{name}.pt")
+    before = contents(out)
+    assert "was made with tokenizer" in refusal(capsys, stage, out, data)
+    after = contents(out)
+    assert [path.name for path in before if before[path] != after.get(path)] in ([], ["codes.pt"])
+
+
+@pytest.mark.parametrize(
+    "stage, words, sets, message",
+    [
+        ("phase1", ["--data", "nowhere"], {}, "nowhere does not exist"),
+        ("phase1", ["--data", "EMPTY"], {}, "no images under"),
+        ("vgg", ["--data", "FLAT"], {}, "needs labels"),
+        ("ar", ["--data", "FLAT", "--tokenizer", "TRAINED/phase1.pt"], {}, "conditional=false"),
+        ("nar", ["--data", "FLAT", "--tokenizer", "TRAINED/phase1.pt"], {}, "conditional=false"),
+        ("phase1", [], dict(image_size=30), "not divisible by"),
+        ("phase1", [], dict(image_size=48), "power of two"),
+        ("vgg", [], dict(image_size=16), "32"),
+        ("phase1", ["--vgg", "nowhere.pth"], {}, "nowhere.pth is not a file"),
+        ("phase1", ["--vgg", "nowhere.pt"], {}, "nowhere.pt"),
+        ("phase1", ["--vgg", "TRAINED/ar.pt"], {}, "this needs vgg"),
+        ("phase1", ["--vgg", "imagenet"], {}, "--vgg FILE"),
+        ("phase2", ["--tokenizer", "TRAINED/ar.pt"], {}, "stage 'ar'; this needs phase1"),
+        ("ar", ["--tokenizer", "TRAINED/vgg.pt"], {}, "stage 'vgg'; this needs phase1 or phase2"),
+        ("ar", ["--tokenizer", "nowhere.pt"], {}, "no checkpoint nowhere.pt"),
+        ("ar", ["--tokenizer", "TRAINED/phase1.pt"], dict(prior__n_head=3), "n_head 3"),
+        ("phase1", [], dict(tokenizer__codebook="big"), "codebook must be one of"),
+        ("phase1", [], dict(tokenizer__nothing=1), "nothing"),
+        ("phase1", [], dict(phase1__schedule="fast"), "schedule must be"),
+        ("phase1", [], dict(phase1__gan="big", phase1__adv_start=0.0), "'logistic' or 'hinge'"),
+        ("phase1", ["--preset", "lsun-cat"], {}, "--tokenizer FILE"),
+        ("phase1", ["--device", "tpu"], {}, "--device must be"),
+    ],
+)
+def test_bad_input_ends_with_one_line_exit_code_2_and_no_file_changed(
+    trained, data, flat, tmp_path, capsys, monkeypatch, stage, words, sets, message
+):
+    def no_network(*args, **kwargs):
+        raise URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.chdir(tmp_path)
+    out, empty = earlier(trained, tmp_path / "out", "phase1"), tmp_path / "empty"
+    empty.mkdir()
+    before = contents(out, trained, data, flat)
+    places = dict(EMPTY=empty, FLAT=flat, TRAINED=trained)
+    words = [re.sub("EMPTY|FLAT|TRAINED", lambda found: str(places[found[0]]), word) for word in words]
+    assert message in refusal(capsys, stage, out, data, *words, **sets)
+    after = contents(out, trained, data, flat)
+    changed = [path.name for path in before.keys() | after.keys() if before.get(path) != after.get(path)]
+    assert set(changed) <= {"codes.pt"}  # a cache, written before the prior is built
+
+
+def test_an_error_of_the_command_leaves_no_traceback(data, tmp_path):
+    words = [sys.executable, ROOT / "train.py", *command("phase2", tmp_path / "out", data)]
+    done = subprocess.run(words, capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "phase1.pt is missing" in done.stderr
+
+
+def test_an_unconditional_prior_trains_on_a_folder_without_classes(trained, flat, tmp_path):
+    for stage in ("ar", "nar"):
+        call(stage, tmp_path / "out", flat, "--tokenizer", trained / "phase1.pt", conditional=False)
+        prior, ckpt = load_model(tmp_path / "out" / f"{stage}.pt", [stage])
+        assert prior.config.num_classes == 0 and ckpt["class_names"] == [] and ckpt["step"] == STEPS
+
+
+def test_a_preset_without_a_judge_finds_random_weights_and_says_so_on_its_checkpoint(trained, data, tmp_path, monkeypatch):
+    small = load_model(trained / "vgg.pt", ["vgg"])[0].vgg
+    monkeypatch.setattr(train, "load_vgg16", lambda source: small)
+    call("phase1", tmp_path / "out", data, "--vgg", "random", "--steps", "2")
+    assert "random" in read_checkpoint(tmp_path / "out" / "phase1.pt", ["phase1"])["note"]
+
+
+def test_phase_1_trains_the_judge_it_needs(trained, data, tmp_path):
+    call("phase1", tmp_path, data)
+    for stage in ("vgg", "phase1"):
+        a, b = (read_checkpoint(folder / f"{stage}.pt", [stage]) for folder in (trained, tmp_path))
+        assert differing(a, b) == []
+
+
+# Sizes and the shape of the code base ---------------------------------------------------------------------
+
+
+def test_explain_prints_the_parameter_counts_of_the_paper():
+    def explain(*words):
+        words = [sys.executable, ROOT / "train.py", "--explain", "--preset", "imagenet", *words]
+        env = dict(os.environ, OMP_NUM_THREADS="1")
+        done = subprocess.run(words, capture_output=True, text=True, env=env)
+        assert done.returncode == 0 and not done.stderr, done.stderr
+        return done.stdout
+
+    base = explain()
+    for count in ("54,532,867", "57,948,419", "61,363,971", "69,878,531", "24,001,089", "171,096,832", "171,864,832"):
+        assert count in base, count
+    assert "304,650,240" in explain("--set", "prior.n_embd=1024")
+
+
+def test_modules_import_only_what_the_readme_s_order_allows():
+    priors = {"prior_ar", "prior_nar"}
+    allowed = dict(tokenizer=set(), perceptual=set(), prior_ar=set(), prior_nar={"prior_ar"})
+    allowed["sample"] = {"tokenizer", "perceptual", *priors}
+    allowed["visualize"] = allowed["sample"] | {"sample"}
+    allowed["train"] = allowed["visualize"] | {"visualize"}
+    for name in SCRIPTS:
+        imported = set()
+        for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
+            imported |= {alias.name for alias in node.names} if isinstance(node, ast.Import) else set()
+            imported |= {node.module} if isinstance(node, ast.ImportFrom) else set()
+        assert imported & set(SCRIPTS) <= allowed[name], name
+
+
+def test_importing_a_module_reads_no_network_and_no_command_line():
+    code = f"""
+import socket, sys
+def refuse(*args, **kwargs):
+    raise RuntimeError("network at import time")
+socket.socket.connect = socket.getaddrinfo = socket.create_connection = refuse
+sys.argv = ["x", "--nonsense"]
+import {", ".join(SCRIPTS)}
+"""
+    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and not done.stdout, done.stderr

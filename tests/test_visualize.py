@@ -1,0 +1,268 @@
+"""Claims about visualize.py: the teacher-forced view, the summary of a run, and commands on a trained run."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_train import ROOT, command, write_pictures
+
+import sample
+import train
+import visualize
+from prior_ar import ARPrior, PriorConfig
+from sample import load_model
+
+K, SIDE = 5, 4
+
+
+class LookupTokenizer:
+    """Tokens are the red channel: image (B, 3, 4, 4) with values 0..K-1 to 16 tokens and back."""
+
+    def encode(self, x):
+        return x[:, 0].flatten(1).long()
+
+    def decode(self, tokens):
+        return tokens.float().view(-1, 1, SIDE, SIDE).expand(-1, 3, -1, -1) / K
+
+
+class PerfectPrior:
+    """Predicts every token with near certainty, as if it had learned the images by heart."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, tokens, labels=None):
+        self.calls += 1
+        return 50.0 * torch.nn.functional.one_hot(tokens, K)
+
+
+def some_images(batch=3, seed=0):
+    tokens = torch.randint(0, K, (batch, 1, SIDE, SIDE), generator=torch.Generator().manual_seed(seed))
+    return tokens.float().expand(-1, 3, -1, -1).clone()
+
+
+def some_prior():
+    """Weights scaled so that predictions depend clearly on the context."""
+    torch.manual_seed(0)
+    prior = ARPrior(PriorConfig(K, SIDE**2, 2, n_layer=2, n_head=2, n_embd=16)).eval()
+    with torch.no_grad():
+        for parameter in prior.parameters():
+            parameter.mul_(8)
+    return prior
+
+
+# The view -------------------------------------------------------------------------------------------------
+
+
+def test_the_prediction_of_token_i_depends_on_the_tokens_before_it_only():
+    prior, x, labels = some_prior(), some_images(), torch.tensor([0, 1, 0])
+    view, later = visualize.teacher_forced_view(LookupTokenizer(), prior, x, labels), 0
+    for j in range(SIDE**2):
+        changed = x.clone()
+        changed[:, :, j // SIDE, j % SIDE] = (changed[:, :, j // SIDE, j % SIDE] + 1) % K
+        other = visualize.teacher_forced_view(LookupTokenizer(), prior, changed, labels)
+        assert torch.equal(other["tokens_pred"][:, : j + 1], view["tokens_pred"][:, : j + 1])
+        torch.testing.assert_close(other["nats"][:, :j], view["nats"][:, :j])
+        later += (other["tokens_pred"][:, j + 1 :] != view["tokens_pred"][:, j + 1 :]).sum().item()
+    assert later > 0
+
+
+def test_the_view_is_one_pass_on_the_true_tokens_and_not_a_sample():
+    prior, x, labels = some_prior(), some_images(), torch.tensor([0, 1, 1])
+    view = visualize.teacher_forced_view(LookupTokenizer(), prior, x, labels)
+    tokens = LookupTokenizer().encode(x)
+    with torch.no_grad():
+        log_probs = prior(tokens, labels).log_softmax(2)
+    assert torch.equal(view["tokens"], tokens) and torch.equal(view["tokens_pred"], log_probs.argmax(2))
+    torch.testing.assert_close(view["nats"], -log_probs.gather(2, tokens[..., None])[..., 0])
+    assert torch.equal(view["hits"], view["tokens"] == view["tokens_pred"]) and 0 < view["hits"].sum() < 48
+    assert torch.equal(view["prediction"], LookupTokenizer().decode(view["tokens_pred"]))
+    assert torch.equal(view["reconstruction"], LookupTokenizer().decode(tokens))
+
+
+def test_a_perfect_prior_returns_the_tokens_and_the_same_picture_in_one_pass():
+    prior, x = PerfectPrior(), some_images()
+    view = visualize.teacher_forced_view(LookupTokenizer(), prior, x)
+    assert prior.calls == 1
+    assert torch.equal(view["tokens_pred"], view["tokens"]) and view["hits"].all()
+    assert torch.equal(view["prediction"], view["reconstruction"])
+    numbers = visualize.view_numbers(x / K, view)
+    assert numbers["top1"] == 1 and 0 <= numbers["nats_per_token"] < 1e-6
+    assert numbers["psnr_prediction"] == numbers["psnr_reconstruction"]
+    assert numbers["psnr_prediction_to_reconstruction"] > 100
+
+
+# A trained run --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, data):
+    """A run folder as --stage all leaves it."""
+    out = tmp_path_factory.mktemp("trained")
+    train.main(*train.parse_args(command("all", out, data)))
+    return out
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy that a test may write into."""
+    shutil.copytree(trained, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def finite(value):
+    if isinstance(value, dict):
+        return all(map(finite, value.values()))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def test_stage_all_leaves_a_summary_with_all_numbers_and_the_pictures(trained):
+    summary = json.loads((trained / "summary.json").read_text())
+    names = """usage perplexity recon_class_accuracy ar_class_accuracy nar_class_accuracy phase2_tokens_changed
+        psnr_phase1 psnr_phase2 lpips_like_phase1 lpips_like_phase2 ar_nats_per_token nar_nats_per_token
+        unigram_entropy ln_K seconds peak_rss_mb command judge_accuracy alpha latent_hash view"""
+    assert set(names.split()) <= summary.keys() and None not in summary.values() and finite(summary)
+    assert summary["phase2_tokens_changed"] == 0
+    assert 1 / 32 <= summary["usage"] <= 1 <= summary["perplexity"] <= 32
+    for name in ("recon", "ar", "nar"):
+        assert 0 <= summary[f"{name}_class_accuracy"] <= 1
+    assert 0 < summary["unigram_entropy"] <= summary["ln_K"] == pytest.approx(math.log(32), abs=1e-4)
+    assert summary["num_val"] == 20 and summary["preset"] == "demo"
+    for name in ("phases", "samples_ar", "samples_nar", "view", "reconstructions_phase1"):
+        assert Image.open(trained / f"{name}.png").size[0] > 100
+
+
+def test_the_numbers_of_the_summary_are_those_of_a_direct_computation(trained, data):
+    summary = json.loads((trained / "summary.json").read_text())
+    val = train.Run(*train.parse_args(command("ar", trained, data))).val
+    x = sample.to_float(torch.stack([val.view(i) for i in range(20)]), "cpu")
+    labels = torch.tensor(val.labels)
+    judge, _ = load_model(trained / "vgg.pt", ["vgg"])
+    counts = None
+    for stage in ("phase1", "phase2"):
+        tokenizer, _ = load_model(trained / f"{stage}.pt", [stage])
+        with torch.no_grad():
+            tokens = tokenizer.encode(x)
+            x_hat = tokenizer.decode(tokens)
+            logit = judge(x_hat.clamp(-1, 1), ["logit"])["logit"]
+        counts = tokens.flatten().bincount(minlength=32)
+        assert summary[f"psnr_{stage}"] == pytest.approx(sample.psnr(x, x_hat).mean().item(), abs=0.01)
+        right = (logit.argmax(1) == labels).float().mean().item()
+        assert summary[f"recon_class_accuracy_{stage}"] == pytest.approx(right, abs=1e-6)
+    assert summary["usage"] == (counts > 0).float().mean()
+    prior, _ = load_model(trained / "ar.pt", ["ar"])
+    with torch.no_grad():
+        nats = prior.loss(prior(tokens, labels), tokens)[0].item()
+    assert summary["ar_nats_per_token"] == pytest.approx(nats, rel=1e-3)
+    assert summary["view"]["nats_per_token"] == pytest.approx(nats, rel=1e-3)
+
+
+def view(*words):
+    visualize.main(["view", *map(str, words), "--device", "cpu"])
+
+
+def test_view_writes_a_picture_and_finite_numbers_and_twice_the_same(run):
+    found = []
+    for name in ("a", "b"):
+        view("--ckpt", run / "ar.pt", "--num", 5, "--out", run / f"{name}.png")
+        assert Image.open(run / f"{name}.png").size[1] > 100
+        found.append((run / f"{name}.json").read_bytes())
+    assert found[0] == found[1]
+    (numbers,) = json.loads(found[0])
+    assert finite(numbers) and numbers["num_images"] == 5 and 0 <= numbers["top1"] <= 1
+    assert numbers["tokenizer_stage"] == "phase2" and numbers["alpha"] == 1
+
+
+def test_several_priors_are_seen_on_the_same_images(run, tmp_path):
+    shutil.copytree(run, tmp_path / "other")
+    prior = torch.load(tmp_path / "other" / "ar.pt", weights_only=True)
+    for weights in (prior["model"], prior["ema"]):
+        for name in weights:
+            if name.endswith("token_table.weight"):
+                weights[name] = -weights[name]
+    torch.save(prior, tmp_path / "other" / "ar.pt")
+    ckpts = [run / "ar.pt", tmp_path / "other" / "ar.pt"]
+    view("--ckpt", *ckpts, "--num", 4, "--out", tmp_path / "both.png")
+    view("--ckpt", ckpts[1], "--num", 4, "--out", tmp_path / "second.png")
+    one, two = json.loads((tmp_path / "both.json").read_text())
+    assert [two] == json.loads((tmp_path / "second.json").read_text())
+    assert one["nats_per_token"] != two["nats_per_token"]
+    assert one["psnr_reconstruction"] == two["psnr_reconstruction"]
+    wide, narrow = (Image.open(tmp_path / name).size[0] for name in ("both.png", "second.png"))
+    assert wide / narrow == pytest.approx(7 / 4, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--ckpt", "nar.pt"], "stage 'nar'; this needs ar"),
+        (["--ckpt", "nowhere.pt"], "no checkpoint"),
+        (["--ckpt", "ar.pt", "--num", "21"], "only 20 images"),
+        (["--ckpt", "ar.pt", "--num", "0"], "--num"),
+        (["--ckpt", "ar.pt", "--tokenizer", "phase1.pt", "phase2.pt"], "one file per --ckpt"),
+        (["--ckpt", "ar.pt", "--tokenizer", "vgg.pt"], "this needs phase1 or phase2"),
+        (["--ckpt", "ar.pt", "--data", "nowhere"], "nowhere does not exist"),
+    ],
+)
+def test_bad_input_of_view_ends_with_one_line_and_exit_code_2(run, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(run)
+    (run / "view.png").unlink()
+    with pytest.raises(SystemExit) as stop:
+        view(*words)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert not (run / "view.png").exists()
+
+
+# sample.py on the same run --------------------------------------------------------------------------------
+
+
+def written(path):
+    """Bytes of what a command wrote; of an npz the array, since a zip file holds the time."""
+    if path.is_dir():
+        return [file.read_bytes() for file in sorted(path.iterdir())]
+    return np.load(path)["arr_0"].tobytes() if path.suffix == ".npz" else path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "words, kind, result",
+    [
+        (["ar.pt"], "sheet", "samples_ar.png"),
+        (["nar.pt", "--classes", "star,ring"], "sheet", "samples_nar.png"),
+        (["ar.pt", "--classes", "3"], "files", "samples_ar"),
+        (["nar.pt", "--seed", "5"], "npz", "samples_nar.npz"),
+        (["phase1.pt", "--reconstruct"], "sheet", "reconstructions_phase1.png"),
+        (["phase2.pt", "--reconstruct"], "npz", "reconstructions_phase2.npz"),
+    ],
+)
+def test_sample_writes_the_same_twice(run, words, kind, result):
+    found = []
+    for _ in range(2):
+        sample.main(["--ckpt", str(run / words[0]), *words[1:], "--num", "6", "--format", kind, "--device", "cpu"])
+        found.append(written(run / result))
+    assert found[0] == found[1] and len(found[0]) >= 6
+
+
+@pytest.mark.dist
+def test_sample_with_two_processes_equals_one_bit_for_bit(run):
+    words = ["--ckpt", run / "ar.pt", "--num", "10", "--batch", "4", "--format", "npz", "--device", "cpu"]
+    sample.main([*map(str, words), "--out", str(run / "one.npz")])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*torchrun, ROOT / "sample.py", *words, "--out", run / "two.npz"],
+        capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert written(run / "one.npz") == written(run / "two.npz")
