@@ -234,16 +234,16 @@ class Shapes(ImageData):
         """All factors of one image: floats and tuples. Lengths in half image sides, angles in radians."""
         key = (self.seed, self.split, index)
         s, d = random.Random(mix("structure", *key)), random.Random(mix("detail", *key, self.detail_seed))
-        radius = s.uniform(0.55, 0.8)
+        radius = s.uniform(0.6, 0.85)
         dark, bright = [tuple(d.uniform(*span) for _ in range(3)) for span in ((0.0, 0.45), (0.55, 1.0))]
         swap = d.random() < 0.5
         return dict(
-            label=index % 10, radius=radius, angle=s.uniform(-0.5, 0.5),
+            label=index % 10, radius=radius, angle=s.uniform(-0.4, 0.4),
             x=s.uniform(radius - 1, 1 - radius), y=s.uniform(radius - 1, 1 - radius),
             foreground=bright if swap else dark, background=dark if swap else bright,
             texture=d.choice(("plain", "stripes", "checks")), frequency=d.uniform(4, 8),
             phase=d.uniform(0, 2 * math.pi),
-            texture_angle=d.uniform(0, math.pi), texture_strength=d.uniform(0.05, 0.15),
+            texture_angle=d.uniform(0, math.pi), texture_strength=d.uniform(0.03, 0.12),
             light_angle=d.uniform(0, 2 * math.pi), light_strength=d.uniform(0, 0.2),
         )  # fmt: skip
 
@@ -573,7 +573,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--ckpt", type=Path, required=True, help="ar.pt or nar.pt; with --reconstruct phase1.pt or phase2.pt")
     add("--tokenizer", type=Path, help="tokenizer that decodes (default: phase2.pt or phase1.pt beside CKPT)")
-    add("--num", type=int, default=80, help="number of images (default 80)")
+    add("--count", "--num", dest="num", type=int, default=80, help="number of images (default 80)")
     add("--classes", help="names or numbers, separated by commas (default: all, in turn)")
     add("--reconstruct", action="store_true", help="reconstruct validation images instead of sampling")
     add("--data", help="with --reconstruct: images to use (default: the validation images of the run)")

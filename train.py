@@ -31,16 +31,16 @@ IMAGENET = dict(
     tokenizer=dict(),
     discriminator=dict(kind="style", channel_multiplier=1, max_width=512),
     judge=dict(width=64, hidden=4096, batch=256, steps=450_000, lr=1e-3, schedule="cosine", lr_end=0.0,
-               lr_start=0, betas=[0.9, 0.99], weight_decay=0.05, ema=0.0, label_smoothing=0.1),
+               lr_start=0, warmup=0, betas=[0.9, 0.99], weight_decay=0.05, ema=0.0, label_smoothing=0.1),
     phase1=dict(LOSS, alpha=1.0, batch=256, steps=500_000, lr=1e-4, schedule="cosine", lr_end=5e-5,
-                lr_start=0, betas=[0.9, 0.99], weight_decay=0.0, ema=0.0, init=None),
+                lr_start=0, warmup=0, betas=[0.9, 0.99], weight_decay=0.0, ema=0.0, init=None),
     phase2=dict(LOSS, alpha=0.0, batch=128, steps=200_000, lr=5e-5, schedule="constant", lr_end=5e-5,
-                lr_start=0, betas=[0.5, 0.9], weight_decay=0.0, ema=0.0),
+                lr_start=0, warmup=0, betas=[0.5, 0.9], weight_decay=0.0, ema=0.0),
     prior=dict(n_layer=24, n_head=16, n_embd=768, dropout=0.1),
     ar=dict(batch=256, steps=1_500_000, lr=1e-4, schedule="exponential", lr_end=5e-6, lr_start=80_000,
-            betas=[0.9, 0.96], weight_decay=1e-2, ema=0.0),
+            warmup=0, betas=[0.9, 0.96], weight_decay=1e-2, ema=0.0),
     nar=dict(batch=256, steps=1_500_000, lr=1e-4, schedule="linear", lr_end=0.0, lr_start=50_000,
-             betas=[0.9, 0.96], weight_decay=1e-2, ema=0.0, label_smoothing=0.0),
+             warmup=0, betas=[0.9, 0.96], weight_decay=1e-2, ema=0.0, label_smoothing=0.0),
     sample=dict(top_p=0.92, temperature=1.0, nar_steps=12, token_temperature=1.0, choice_temperature=0.45,
                 confidence_space="prob"),
 )  # fmt: skip
@@ -68,25 +68,26 @@ LSUN = variant(
 )  # fmt: skip
 CIFAR10 = variant(  # ours, for a CPU: small networks, a judge of one's own, short schedules
     IMAGENET, data="cifar10", image_size=32, vgg="judge", code_variants=2,
-    tokenizer=dict(base_width=32, channel_mult=[1, 2, 4, 4], codebook_dim=64, warm_start=200),
+    tokenizer=dict(base_width=32, channel_mult=[1, 2, 4, 4], codebook_size=512, codebook_dim=64, warm_start=200),
     discriminator=dict(max_width=32),
     judge=dict(width=32, hidden=256, batch=128, steps=3000, lr=2e-3),
     phase1=dict(batch=64, steps=2000, lr=6e-4, lr_end=3e-5, gamma=0.1, per_weight=0.03, ema=0.995),
     phase2=dict(batch=64, steps=400, lr=2e-4, per_weight=0.1, ema=0.99),
     prior=dict(n_layer=8, n_head=8, n_embd=256),
-    ar=dict(batch=128, steps=2000, lr=1e-3, lr_start=700, lr_end=3e-5, ema=0.995),
-    nar=dict(batch=128, steps=2000, lr=1e-3, lr_start=700, ema=0.995),
+    ar=dict(batch=128, steps=2000, lr=1e-3, lr_start=700, lr_end=3e-5, warmup=200, ema=0.995),
+    nar=dict(batch=128, steps=4000, lr=1e-3, lr_start=1500, warmup=400, ema=0.995),
 )  # fmt: skip
 DEMO = variant(  # ours, minutes on a CPU
     CIFAR10, data="shapes",
-    tokenizer=dict(codebook_size=256, codebook_dim=32, warm_start=100),
+    tokenizer=dict(codebook_size=64, codebook_dim=32, warm_start=100),
     discriminator=dict(max_width=16),
-    judge=dict(width=16, hidden=128, batch=64, steps=900),
-    phase1=dict(batch=32, steps=1000, lr=1e-3, lr_end=5e-5, per_weight=0.02, ema=0.99),
+    judge=dict(width=16, hidden=128, batch=64, steps=700),
+    phase1=dict(batch=32, steps=700, lr=1e-3, lr_end=5e-5, per_weight=0.03, ema=0.99),
     phase2=dict(batch=32, steps=150, ema=0.98),
-    prior=dict(n_layer=4, n_head=4, n_embd=160, dropout=0.0),
-    ar=dict(batch=64, steps=1200, lr=2e-3, lr_start=400, lr_end=1e-4, ema=0.99),
-    nar=dict(batch=64, steps=1200, lr=2e-3, lr_start=400, ema=0.99),
+    prior=dict(n_layer=4, n_head=8, n_embd=160, dropout=0.0),
+    ar=dict(steps=1000, lr=2e-3, lr_start=400, lr_end=1e-4, warmup=100, ema=0.99),
+    nar=dict(steps=1800, lr=2e-3, lr_start=600, warmup=200, ema=0.99),
+    sample=dict(top_p=0.8, token_temperature=0.7),
 )  # fmt: skip
 PRESETS = {
     "imagenet": IMAGENET,
@@ -141,6 +142,11 @@ def parse_args(argv=None):
         parser.error(str(error))
 
 
+def kind_of(value):
+    kinds = {bool: "true or false", int: "number", float: "number", str: "word", list: "list", dict: "part"}
+    return kinds.get(type(value), "value")
+
+
 def build_config(args):
     """The preset of the command line with `--data`, `--steps`, ... and every `--set` written into it."""
     config = variant(PRESETS[args.preset])
@@ -164,11 +170,21 @@ def build_config(args):
         if not text or len(section) > 1 or (section and target is config) or not known:
             raise ValueError(f"--set {item}: expected SECTION.KEY=VALUE with a key of the preset")
         try:
-            target[key] = json.loads(text)
+            value = json.loads(text)
         except json.JSONDecodeError:
-            target[key] = text
-    if not 0 <= config["phase1"]["alpha"] <= 1:
-        raise ValueError(f"alpha must lie in [0, 1], got {config['phase1']['alpha']}")
+            value = text
+        old = target.get(key)
+        if old is not None and kind_of(value) != kind_of(old):
+            raise ValueError(f"--set {item}: expected a {kind_of(old)}")
+        if section and key in ("batch", "steps") and (not isinstance(value, int) or value < (key == "batch")):
+            raise ValueError(f"--set {item}: expected a whole number, positive for a batch")
+        target[key] = value
+    for phase in ("phase1", "phase2"):
+        if not 0 <= config[phase]["alpha"] <= 1:
+            raise ValueError(f"alpha must lie in [0, 1], got {config[phase]['alpha']}")
+    for flag, value in (("--limit", config["limit"]), ("--micro-batch", args.micro_batch)):
+        if value is not None and value < 1:
+            raise ValueError(f"{flag} must be positive, got {value}")
     if config["seed"] < 0 or config["seed"] >= 2**63:
         raise ValueError(f"--seed must lie in [0, 2^63), got {config['seed']}")
     return config
@@ -222,7 +238,7 @@ def lr_at(step, c):
     exponential: lr until lr_start, then geometrically to lr_end at `steps`
     linear:      lr until lr_start, then in a straight line to lr_end ("start_iter" begins the decay, I17)
     """
-    lr, end, T = c["lr"], c["lr_end"], c["steps"]
+    lr, end, T = c["lr"] * min(1.0, (step + 1) / max(1, c["warmup"])), c["lr_end"], c["steps"]
     t = min(max(0.0, (step - c["lr_start"]) / max(1, T - c["lr_start"])), 1.0)
     if c["schedule"] == "cosine":
         return end + (lr - end) / 2 * (1 + math.cos(math.pi * t))
@@ -274,6 +290,8 @@ class Run:
         self.args, self.config = args, config
         self.out = args.out or Path("runs") / args.preset
         self.device = setup_device(args.device)
+        if config["image_size"] < 32:
+            raise UserError(f"image_size {config['image_size']}: VGG-16's five halvings need at least 32")
         self.train, self.val = load_data(config)
         # channels_last suits a GPU's convolutions; on a CPU it makes GroupNorm ten times slower
         self.layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
@@ -524,11 +542,21 @@ def earlier_tokenizer(run, stages):
     return tokenizer, ckpt
 
 
+@contextlib.contextmanager
+def as_user_error():
+    """Settings of the preset that a network refuses are bad input, not a bug."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error)) from None
+
+
 def build_discriminator(run):
     c = dict(run.config["discriminator"])
     torch.manual_seed(mix(run.config["seed"], "discriminator"))
     kind = c.pop("kind")
-    disc = PatchDiscriminator() if kind == "patch" else StyleDiscriminator(run.config["image_size"], **c)
+    with as_user_error():
+        disc = PatchDiscriminator() if kind == "patch" else StyleDiscriminator(run.config["image_size"], **c)
     return disc.to(run.device, memory_format=run.layout)
 
 
@@ -555,6 +583,8 @@ def train_tokenizer(run, stage):
     c, device = run.config[stage], run.device
     tokenizer, disc_weights = build_tokenizer(run, stage)
     disc, judge, weights = build_discriminator(run), run.judge, layer_weights(c["alpha"])
+    with as_user_error():
+        adv_loss(torch.zeros(1), c["gan"])
     if disc_weights:  # I21: phase 2 continues the discriminator with a fresh optimizer
         disc.load_state_dict(disc_weights)
     opt_g, opt_d, ema = (
@@ -595,6 +625,9 @@ def train_tokenizer(run, stage):
             )  # Eq. 2, Eq. 4
             (loss * (len(part) / len(x))).backward()
             fakes.append(x_hat.detach())
+            terms = dict(loss_rec=loss_rec, loss_per=loss_per, **latent)
+            terms |= dict(loss_adv=loss_adv) if adv else {}
+            add_means(logs, terms, len(part) / len(x))
         opt_g.step()
 
         if adv:
@@ -607,15 +640,14 @@ def train_tokenizer(run, stage):
                 if c["r1_gamma"] and step % c["r1_every"] == 0:  # lazy regularisation
                     loss = loss + c["r1_every"] * r1_penalty(d, part, c["r1_gamma"])
                 (loss * (len(part) / len(x))).backward()
+                add_means(logs, dict(loss_disc=loss_disc), len(part) / len(x))
             opt_d.step()
-            logs = dict(loss_adv=loss_adv, loss_disc=loss_disc)
         if ema:
             ema.update_parameters(tokenizer)
 
         if run.due("log", stage, step):
             usage = codebook_usage(tokens.flatten().bincount(minlength=tokenizer.codebook_size))[0]
-            run.log(stage, step, lr=lr_at(step, c), loss_rec=loss_rec, loss_per=loss_per, **latent, **logs,
-                    adv_weight=adv, batch_usage=usage)  # fmt: skip
+            run.log(stage, step, lr=lr_at(step, c), **logs, adv_weight=adv, batch_usage=usage)
         if run.due("eval", stage, step):
             evaluate_tokenizer(run, stage, step, ema.module if ema else tokenizer)
             tokenizer.train()
@@ -623,6 +655,11 @@ def train_tokenizer(run, stage):
             if frozen and latent_hash(tokenizer) != frozen:
                 raise RuntimeError("phase 2 changed the encoder or the codebook")
             run.save(stage, step, tokenizer, ema, latent_hash(tokenizer), disc=disc, opt_g=opt_g, opt_d=opt_d)
+
+
+def add_means(sums, terms, share):
+    for name, value in terms.items():
+        sums[name] = sums.get(name, 0) + share * value.detach()
 
 
 def loss_vq(latent, c):
@@ -647,7 +684,7 @@ def cached_codes(run, tokenizer):
         latent_hash(tokenizer),
         V,
         len(data),
-        *(str(run.config[k]) for k in ("data", "image_size", "seed")),
+        *(str(run.config[k]) for k in ("data", "val", "limit", "image_size", "seed", "precision")),
     ]
     if not (path.exists() and torch.load(path, weights_only=True, mmap=True).get("key") == key):
         print0(f"\nencoding {len(data)} training images in {V} variants and {len(run.val)} validation images")
@@ -688,7 +725,8 @@ def train_prior(run, stage):
     K, N = tokenizer.codebook_size, tokenizer.grid_size**2
     sizes = PriorConfig(K, N, len(names) if run.config["conditional"] else 0, **run.config["prior"])
     torch.manual_seed(mix(seed, stage))
-    prior = (ARPrior if stage == "ar" else NARPrior)(sizes).to(device)
+    with as_user_error():
+        prior = (ARPrior if stage == "ar" else NARPrior)(sizes).to(device)
     optimizer, ema = build_optimizer(prior, c), build_ema(prior, c["ema"])
     start = run.start(stage, tokens_of, model=prior, optimizer=optimizer, ema=ema)
     p = codes["train"][0, :2000].long().flatten().bincount(minlength=K).double()
