@@ -68,14 +68,15 @@ LSUN = variant(
 )  # fmt: skip
 CIFAR10 = variant(  # ours, for a CPU: small networks, a judge of one's own, short schedules
     IMAGENET, data="cifar10", image_size=32, vgg="judge", code_variants=2,
-    tokenizer=dict(base_width=32, channel_mult=[1, 2, 4, 4], codebook_size=512, codebook_dim=64, warm_start=200),
+    tokenizer=dict(base_width=32, channel_mult=[1, 2, 4, 4], codebook_size=256, codebook_dim=64,
+                   warm_start=200),
     discriminator=dict(max_width=32),
     judge=dict(width=32, hidden=256, batch=128, steps=3000, lr=2e-3),
-    phase1=dict(batch=64, steps=2000, lr=6e-4, lr_end=3e-5, gamma=0.1, per_weight=0.03, ema=0.995),
-    phase2=dict(batch=64, steps=400, lr=2e-4, per_weight=0.1, ema=0.99),
-    prior=dict(n_layer=8, n_head=8, n_embd=256),
-    ar=dict(batch=128, steps=2000, lr=1e-3, lr_start=700, lr_end=3e-5, warmup=200, ema=0.995),
-    nar=dict(batch=128, steps=4000, lr=1e-3, lr_start=1500, warmup=400, ema=0.995),
+    phase1=dict(batch=64, steps=1800, lr=6e-4, lr_end=3e-5, gamma=0.1, per_weight=0.03, ema=0.995),
+    phase2=dict(batch=64, steps=300, lr=2e-4, per_weight=0.1, ema=0.99),
+    prior=dict(n_layer=8, n_head=8, n_embd=256, dropout=0.0),
+    ar=dict(batch=128, steps=1500, lr=1e-3, lr_start=500, lr_end=3e-5, warmup=200, ema=0.995),
+    nar=dict(batch=128, steps=2500, lr=1e-3, lr_start=900, warmup=300, ema=0.995),
 )  # fmt: skip
 DEMO = variant(  # ours, minutes on a CPU
     CIFAR10, data="shapes",
@@ -84,9 +85,9 @@ DEMO = variant(  # ours, minutes on a CPU
     judge=dict(width=16, hidden=128, batch=64, steps=700),
     phase1=dict(batch=32, steps=700, lr=1e-3, lr_end=5e-5, per_weight=0.03, ema=0.99),
     phase2=dict(batch=32, steps=150, ema=0.98),
-    prior=dict(n_layer=4, n_head=8, n_embd=160, dropout=0.0),
+    prior=dict(n_layer=4, n_embd=160),
     ar=dict(steps=1000, lr=2e-3, lr_start=400, lr_end=1e-4, warmup=100, ema=0.99),
-    nar=dict(steps=1800, lr=2e-3, lr_start=600, warmup=200, ema=0.99),
+    nar=dict(steps=3000, lr=2e-3, lr_start=1000, warmup=200, ema=0.99),
     sample=dict(top_p=0.8, token_temperature=0.7),
 )  # fmt: skip
 PRESETS = {
@@ -295,6 +296,8 @@ class Run:
         self.train, self.val = load_data(config)
         # channels_last suits a GPU's convolutions; on a CPU it makes GroupNorm ten times slower
         self.layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
+        if self.device.type == "cpu" and config["image_size"] <= 64:
+            torch.backends.cuda.enable_flash_sdp(False)  # its backward is ten times slower here; CPUs heed it too
         self.autocast = torch.autocast(
             self.device.type, torch.bfloat16, enabled=config["precision"] == "bf16"
         )
