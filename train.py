@@ -297,7 +297,8 @@ class Run:
         # channels_last suits a GPU's convolutions; on a CPU it makes GroupNorm ten times slower
         self.layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
         if self.device.type == "cpu" and config["image_size"] <= 64:
-            torch.backends.cuda.enable_flash_sdp(False)  # its backward is ten times slower here; CPUs heed it too
+            # a CPU heeds this switch too, and flash attention's backward is ten times slower there
+            torch.backends.cuda.enable_flash_sdp(False)
         self.autocast = torch.autocast(
             self.device.type, torch.bfloat16, enabled=config["precision"] == "bf16"
         )

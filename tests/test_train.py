@@ -142,6 +142,13 @@ def test_the_schedules_pass_through_the_points_of_tables_9_and_10():
     assert train.lr_at(80_001, ar) < 1e-4 and train.lr_at(50_001, nar) < 1e-4
 
 
+def test_warm_up_grows_in_a_straight_line_and_then_changes_nothing():
+    plain = train.PRESETS["imagenet"]["ar"]
+    warm = dict(plain, warmup=100)
+    assert [train.lr_at(step, warm) for step in (0, 49, 99)] == pytest.approx([1e-6, 5e-5, 1e-4])
+    assert train.lr_at(100_000, warm) == train.lr_at(100_000, plain)
+
+
 @pytest.mark.parametrize(
     "preset, batches, steps, lr, priors, nar_temperature, top_p",
     [
