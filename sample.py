@@ -58,6 +58,12 @@ def barrier():
         dist.barrier()
 
 
+def close_processes():
+    """Ends the process group, where there is one; a process that just leaves may abort another."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def setup_device(name):
     """Opens the process group under torchrun (NCCL on GPUs, gloo on CPUs) and returns the device."""
     if name == "auto":
@@ -681,10 +687,13 @@ def main(argv=None):
             print(
                 f"wrote {write_images(images, args, default, columns, note)}" + (f" ({note})" if note else "")
             )
+        barrier()
     except UserError as error:
         if rank() == 0:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        close_processes()
 
 
 if __name__ == "__main__":

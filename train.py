@@ -218,7 +218,7 @@ from perceptual import (
 from prior_ar import ARPrior, PriorConfig
 from prior_nar import NARPrior, mask_tokens
 from sample import (
-    FORMAT, UserError, barrier, batches, latent_hash, load_data, load_model, make_sheet, mix, my_rows, print0,
+    FORMAT, UserError, barrier, batches, close_processes, latent_hash, load_data, load_model, make_sheet, mix, my_rows, print0,
     rank, read_checkpoint, save_atomic, seeded_rand, setup_device, to_float, weights_hash,
     world,
 )
@@ -814,8 +814,7 @@ def main(args, config):
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        close_processes()
 
 
 if __name__ == "__main__":

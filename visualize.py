@@ -30,6 +30,7 @@ from prior_ar import ARPrior, PriorConfig
 from prior_nar import mask_tokens
 from sample import (
     UserError,
+    close_processes,
     generate_images,
     latent_hash,
     load_data,
@@ -429,6 +430,8 @@ def main(argv=None):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        close_processes()
 
 
 if __name__ == "__main__":
