@@ -128,7 +128,7 @@ def parse_args(argv=None):
     add("--precision", choices=("bf16", "fp32"), help="autocast type (default: bf16)")
     add("--compile", action="store_true", help="torch.compile the networks")
     add("--log-every", type=int, default=20, help="steps between metrics lines")
-    add("--eval-every", type=int, help="steps between validations and sheets (default: a fifth of the run)")
+    add("--eval-every", type=int, help="steps between validations and sheets, 0: none (default: a fifth of the run)")
     add("--save-every", type=int, help="steps between checkpoints (default: a tenth, at most 2000)")
     add("--explain", action="store_true", help="print modules, sizes and recipe of the preset, then stop")
     args, unknown = parser.parse_known_args(argv)
@@ -218,9 +218,8 @@ from perceptual import (
 from prior_ar import ARPrior, PriorConfig
 from prior_nar import NARPrior, mask_tokens
 from sample import (
-    FORMAT, UserError, barrier, batches, close_processes, latent_hash, load_data, load_model, make_sheet, mix, my_rows, print0,
-    rank, read_checkpoint, save_atomic, seeded_rand, setup_device, to_float, weights_hash,
-    world,
+    FORMAT, UserError, barrier, batches, close_processes, latent_hash, load_data, load_model, make_sheet, mix,
+    my_rows, print0, rank, read_checkpoint, save_atomic, seeded_rand, setup_device, to_float, weights_hash, world,
 )
 from tokenizer import TokenizerConfig, VQTokenizer, all_reduce_mean, codebook_usage
 from visualize import evaluate_judge, evaluate_prior, evaluate_tokenizer, explain, summarize
@@ -385,10 +384,14 @@ class Run:
             yield step
 
     def due(self, what, stage, step):
-        """Is it time, after `step` + 1 updates, to "log", "eval" or "save"? Always after the last one."""
+        """Is it time, after `step` + 1 updates, to "log", "eval" or "save"? Always after the last one, but
+        --eval-every 0 never evaluates."""
         steps = self.steps(stage)
         default = {"eval": max(1, steps // 5), "save": min(2000, max(1, steps // 10))}
-        every = getattr(self.args, f"{what}_every") or default[what]
+        every = getattr(self.args, f"{what}_every")
+        if what == "eval" and every == 0:
+            return False
+        every = every or default[what]
         return (step + 1) % every == 0 or step + 1 == steps
 
     def log(self, stage, step, **values):
