@@ -177,7 +177,8 @@ class FolderData(ImageData):
     def __init__(self, files, class_names, image_size, seed):
         super().__init__(image_size, seed, class_names)
         self.files = files
-        self.labels = [class_names.index(path.parent.name) if class_names else 0 for path in files]
+        number = {name: label for label, name in enumerate(class_names)}
+        self.labels = [number[path.parent.name] if class_names else 0 for path in files]
 
     def __len__(self):
         return len(self.files)
@@ -348,10 +349,9 @@ def load_data(config):
     files, names = scan_folder(folder)
     if val is not None:
         val_files, val_names = scan_folder(val)
-        if val_names != names:
-            raise UserError(
-                f"the {len(val_names)} classes of --val {val} are not the {len(names)} of {folder}"
-            )
+        strangers = sorted(set(val_names) - set(names))
+        if strangers or bool(val_names) != bool(names):
+            raise UserError(f"--val {val} has classes that {folder} lacks: {', '.join(strangers[:3])}")
     else:
         held_out = set(random.Random(mix(seed, "split")).sample(range(len(files)), max(1, len(files) // 20)))
         val_files = [path for i, path in enumerate(files) if i in held_out]

@@ -128,7 +128,7 @@ def parse_args(argv=None):
     add("--precision", choices=("bf16", "fp32"), help="autocast type (default: bf16)")
     add("--compile", action="store_true", help="torch.compile the networks")
     add("--log-every", type=int, default=20, help="steps between metrics lines")
-    add("--eval-every", type=int, help="steps between validations and sheets, 0: none (default: a fifth of the run)")
+    add("--eval-every", type=int, help="steps between validations, 0: none (default: a fifth of the run)")
     add("--save-every", type=int, help="steps between checkpoints (default: a tenth, at most 2000)")
     add("--explain", action="store_true", help="print modules, sizes and recipe of the preset, then stop")
     args, unknown = parser.parse_known_args(argv)
@@ -219,7 +219,8 @@ from prior_ar import ARPrior, PriorConfig
 from prior_nar import NARPrior, mask_tokens
 from sample import (
     FORMAT, UserError, barrier, batches, close_processes, latent_hash, load_data, load_model, make_sheet, mix,
-    my_rows, print0, rank, read_checkpoint, save_atomic, seeded_rand, setup_device, to_float, weights_hash, world,
+    my_rows, print0, rank, read_checkpoint, save_atomic, seeded_rand, setup_device, to_float, weights_hash,
+    world,
 )
 from tokenizer import TokenizerConfig, VQTokenizer, all_reduce_mean, codebook_usage
 from visualize import evaluate_judge, evaluate_prior, evaluate_tokenizer, explain, summarize
