@@ -298,13 +298,16 @@ def test_without_a_validation_folder_a_twentieth_is_held_out_and_stays_the_same(
     assert again[1].files == val.files and len(again[0]) == 5 and set(again[0].files) < set(train.files)
 
 
-def test_train_and_val_folders_are_found_and_must_have_the_same_classes(tmp_path):
+def test_train_and_val_folders_are_found_and_val_has_no_class_of_its_own(tmp_path):
     for name in ("train/a/1.png", "train/b/1.png", "val/a/2.png", "val/b/2.png"):
         picture(tmp_path / name)
     train, val = sample.load_data(dict(CONFIG, data=str(tmp_path)))
     assert (len(train), len(val)) == (2, 2) and train.class_names == val.class_names == ["a", "b"]
+    picture(tmp_path / "train/0/3.png")  # sorts before a and b: the labels of val follow the training classes
+    train, val = sample.load_data(dict(CONFIG, data=str(tmp_path)))
+    assert train.class_names == ["0", "a", "b"] and val.labels == [1, 2]
     picture(tmp_path / "val/c/3.png")
-    with pytest.raises(UserError, match="3 classes .* are not the 2 of"):
+    with pytest.raises(UserError, match="classes that .* lacks: c"):
         sample.load_data(dict(CONFIG, data=str(tmp_path)))
     with pytest.raises(UserError, match="--data FOLDER"):
         sample.load_data(dict(CONFIG, data=None))
