@@ -356,6 +356,7 @@ def load_data(config):
         held_out = set(random.Random(mix(seed, "split")).sample(range(len(files)), max(1, len(files) // 20)))
         val_files = [path for i, path in enumerate(files) if i in held_out]
         files = [path for i, path in enumerate(files) if i not in held_out] or files
+    random.Random(mix(seed, "val")).shuffle(val_files)  # so that the first ones are of all classes
     if limit and limit < len(files):
         files = random.Random(mix(seed, "limit")).sample(files, limit)
     return FolderData(files, names, S, seed), FolderData(val_files, names, S, seed)

@@ -71,12 +71,12 @@ CIFAR10 = variant(  # ours, for a CPU: small networks, a judge of one's own, sho
     tokenizer=dict(base_width=32, channel_mult=[1, 2, 4, 4], codebook_size=256, codebook_dim=64,
                    warm_start=200),
     discriminator=dict(max_width=32),
-    judge=dict(width=32, hidden=256, batch=128, steps=3000, lr=2e-3),
-    phase1=dict(batch=64, steps=1800, lr=6e-4, lr_end=3e-5, gamma=0.1, per_weight=0.03, ema=0.995),
-    phase2=dict(batch=64, steps=300, lr=2e-4, per_weight=0.1, ema=0.99),
+    judge=dict(width=32, hidden=256, batch=128, steps=6000, lr=2e-3),
+    phase1=dict(batch=64, steps=3600, lr=6e-4, lr_end=3e-5, gamma=0.1, per_weight=0.03, ema=0.995),
+    phase2=dict(batch=64, steps=600, lr=2e-4, per_weight=0.1, ema=0.99),
     prior=dict(n_layer=8, n_head=8, n_embd=256, dropout=0.0),
-    ar=dict(batch=128, steps=1500, lr=1e-3, lr_start=500, lr_end=3e-5, warmup=200, ema=0.995),
-    nar=dict(batch=128, steps=2500, lr=1e-3, lr_start=900, warmup=300, ema=0.995),
+    ar=dict(batch=128, steps=4000, lr=1e-3, lr_start=1500, lr_end=3e-5, warmup=200, ema=0.995),
+    nar=dict(batch=128, steps=8000, lr=1e-3, lr_start=3000, warmup=400, ema=0.995),
 )  # fmt: skip
 DEMO = variant(  # ours, minutes on a CPU
     CIFAR10, data="shapes",

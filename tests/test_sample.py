@@ -305,7 +305,8 @@ def test_train_and_val_folders_are_found_and_val_has_no_class_of_its_own(tmp_pat
     assert (len(train), len(val)) == (2, 2) and train.class_names == val.class_names == ["a", "b"]
     picture(tmp_path / "train/0/3.png")  # sorts before a and b: the labels of val follow the training classes
     train, val = sample.load_data(dict(CONFIG, data=str(tmp_path)))
-    assert train.class_names == ["0", "a", "b"] and val.labels == [1, 2]
+    assert train.class_names == ["0", "a", "b"] and sorted(val.labels) == [1, 2]
+    assert [train.class_names[label] for label in val.labels] == [path.parent.name for path in val.files]
     picture(tmp_path / "val/c/3.png")
     with pytest.raises(UserError, match="classes that .* lacks: c"):
         sample.load_data(dict(CONFIG, data=str(tmp_path)))
