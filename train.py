@@ -76,7 +76,7 @@ CIFAR10 = variant(  # ours, for a CPU: small networks, a judge of one's own, sho
     phase2=dict(batch=64, steps=600, lr=2e-4, per_weight=0.1, ema=0.99),
     prior=dict(n_layer=8, n_head=8, n_embd=256, dropout=0.0),
     ar=dict(batch=128, steps=4000, lr=1e-3, lr_start=1500, lr_end=3e-5, warmup=200, ema=0.995),
-    nar=dict(batch=128, steps=8000, lr=1e-3, lr_start=3000, warmup=400, ema=0.995),
+    nar=dict(batch=128, steps=7000, lr=1e-3, lr_start=3000, warmup=400, ema=0.995),
 )  # fmt: skip
 DEMO = variant(  # ours, minutes on a CPU
     CIFAR10, data="shapes",
