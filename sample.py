@@ -9,6 +9,7 @@ number of processes. train.py and visualize.py import the data sets and the load
 """
 
 import argparse
+import contextlib
 import hashlib
 import math
 import os
@@ -58,10 +59,19 @@ def barrier():
         dist.barrier()
 
 
-def close_processes():
-    """Ends the process group, where there is one; a process that just leaves may abort another."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+@contextlib.contextmanager
+def one_line_errors():
+    """Around each command: bad input ends with one line and exit code 2, and all processes leave together."""
+    try:
+        yield
+        barrier()
+    except UserError as error:
+        if rank() == 0:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def setup_device(name):
@@ -679,22 +689,14 @@ def reconstruct(args, device):
 
 def main(argv=None):
     args = parse_args(argv)
-    try:
+    with one_line_errors():
         if args.num < 1 or args.batch < 1:
             raise UserError("--num and --batch must be at least 1")
         device = setup_device(args.device)
         images, default, columns, note = (reconstruct if args.reconstruct else sample)(args, device)
         if rank() == 0:
-            print(
-                f"wrote {write_images(images, args, default, columns, note)}" + (f" ({note})" if note else "")
-            )
-        barrier()
-    except UserError as error:
-        if rank() == 0:
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    finally:
-        close_processes()
+            path = write_images(images, args, default, columns, note)
+            print(f"wrote {path}" + f" ({note})" * bool(note))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ the global batch), so a resumed run equals an unbroken one.
 import argparse
 import difflib
 import json
-import sys
 from pathlib import Path
 
 STAGES = ("vgg", "phase1", "phase2", "ar", "nar")
@@ -218,9 +217,9 @@ from perceptual import (
 from prior_ar import ARPrior, PriorConfig
 from prior_nar import NARPrior, mask_tokens
 from sample import (
-    FORMAT, UserError, barrier, batches, close_processes, latent_hash, load_data, load_model, make_sheet, mix,
-    my_rows, print0, rank, read_checkpoint, save_atomic, seeded_rand, setup_device, to_float, weights_hash,
-    world,
+    FORMAT, UserError, barrier, batches, latent_hash, load_data, load_model, make_sheet, mix,
+    my_rows, one_line_errors, print0, rank, read_checkpoint, save_atomic, seeded_rand, setup_device,
+    to_float, weights_hash, world,
 )
 from tokenizer import TokenizerConfig, VQTokenizer, all_reduce_mean, codebook_usage
 from visualize import evaluate_judge, evaluate_prior, evaluate_tokenizer, explain, summarize
@@ -800,7 +799,7 @@ def train_stage(run, stage):
 
 
 def main(args, config):
-    try:
+    with one_line_errors():
         if args.explain:
             return explain(config)
         run = Run(args, config)
@@ -813,12 +812,6 @@ def main(args, config):
             summarize(run)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         print0(f"\ndone in {time.time() - begin:.0f} s, {memory:.0f} MB peak memory; see {run.out}/")
-    except UserError as error:
-        if rank() == 0:
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    finally:
-        close_processes()
 
 
 if __name__ == "__main__":

@@ -30,13 +30,13 @@ from prior_ar import ARPrior, PriorConfig
 from prior_nar import mask_tokens
 from sample import (
     UserError,
-    close_processes,
     generate_images,
     latent_hash,
     load_data,
     load_model,
     load_tokenizer_of,
     mix,
+    one_line_errors,
     print0,
     psnr,
     rank,
@@ -420,18 +420,13 @@ def main(argv=None):
     add("--out", type=Path, help="PNG to write, numbers go beside it as JSON (default: view.png beside CKPT)")
     add("--device", default="auto", help="cuda, cpu or auto")
     args = parser.parse_args(argv)
-    try:
+    with one_line_errors():
         if args.num < 1 or (args.tokenizer and len(args.tokenizer) != len(args.ckpt)):
             raise UserError("--num must be at least 1, and --tokenizer needs one file per --ckpt")
         out = args.out or args.ckpt[0].parent / "view.png"
         numbers = write_view(args.ckpt, args.num, setup_device(args.device), out, args.tokenizer, args.data)
         print(json.dumps(numbers, indent=1))
         print(f"wrote {out}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    finally:
-        close_processes()
 
 
 if __name__ == "__main__":

@@ -16,15 +16,6 @@ SMALL = {"width": 8, "num_classes": 10, "hidden": 16}
 ALL_LAYERS = [*P.LAYERS, P.LOGIT]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors this small gain nothing from threads, and threads that share busy cores wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def taps():
     torch.manual_seed(0)

@@ -12,15 +12,6 @@ TINY = dict(codebook_size=32, num_tokens=12, num_classes=3, n_layer=2, n_head=2,
 MASK = TINY["codebook_size"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny matrices gain nothing from threads, and lose much where other processes share the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def tiny_prior(seed=0, sharpen=1.0, **changes):
     """A NARPrior in eval mode; `sharpen` scales the weights so that logits differ clearly."""
     torch.manual_seed(seed)
