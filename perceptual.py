@@ -94,7 +94,7 @@ def build_vgg16(width=64, num_classes=1000, hidden=4096, batch_norm=False):
             nn.Linear(8 * width * pooled**2, hidden), nn.ReLU(True), nn.Dropout(dropout),
             nn.Linear(hidden, hidden), nn.ReLU(True), nn.Dropout(dropout),
             nn.Linear(hidden, num_classes),
-        )  # fmt: skip
+        )
     vgg.features = nn.Sequential(
         *[GlobalBatchNorm(m.num_features) if isinstance(m, nn.BatchNorm2d) else m for m in vgg.features]
     )
@@ -167,6 +167,9 @@ def load_vgg16(source=None):
 def _download_vgg16():
     from torchvision.models import VGG16_Weights
 
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(VGG_URL).name
+    if path.is_file():  # torch would check the hash of a new file only
+        return _read_state_dict(path)
     try:
         weights = VGG16_Weights.IMAGENET1K_V1
         return weights.get_state_dict(progress=True, check_hash=True, weights_only=True, map_location="cpu")
@@ -409,8 +412,8 @@ class StyleDiscriminator(nn.Module):
 class PatchDiscriminator(nn.Module):
     """PatchGAN, the discriminator of VQGAN (an alternative, ours; the paper's is style-based).
 
-    width 64 and num_layers 3: 2,765,633 parameters. BatchNorm after all inner convolutions; weights start
-    N(0, 0.02). Statistics are those of the process's own batch.
+    width 64 and num_layers 3: 2,765,633 parameters. BatchNorm after all inner convolutions, over the
+    micro-batches of all processes; weights start N(0, 0.02).
     """
 
     def __init__(self, width=64, num_layers=3):
@@ -420,7 +423,7 @@ class PatchDiscriminator(nn.Module):
         for i in range(1, num_layers + 1):
             stride = 2 if i < num_layers else 1
             layers += [nn.Conv2d(widths[i - 1], widths[i], 4, stride, padding=1, bias=False)]
-            layers += [nn.BatchNorm2d(widths[i]), nn.LeakyReLU(0.2)]
+            layers += [GlobalBatchNorm(widths[i]), nn.LeakyReLU(0.2)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, padding=1))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

@@ -9,20 +9,66 @@ number of processes. train.py and visualize.py import the data sets and the load
 """
 
 import argparse
+from pathlib import Path
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, f"error: {message}\n")
+    add = parser.add_argument
+    add("--ckpt", type=Path, required=True, help="ar.pt or nar.pt; with --reconstruct phase1.pt or phase2.pt")
+    add("--tokenizer", type=Path, help="tokenizer that decodes (default: phase2.pt or phase1.pt beside CKPT)")
+    add("--count", "--num", dest="num", type=int, default=80, help="number of images (default 80)")
+    add("--classes", help="names or numbers, separated by commas (default: all, in turn)")
+    add("--reconstruct", action="store_true", help="reconstruct validation images instead of sampling")
+    add("--data", help="with --reconstruct: images to use (default: the validation images of the run)")
+    add("--format", choices=("sheet", "files", "npz"), default="sheet", help="one picture, PNG files, or npz")
+    add("--out", type=Path, help="file or, for --format files, folder to write (default: beside CKPT)")
+    add("--seed", type=int, default=0, help="seed of the samples (default 0)")
+    add("--temperature", type=float, help="AR: softmax temperature, 0 takes the argmax")
+    add("--top-p", type=float, help="AR: nucleus (Table 10)")
+    add("--steps", type=int, dest="nar_steps", help="NAR: decoding steps (Table 10)")
+    add("--token-temperature", type=float, help="NAR: softmax temperature of the candidates")
+    add("--choice-temperature", type=float, help="NAR: noise of the choice (Table 10; decision I18)")
+    add("--confidence-space", choices=("prob", "log"), help="NAR: score is the probability or its logarithm")
+    add("--batch", type=int, default=32, help="images per forward pass (default 32)")
+    add("--device", default="auto", help="cuda, cpu or auto")
+    args = parser.parse_args(argv)
+    bounds = dict(num=(1, 1e9), batch=(1, 1e6), seed=(0, 2**63 - 1), top_p=(1e-9, 1), nar_steps=(1, 1e6),
+                  temperature=(0, 1e9), token_temperature=(0, 1e9), choice_temperature=(0, 1e9))
+    for name, (low, high) in bounds.items():
+        value, flag = getattr(args, name), name.removeprefix("nar_").replace("_", "-")
+        if value is not None and not low <= value <= high:  # nan is refused too
+            parser.error(f"--{flag} must lie between {low:g} and {high:g}, got {value}")
+    return args
+
+
+if __name__ == "__main__":
+    ARGUMENTS = parse_args()  # before torch is imported: --help and a wrong flag answer at once
+
+# ruff: noqa: E402
 import contextlib
+import datetime
+import functools
 import hashlib
+import json
 import math
 import os
 import pickle
 import random
+import shutil
+import signal
 import sys
-from pathlib import Path
+import warnings
+import zipfile
+import zlib
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -33,7 +79,13 @@ from tokenizer import TokenizerConfig, VQTokenizer
 
 
 class UserError(Exception):
-    """Bad input: one line that names cause and remedy, exit code 2, no traceback."""
+    """One line that names cause and remedy, no traceback. `code` is 2 where the input is wrong and nothing
+    was begun, 1 where a run had to stop; what was saved before stays as it was in both cases.
+    shared: all processes raise it, so that the first one speaks for them"""
+
+    def __init__(self, message, code=2, shared=None):
+        super().__init__(message)
+        self.code, self.shared = code, code == 2 if shared is None else shared
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -54,28 +106,61 @@ def print0(*words):
         tqdm.write(" ".join(map(str, words)))
 
 
+def warn(message):
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
 def barrier():
     if dist.is_initialized():
         dist.barrier()
 
 
+def on_rank0(action):
+    """What `action()` returns in the first process, in every process; so is the UserError that it raises."""
+    result, error = None, None
+    if rank() == 0:
+        try:
+            result = action()
+        except (UserError, OSError) as caught:
+            error = (str(caught), getattr(caught, "code", 1), True)
+    if world() > 1:
+        outcome = [(result, error)]
+        dist.broadcast_object_list(outcome)
+        result, error = outcome[0]
+    if error:
+        raise UserError(*error)
+    return result
+
+
+def agreed(request):
+    """The largest of all processes' requests, an int. One small all-reduce, on the CPU even beside NCCL."""
+    if world() == 1:
+        return request
+    request = torch.tensor(request)
+    dist.all_reduce(request, dist.ReduceOp.MAX)
+    return request.item()
+
+
 @contextlib.contextmanager
 def one_line_errors():
-    """Around each command: bad input ends with one line and exit code 2, and all processes leave together."""
+    """Around each command: what is wrong ends with one line, and all processes leave together."""
     try:
         yield
         barrier()
-    except UserError as error:
-        if rank() == 0:
+    except (UserError, OSError) as error:
+        if int(os.environ.get("RANK", 0)) == 0 or not getattr(error, "shared", False):
             print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(getattr(error, "code", 1))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def setup_device(name):
-    """Opens the process group under torchrun (NCCL on GPUs, gloo on CPUs) and returns the device."""
+def setup_device(name, timeout=1800):
+    """Opens the process group under torchrun (NCCL on GPUs, gloo on CPUs) and returns the device.
+
+    timeout: seconds after which processes that wait for a dead or hung one give up
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cuda", "cpu"):
@@ -85,14 +170,19 @@ def setup_device(name):
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if name == "cuda" and local_rank >= torch.cuda.device_count():
         raise UserError(
-            f"more processes than the {torch.cuda.device_count()} visible GPUs; lower --nproc_per_node"
-        )
+            f"more processes than the {torch.cuda.device_count()} visible GPUs; lower --nproc_per_node")
     device = torch.device(name, local_rank) if name == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # After a restart (torchrun --max-restarts) the store still holds the addresses of the dead workers:
+        # every attempt gets a prefix of its own (pytorch issue 135712).
+        store, number, size = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"try{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=number,
+            world_size=size, timeout=datetime.timedelta(seconds=timeout))
     return device
 
 
@@ -121,40 +211,94 @@ def my_rows(batch):
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
-def load_rgb(path):
-    """Any image file as an RGB PIL image: rotated as its EXIF says, alpha over white, 16 bit scaled to 8."""
-    with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):
-            image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).clip(0, 255).astype(np.uint8))
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+class BadImage(Exception):
+    """A file that is no usable image; says why."""
+
+
+def load_rgb(path, min_side=1):
+    """Any image file as an RGB PIL image: rotated as its EXIF says, alpha over white, 16 bit scaled to 8.
+
+    raises: BadImage if the file cannot be read, is of float type, has more pixels than Pillow's limit
+            (89 million) or a side below `min_side`
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                if image.format == "PNG":
+                    image.verify()  # the checksums, which decoding leaves out
+            with Image.open(path) as image:
+                image = ImageOps.exif_transpose(image)
+                if image.mode == "F":
+                    raise BadImage("float pixels of unknown range")
+                if min(image.size) < min_side:
+                    raise BadImage(f"{image.width}x{image.height} pixels are too few")
+                if image.mode.startswith("I"):
+                    pixels = np.asarray(image, dtype=np.float64) / 257
+                    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+                if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                    image = image.convert("RGBA")
+                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+                return image.convert("RGB")
+    except BadImage:
+        raise
+    except Exception as error:  # decoders raise errors of many kinds on damaged files
+        raise BadImage(f"{type(error).__name__}: {error}".splitlines()[0]) from None
 
 
 class ImageData(Dataset):
-    """Images of one split with their labels. Sub-classes give `__len__`, `labels` and `render`.
+    """Images of one split with their labels. Sub-classes give `__len__`, `labels`, `name` and `render`.
 
     class_names: [] where the images carry no labels.
+    An image that cannot be read is replaced by the next one that can, wherever it is asked for: order and
+    crops of all others stay as they are. `bad_list` is the file that names the bad ones, or None.
     """
 
     def __init__(self, image_size, seed, class_names):
         self.image_size, self.seed, self.class_names = image_size, seed, class_names
-        self.epoch, self.order, self.cache = None, None, {}
+        self.epoch, self.order, self.cache, self.replaced, self.bad_list = None, None, {}, {}, None
 
     @property
     def num_classes(self):
         return len(self.class_names)
 
+    def readable(self, index):
+        """The index itself, or that of the image which stands in for it; known once it was rendered."""
+        while index in self.replaced:
+            index = self.replaced[index]
+        return index
+
+    def label(self, index):
+        """The label of what `pixels(index)` and `view(index)` gave."""
+        return self.labels[self.readable(index)]
+
     def pixels(self, index):
         """(3, h, w) uint8 with short side `image_size`; small sets stay in memory after their first use."""
-        if index not in self.cache:
-            pixels = self.render(index)
-            if len(self) * pixels.numel() > 2**30:
-                return pixels
+        pixels = None
+        while pixels is None:
+            index = self.readable(index)
+            if index in self.cache:
+                return self.cache[index]
+            try:
+                pixels = self.render(index)
+            except BadImage as error:
+                self.replace(index, error)
+        if len(self) * pixels.numel() <= 2**30:
             self.cache[index] = pixels
-        return self.cache[index]
+        return pixels
+
+    def replace(self, index, error):
+        """Notes a bad image, and puts the next one in its place unless too many are bad."""
+        self.replaced[index] = (index + 1) % len(self)
+        line = f"{self.name(index)}\t{error}".replace("\n", " ") + "\n"
+        if self.bad_list is None or not (self.bad_list.exists() and line in self.bad_list.read_text()):
+            warn(f"{self.name(index)} cannot be read ({error}); the next image takes its place")
+            if self.bad_list is not None:
+                with open(self.bad_list, "a") as file:
+                    file.write(line)
+        if len(self.replaced) > min(max(10, len(self) // 20), len(self) - 1):
+            raise UserError(f"{len(self.replaced)} of {len(self)} images cannot be read, the last one "
+                            f"{self.name(index)} ({error}); is the data folder still there?", code=1)
 
     def view(self, index, crop_seed=None, flip=False):
         """One square crop: (3, S, S) uint8, at random with a `crop_seed`, else central."""
@@ -178,7 +322,16 @@ class ImageData(Dataset):
     def __getitem__(self, position):
         seed = mix(self.seed, "crop", position)
         index = self.shuffled(position)
-        return self.view(index, seed, flip=seed % 2 == 1), self.labels[index]
+        return self.view(index, seed, flip=seed % 2 == 1), self.label(index)
+
+
+def to_square(image, S):
+    """A PIL image, its short side scaled to S: (3, h, w) uint8."""
+    scale = S / min(image.size)
+    if scale != 1:
+        size = [max(S, round(side * scale)) for side in image.size]
+        image = image.resize(size, Image.Resampling.BICUBIC if scale > 1 else Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 class FolderData(ImageData):
@@ -193,13 +346,20 @@ class FolderData(ImageData):
     def __len__(self):
         return len(self.files)
 
-    def render(self, index):
-        image = load_rgb(self.files[index])
-        scale = self.image_size / min(image.size)
-        if scale != 1:
-            size = [max(self.image_size, round(side * scale)) for side in image.size]
-            image = image.resize(size, Image.Resampling.BICUBIC if scale > 1 else Image.Resampling.LANCZOS)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    def name(self, index):
+        return str(self.files[index])
+
+    def render(self, index):  # far too small images would be blown up to a blur
+        return to_square(load_rgb(self.files[index], min_side=self.image_size / 4), self.image_size)
+
+    @functools.cached_property
+    def fingerprint(self):
+        """Changes when a file is added, removed, renamed or of another size. [number of images, hash]"""
+        digest = hashlib.sha256()
+        for path in self.files:
+            size = path.stat().st_size if path.exists() else 0
+            digest.update(f"{path.parent.name}/{path.name} {size}\n".encode(errors="surrogateescape"))
+        return [len(self), digest.hexdigest()[:16]]
 
 
 class Cifar10(ImageData):
@@ -208,25 +368,27 @@ class Cifar10(ImageData):
     def __init__(self, train, image_size, seed):
         from torchvision.datasets import CIFAR10 as TorchvisionCifar10
 
-        try:
-            data = TorchvisionCifar10(Path.home() / ".cache" / "cifar10", train=train, download=True)
-        except Exception as error:  # torchvision raises what the network raises
-            raise UserError(
-                f"CIFAR-10 could not be downloaded ({type(error).__name__}); unpack it to a folder per class "
-                "and pass --data FOLDER"
-            ) from None
+        def fetch():
+            try:
+                TorchvisionCifar10(folder, download=True)
+            except Exception as error:  # torchvision raises what the network raises
+                raise UserError(f"CIFAR-10 could not be downloaded ({type(error).__name__}); unpack it to a "
+                                "folder per class and pass --data FOLDER") from None
+
+        folder = Path.home() / ".cache" / "cifar10"
+        on_rank0(fetch)
+        data = TorchvisionCifar10(folder, train=train)
         super().__init__(image_size, seed, data.classes)
-        self.images, self.labels = torch.from_numpy(data.data).permute(0, 3, 1, 2), data.targets
+        self.images, self.labels, self.fingerprint = data.data, data.targets, [len(data), "cifar10"]
 
     def __len__(self):
         return len(self.images)
 
+    def name(self, index):
+        return f"cifar10 image {index}"
+
     def render(self, index):
-        if self.image_size == 32:
-            return self.images[index]
-        image = self.images[index][None].float()
-        image = F.interpolate(image, size=self.image_size, mode="bicubic", antialias=True)
-        return image[0].round().clamp(0, 255).byte()
+        return to_square(Image.fromarray(self.images[index]), self.image_size)
 
 
 class Shapes(ImageData):
@@ -242,10 +404,13 @@ class Shapes(ImageData):
     def __init__(self, split, size, image_size, seed=0, detail_seed=0):
         super().__init__(image_size, seed, self.NAMES)
         self.split, self.size, self.detail_seed = split, size, detail_seed
-        self.labels = [index % 10 for index in range(size)]
+        self.labels, self.fingerprint = [index % 10 for index in range(size)], [size, "shapes"]
 
     def __len__(self):
         return self.size
+
+    def name(self, index):
+        return f"{self.split} shape {index}"
 
     def factors(self, index):
         """All factors of one image: floats and tuples. Lengths in half image sides, angles in radians."""
@@ -262,7 +427,7 @@ class Shapes(ImageData):
             phase=d.uniform(0, 2 * math.pi),
             texture_angle=d.uniform(0, math.pi), texture_strength=d.uniform(0.03, 0.12),
             light_angle=d.uniform(0, 2 * math.pi), light_strength=d.uniform(0, 0.2),
-        )  # fmt: skip
+        )
 
     def mask(self, index):
         """Coverage of each pixel by the shape: (S, S) float32 in [0, 1]."""
@@ -274,9 +439,7 @@ class Shapes(ImageData):
 
     def render(self, index):
         f, (x, y) = self.factors(index), self._grid()
-        foreground, background = (
-            torch.tensor(f[name])[:, None, None] for name in ("foreground", "background")
-        )
+        foreground, background = (torch.tensor(f[k])[:, None, None] for k in ("foreground", "background"))
         image = background + (foreground - background) * self.mask(index)
         if f["texture"] != "plain":
             c, s = math.cos(f["texture_angle"]), math.sin(f["texture_angle"])
@@ -325,23 +488,25 @@ def images_in(folder):
     return [p for p in files if not p.name.startswith(".")]
 
 
-def scan_folder(folder):
+def scan_folder(folder, flag="--data"):
     """(files, class names) of a folder of images, sorted; hidden files and folders are left out."""
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if not folder.exists():
-        raise UserError(
-            f"--data {folder} does not exist. Try --data shapes (built in), or a folder of images"
-        )
+        raise UserError(f"{flag} {folder} does not exist. Try --data shapes (built in) or another folder")
     if not folder.is_dir():
-        raise UserError(f"--data {folder} is a file; unpack it first and pass the folder")
-    inside = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
-    classes = [p for p in inside if images_in(p)]
-    files = [p for place in (classes or [folder]) for p in images_in(place)]
+        raise UserError(f"{flag} {folder} is a file; unpack it first and pass the folder")
+    try:
+        inside = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
+        classes = {p: images_in(p) for p in inside}
+        files = [path for found in classes.values() for path in found] or images_in(folder)
+    except OSError as error:
+        raise UserError(f"{flag} {folder} cannot be read: {error}") from None
     if not files:
-        raise UserError(
-            f"no images under {folder} (looked for {' '.join(EXTENSIONS)}, in it and one level below)"
-        )
-    return files, [p.name for p in classes]
+        raise UserError(f"no images under {folder} (looked for {' '.join(EXTENSIONS)}, in it and one below)")
+    names = [p.name for p, found in classes.items() if found]
+    if names and len(names) < len(classes) and rank() == 0:
+        warn(f"no images in {', '.join(p.name for p, found in classes.items() if not found)} under {folder}")
+    return files, names
 
 
 def load_data(config):
@@ -358,18 +523,36 @@ def load_data(config):
         folder, val = folder / "train", folder / "val"
     files, names = scan_folder(folder)
     if val is not None:
-        val_files, val_names = scan_folder(val)
+        val_files, val_names = scan_folder(val, "--val")
         strangers = sorted(set(val_names) - set(names))
         if strangers or bool(val_names) != bool(names):
             raise UserError(f"--val {val} has classes that {folder} lacks: {', '.join(strangers[:3])}")
     else:
         held_out = set(random.Random(mix(seed, "split")).sample(range(len(files)), max(1, len(files) // 20)))
+        if len(files) == 1:
+            print0(f"note: the only image of {folder} is both training and validation image")
         val_files = [path for i, path in enumerate(files) if i in held_out]
         files = [path for i, path in enumerate(files) if i not in held_out] or files
     random.Random(mix(seed, "val")).shuffle(val_files)  # so that the first ones are of all classes
+    if not names:
+        print0(f"note: {folder} has no class sub-folders, so its images carry no labels")
     if limit and limit < len(files):
         files = random.Random(mix(seed, "limit")).sample(files, limit)
-    return FolderData(files, names, S, seed), FolderData(val_files, names, S, seed)
+    train, val = FolderData(files, names, S, seed), FolderData(val_files, names, S, seed)
+    look_at_some(train)
+    return train, val
+
+
+def look_at_some(data, num=20):
+    """Refuses a data set if more than a quarter of `num` images, drawn by the seed, cannot be read."""
+    chosen, bad = random.Random(mix(data.seed, "look")).sample(range(len(data)), min(num, len(data))), []
+    for index in chosen:
+        try:
+            data.render(index)
+        except BadImage as error:
+            bad.append(f"{data.name(index)} ({error})")
+    if len(bad) > len(chosen) / 4:
+        raise UserError(f"{len(bad)} of {len(chosen)} images looked at cannot be read, for instance {bad[0]}")
 
 
 def to_float(pixels, device):
@@ -377,55 +560,150 @@ def to_float(pixels, device):
     return pixels.to(device, non_blocking=True).float().div(127.5).sub(1)
 
 
-def batches(data, batch, start, workers):
-    """Endless (images uint8, labels) of this process's share of each global batch, from step `start` on."""
+def batches(data, batch, start, workers, timeout=0):
+    """Endless (images uint8, labels) of this process's share of each global batch, from step `start` on.
+
+    timeout: seconds to wait for a worker, 0 for ever
+    """
 
     def positions():
         for step in range(start, 2**62):
             rows = my_rows(batch)
             yield list(range(step * batch + rows.start, step * batch + rows.stop))
 
-    class Steps:
-        def __iter__(self):
-            return positions()
-
-        def __len__(self):
-            return 2**62
-
     loader = DataLoader(
-        data, batch_sampler=Steps(), num_workers=workers, pin_memory=torch.cuda.is_available()
-    )
-    return iter(loader)
+        data, batch_sampler=positions(), num_workers=workers, pin_memory=torch.cuda.is_available(),
+        multiprocessing_context="fork" if workers else None, worker_init_fn=ignore_signals,
+        timeout=timeout if workers else 0, generator=torch.Generator())  # draws nothing from the global one
+    try:
+        yield from loader
+    except UserError as error:  # out of a worker it comes with the worker's traceback
+        raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1], code=1) from None
+
+
+def ignore_signals(worker):
+    """A signal to the whole process group must not take the loader from a process that still has to save."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Checkpoints
+# Files: what is written appears complete or not at all, and what is read was checked
 # ----------------------------------------------------------------------------------------------------------
 
-FORMAT = 1  # of the checkpoint files; train.py writes them
+FORMAT = 2  # of the checkpoint files; train.py writes them
+
+
+def save_atomic(write, path):
+    """Calls write(temporary path) and renames the result to `path`: a stop in between loses nothing.
+
+    raises: UserError, code 1, if it cannot be written; the old file is intact then
+    """
+    path = Path(path)
+    temporary = path.with_name(f".tmp{os.getpid()}.{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # the new name, too
+        os.close(folder)
+    except OSError as error:
+        room = next(shutil.disk_usage(p).free for p in path.absolute().parents if p.exists())
+        raise UserError(f"{path} could not be written ({error}); {room / 1e9:.1f} GB are free there, and "
+                        "everything saved before is intact", code=1) from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def sweep(folder):
+    """Deletes what `save_atomic` left in a folder where a process was killed."""
+    for path in folder.glob(".tmp[0-9]*"):
+        if path.is_file():
+            path.unlink()
+
+
+def save_torch(thing, path):
+    """torch.save in an atomic way; its zip file carries a checksum of every part."""
+
+    def write(temporary):
+        try:
+            torch.save(thing, temporary)
+        except RuntimeError as error:  # what torch's writer makes of a full disk
+            raise OSError(str(error).splitlines()[0]) from None
+
+    save_atomic(write, path)
+
+
+def save_checkpoint(ckpt, path):
+    """Writes X.pt. From the second time on, two intact checkpoints exist at every instant: X.next.pt is
+    complete before X.pt becomes X.previous.pt and leaves it its name."""
+    save_torch(ckpt, path.with_suffix(".next.pt"))
+    promote(path)
+
+
+def promote(path):
+    if path.exists():
+        os.replace(path, path.with_suffix(".previous.pt"))
+    os.replace(path.with_suffix(".next.pt"), path)
+
+
+def intact(path):
+    """Whether every checksum in a file of torch.save is right (torch.load itself checks none)."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except (OSError, ValueError, EOFError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error):
+        return False
+
+
+def newest_intact(path):
+    """The checkpoint from which a stage goes on: X.next.pt, X.pt or X.previous.pt, the newest intact one.
+
+    Damaged ones are named in a warning and set aside. None if there is no checkpoint at all.
+    raises: UserError if there are checkpoints and all are damaged
+    """
+    names = [path.with_suffix(".next.pt"), path, path.with_suffix(".previous.pt")]
+    found = [name for name in names if name.is_file()]
+    good = next((name for name in found if intact(name)), None)
+    if found and not good:
+        raise UserError(f"{' and '.join(map(str, found))}: damaged, and no intact checkpoint is left; move "
+                        "the damaged files away to start anew")
+    for name in found[: found.index(good)] if good else []:
+        os.replace(name, name.with_suffix(".damaged"))
+        warn(f"{name} is damaged and now called {name.with_suffix('.damaged').name}; going on from {good}")
+    if good == names[0]:
+        promote(path)
+        return path
+    return good
 
 
 def read_checkpoint(path, stages):
     """The checkpoint dict in `path`, which must be of one of `stages`. Pickled code is never executed.
 
     Keys: format, stage, step, config (the run's preset), model_config, model (weights), ema (weights or
-    None), class_names, tokenizer_hash, note, train (optimizers, for resuming).
+    None), class_names, tokenizer_hash, fingerprint (of the data), note, train (optimizers, for resuming).
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no checkpoint {path}" + ("; it is a folder, name a file in it" * path.is_dir()))
     try:
+        if not intact(path):
+            raise ValueError("wrong checksum")
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, OSError, EOFError, ValueError, LookupError, pickle.UnpicklingError) as error:
-        raise UserError(
-            f"{path} is damaged or no checkpoint ({type(error).__name__}); name another one"
-        ) from None
-    if not isinstance(ckpt, dict) or ckpt.get("format") != FORMAT:
-        raise UserError(f"{path} is not a checkpoint of this project (format {FORMAT})")
+        reason = "wrong checksum" if str(error) == "wrong checksum" else type(error).__name__
+        raise UserError(f"{path} is damaged or no checkpoint ({reason}); name another one") from None
+    if not isinstance(ckpt, dict) or not {"format", "stage", "model"} <= ckpt.keys():
+        keys = ", ".join(map(str, list(ckpt)[:4])) if isinstance(ckpt, dict) else type(ckpt).__name__
+        raise UserError(f"{path} is not a checkpoint of this project (it holds {keys})")
+    if ckpt["format"] != FORMAT:
+        raise UserError(f"{path} has format {ckpt['format']}, this code reads {FORMAT}; use the code of then")
     if ckpt["stage"] not in stages:
-        raise UserError(
-            f"{path} is a checkpoint of stage {ckpt['stage']!r}; this needs {' or '.join(stages)}"
-        )
+        raise UserError(f"{path} is of stage {ckpt['stage']!r}; this needs {' or '.join(stages)}")
     return ckpt
 
 
@@ -463,18 +741,15 @@ def latent_hash(tokenizer):
 
 def load_tokenizer_of(prior_path, prior_ckpt, given=None, device="cpu"):
     """The tokenizer whose tokens a prior models: `given`, else phase2.pt or phase1.pt beside the prior."""
-    folder = Path(prior_path).parent
-    path = given or next(
-        (folder / f"{s}.pt" for s in ("phase2", "phase1") if (folder / f"{s}.pt").exists()), None
-    )
+    beside = [Path(prior_path).with_name(f"{stage}.pt") for stage in ("phase2", "phase1")]
+    path = given or next((p for p in beside if p.exists()), None)
     if path is None:
         raise UserError(f"no phase2.pt or phase1.pt beside {prior_path}; pass --tokenizer FILE")
     tokenizer, ckpt = load_model(path, ("phase1", "phase2"), device)
     if latent_hash(tokenizer) != prior_ckpt["tokenizer_hash"]:
         raise UserError(
             f"{path} (hash {latent_hash(tokenizer)}) is not the tokenizer that {prior_path} was trained on "
-            f"(hash {prior_ckpt['tokenizer_hash']}); pass the right one with --tokenizer"
-        )
+            f"(hash {prior_ckpt['tokenizer_hash']}); pass the right one with --tokenizer")
     return tokenizer, ckpt
 
 
@@ -495,29 +770,33 @@ def generate_tokens(prior, labels, seed, indices, settings):
     noise = torch.stack([seeded_rand(steps, 2, N, seed=mix(seed, "sample", i)) for i in indices])
     return prior.generate(
         labels, noise.to(device), steps, settings["token_temperature"], settings["choice_temperature"],
-        settings["confidence_space"],
-    )  # fmt: skip
+        settings["confidence_space"])
 
 
-def generate_images(prior, tokenizer, num, labels, seed, settings, batch=32, progress=False):
-    """Images 0..num-1 of a seed: (num, 3, S, S) uint8 on the CPU, the same in every process.
+def image_chunks(prior, tokenizer, num, labels, seed, settings, batch=32, progress=False, done=None):
+    """Yields (index of the first, images (n, 3, S, S) uint8) for this process's chunks of 0..num-1.
 
-    labels: list of `num` class indices, or None for an unconditional prior
-    Work is split over processes in aligned chunks of `batch`, and a last chunk is filled up and cut again,
-    so that image i is bit-equal for any `num` and any number of processes. Another `batch` changes the
-    rounding of matrix products and nothing else.
+    labels: list of `num` class indices, or None for an unconditional prior;  done(indices): skip them?
+    The work is split over processes in aligned chunks of `batch`, and a last chunk is filled up and cut
+    again, so that image i is bit-equal for any `num` and any number of processes. Another `batch` changes
+    the rounding of matrix products and nothing else.
     """
-    device, chunks = next(prior.parameters()).device, math.ceil(num / batch)
-    mine = {}
-    for chunk in tqdm(range(rank(), chunks, world()), "sampling", disable=None if progress else True):
-        indices = range(chunk * batch, (chunk + 1) * batch)
+    device = next(prior.parameters()).device
+    starts = range(rank() * batch, num, world() * batch)
+    for start in tqdm(starts, "sampling", disable=None if progress and rank() == 0 else True):
+        indices = range(start, start + batch)
+        if done and done(indices[: num - start]):
+            continue
         chunk_labels = None
         if labels is not None:
             chunk_labels = torch.tensor([labels[i % num] for i in indices], device=device)
         tokens = generate_tokens(prior, chunk_labels, seed, indices, settings)
-        mine[chunk] = to_uint8(decode(tokenizer, tokens))
-    parts = gather_dicts(mine)
-    return torch.cat([parts[chunk] for chunk in range(chunks)])[:num]
+        yield start, to_uint8(decode(tokenizer, tokens))[: num - start]
+
+
+def generate_images(*args, **kwargs):
+    """All images of `image_chunks` (same arguments): (num, 3, S, S) uint8 on the CPU, in every process."""
+    return gather_images(image_chunks(*args, **kwargs))
 
 
 @torch.no_grad()
@@ -525,13 +804,13 @@ def decode(tokenizer, tokens):
     return tokenizer.decode(tokens)
 
 
-def gather_dicts(mine):
-    """The union of one dict per process, in every process."""
-    if world() == 1:
-        return mine
-    parts = [None] * world()
-    dist.all_gather_object(parts, mine)
-    return {key: value for part in parts for key, value in part.items()}
+def gather_images(chunks):
+    """One tensor, in every process, of the (start, images) that each process yields."""
+    parts = [list(chunks)]
+    if world() > 1:
+        parts *= world()
+        dist.all_gather_object(parts, parts[0])
+    return torch.cat([images for _, images in sorted(sum(parts, []), key=lambda part: part[0])])
 
 
 def to_uint8(x):
@@ -543,11 +822,6 @@ def psnr(x, x_hat):
     """Peak signal-to-noise ratio in dB of each image, (B,), rounded to 8 bits: 10 log10(255^2 / mse)."""
     error = (to_uint8(x).double() - to_uint8(x_hat).double()).square().flatten(1).mean(1)
     return 10 * torch.log10(255**2 / error.clamp(min=1e-10))
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Pictures
-# ----------------------------------------------------------------------------------------------------------
 
 
 def make_sheet(images, columns, note="", zoom=None):
@@ -564,62 +838,15 @@ def make_sheet(images, columns, note="", zoom=None):
     return sheet
 
 
-def save_atomic(write, path):
-    """Calls write(temporary path) and renames the result to `path`: a stop in between loses nothing."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp{os.getpid()}.{path.name}")
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 # ----------------------------------------------------------------------------------------------------------
-# Command line
+# The command
 # ----------------------------------------------------------------------------------------------------------
-
-
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--ckpt", type=Path, required=True, help="ar.pt or nar.pt; with --reconstruct phase1.pt or phase2.pt")
-    add("--tokenizer", type=Path, help="tokenizer that decodes (default: phase2.pt or phase1.pt beside CKPT)")
-    add("--count", "--num", dest="num", type=int, default=80, help="number of images (default 80)")
-    add("--classes", help="names or numbers, separated by commas (default: all, in turn)")
-    add("--reconstruct", action="store_true", help="reconstruct validation images instead of sampling")
-    add("--data", help="with --reconstruct: images to use (default: the validation images of the run)")
-    add("--format", choices=("sheet", "files", "npz"), default="sheet", help="one picture, PNG files, or npz")
-    add("--out", type=Path, help="file or, for --format files, folder to write (default: beside CKPT)")
-    add("--seed", type=int, default=0, help="seed of the samples (default 0)")
-    add("--temperature", type=float, help="AR: softmax temperature, 0 takes the argmax")
-    add("--top-p", type=float, help="AR: nucleus (Table 10)")
-    add("--steps", type=int, dest="nar_steps", help="NAR: decoding steps (Table 10)")
-    add("--token-temperature", type=float, help="NAR: softmax temperature of the candidates")
-    add("--choice-temperature", type=float, help="NAR: noise of the choice (Table 10; decision I18)")
-    add("--confidence-space", choices=("prob", "log"), help="NAR: score is the probability or its logarithm")
-    add("--batch", type=int, default=32, help="images per forward pass (default 32)")
-    add("--device", default="auto", help="cuda, cpu or auto")
-    return parser.parse_args(argv)
 
 
 def sample_settings(args, config):
-    """The preset's sampler with the flags written over it, checked."""
+    """The preset's sampler with the flags written over it."""
     settings = dict(config["sample"])
-    settings.update({key: getattr(args, key) for key in settings if getattr(args, key, None) is not None})
-    if not 0 < settings["top_p"] <= 1:
-        raise UserError(f"--top-p must lie in (0, 1], got {settings['top_p']}")
-    for key in ("temperature", "token_temperature", "choice_temperature"):
-        if not 0 <= settings[key] < math.inf:
-            raise UserError(f"--{key.replace('_', '-')} must be a number >= 0, got {settings[key]}")
-    if settings["nar_steps"] < 1:
-        raise UserError(f"--steps must be at least 1, got {settings['nar_steps']}")
-    return settings
+    return settings | {key: getattr(args, key) for key in settings if getattr(args, key, None) is not None}
 
 
 def choose_classes(text, names):
@@ -636,35 +863,19 @@ def choose_classes(text, names):
     return chosen
 
 
-def write_images(images, args, default, columns, note):
-    """Images as one sheet, single files or npz; returns the path written."""
-    out = args.out or args.ckpt.parent / (
-        default + {"sheet": ".png", "npz": ".npz", "files": ""}[args.format]
-    )
-    if args.format == "files":
-        out.mkdir(parents=True, exist_ok=True)
-        for i, image in enumerate(images):
-            save_atomic(
-                lambda p, x=image: make_sheet(x[None], 1, zoom=1).save(p, "PNG"), out / f"{i:06d}.png"
-            )
-    elif args.format == "npz":
-        arrays = images.permute(0, 2, 3, 1).numpy()
-        save_atomic(lambda p: np.savez(open(p, "wb"), arr_0=arrays), out)
-    else:
-        save_atomic(lambda p: make_sheet(images, columns, note).save(p, "PNG"), out)
-    return out
-
-
 def sample(args, device):
     prior, ckpt = load_model(args.ckpt, ("ar", "nar"), device)
-    tokenizer, _ = load_tokenizer_of(args.ckpt, ckpt, args.tokenizer, device)
+    tokenizer, decoder_ckpt = load_tokenizer_of(args.ckpt, ckpt, args.tokenizer, device)
     settings = sample_settings(args, ckpt["config"])
     classes = choose_classes(args.classes, ckpt["class_names"])
     labels = classes and [classes[i % len(classes)] for i in range(args.num)]
-    images = generate_images(
-        prior, tokenizer, args.num, labels, args.seed, settings, args.batch, progress=True
-    )
-    return images, f"samples_{ckpt['stage']}", min(args.num, len(classes or "12345678")), ckpt["note"]
+    info = dict(
+        made_from="samples", prior=weights_hash(prior), tokenizer=ckpt["tokenizer_hash"],
+        decoder=weights_hash(tokenizer), seed=args.seed, classes=classes, batch=args.batch,
+        note=ckpt["note"] or decoder_ckpt["note"], **settings)
+    words = (prior, tokenizer, args.num, labels, args.seed, settings, args.batch, True)
+    columns = min(args.num, len(classes or "12345678"))
+    return lambda done=None: image_chunks(*words, done), info, f"samples_{ckpt['stage']}", columns
 
 
 def reconstruct(args, device):
@@ -673,31 +884,74 @@ def reconstruct(args, device):
     data = load_data(config)[1]
     if args.num > len(data):
         raise UserError(f"--num {args.num}, but there are only {len(data)} images")
-    rows = []
-    for start in range(0, args.num, args.batch):
-        x = torch.stack([data.view(i) for i in range(start, min(start + args.batch, args.num))])
-        x_hat = to_uint8(decode(tokenizer, tokenizer.encode(to_float(x, device))))
-        rows.append(torch.stack([x, x_hat], 1) if args.format == "sheet" else x_hat)
-    images = torch.cat(rows)
-    columns = min(8, args.num)
-    if args.format == "sheet":  # a row of inputs above a row of reconstructions; white fills the last rows
-        filler = torch.full_like(images[:1], 255).expand(-args.num % columns, -1, -1, -1, -1)
+
+    def chunks(done=None):
+        for start in range(rank() * args.batch, args.num, world() * args.batch):
+            x = torch.stack([data.view(i) for i in range(start, min(start + args.batch, args.num))])
+            x_hat = to_uint8(decode(tokenizer, tokenizer.encode(to_float(x, device))))
+            yield start, torch.stack([x, x_hat], 1) if args.format == "sheet" else x_hat
+
+    info = dict(made_from="reconstructions", tokenizer=latent_hash(tokenizer), batch=args.batch,
+                decoder=weights_hash(tokenizer), data=data.fingerprint, note=ckpt["note"])
+    return chunks, info, f"reconstructions_{ckpt['stage']}", min(8, args.num)
+
+
+def write_files(chunks, info, folder, num):
+    """One PNG an image. A folder that was begun with the same settings is completed; another is refused."""
+
+    def place(i):
+        return folder / f"{i:06d}.png"
+
+    def begin():
+        note, text = folder / "info.json", json.dumps(info, indent=1) + "\n"
+        if note.exists() and note.read_text() != text:
+            raise UserError(f"{note} tells of other weights or settings; pass another --out")
+        if folder.exists() and not note.exists() and any(p.name[0] != "." for p in folder.iterdir()):
+            raise UserError(f"{folder} holds other files; pass another --out")
+        sweep(folder)
+        save_atomic(lambda p: p.write_text(text), note)
+
+    on_rank0(begin)
+    for start, images in chunks(done=lambda indices: all(place(i).exists() for i in indices)):
+        for i, image in enumerate(images, start):
+            save_atomic(lambda p, x=image: make_sheet(x[None], 1, zoom=1).save(p, "PNG"), place(i))
+
+
+def write_one(chunks, info, path, columns, format):
+    """All images in one sheet or npz; the PNG or the npz also holds `info` as JSON."""
+    images, info_text = gather_images(chunks()), json.dumps(info)
+    if images.dim() == 5:  # a row of inputs above a row of reconstructions; white fills the last rows
+        filler = torch.full_like(images[:1], 255).expand(-len(images) % columns, -1, -1, -1, -1)
         images = torch.cat([images, filler])
         images = torch.cat([part.transpose(0, 1).flatten(0, 1) for part in images.split(columns)])
-    return images, f"reconstructions_{ckpt['stage']}", columns, ckpt["note"]
+
+    def write(temporary):
+        if format == "npz":
+            with open(temporary, "wb") as file:
+                np.savez(file, arr_0=images.permute(0, 2, 3, 1).numpy(), info=info_text)
+        else:
+            text = PngInfo()
+            text.add_text("info", info_text)
+            make_sheet(images, columns, info["note"]).save(temporary, "PNG", pnginfo=text)
+
+    on_rank0(lambda: save_atomic(write, path))
 
 
-def main(argv=None):
-    args = parse_args(argv)
+def main(args):
     with one_line_errors():
-        if args.num < 1 or args.batch < 1:
-            raise UserError("--num and --batch must be at least 1")
         device = setup_device(args.device)
-        images, default, columns, note = (reconstruct if args.reconstruct else sample)(args, device)
-        if rank() == 0:
-            path = write_images(images, args, default, columns, note)
-            print(f"wrote {path}" + f" ({note})" * bool(note))
+        chunks, info, name, columns = (reconstruct if args.reconstruct else sample)(args, device)
+        suffix = {"sheet": ".png", "npz": ".npz", "files": ""}[args.format]
+        out = args.out or args.ckpt.with_name(name + suffix)
+        if out.exists() and out.is_dir() != (args.format == "files"):
+            raise UserError(f"--out {out} is a {'folder' if out.is_dir() else 'file'}, which --format "
+                            f"{args.format} does not write")
+        if args.format == "files":
+            write_files(chunks, info, out, args.num)
+        else:
+            write_one(chunks, info, out, columns, args.format)
+        print0(f"wrote {out}" + f" ({info['note']})" * bool(info["note"]))
 
 
 if __name__ == "__main__":
-    main()
+    main(ARGUMENTS)

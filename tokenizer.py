@@ -45,8 +45,10 @@ class TokenizerConfig:
 
     def __post_init__(self):
         self.channel_mult = tuple(self.channel_mult)
-        if self.codebook not in CODEBOOKS:
-            raise ValueError(f"codebook must be one of {', '.join(CODEBOOKS)}, got {self.codebook!r}")
+        for name, allowed in (("codebook", CODEBOOKS), ("attention", ("interleaved", "parallel")),
+                              ("distance", ("squared", "l2")), ("entropy_set", ("batch", "image"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.image_size % self.downsample:
             below = self.image_size // self.downsample * self.downsample
             raise ValueError(
@@ -446,6 +448,8 @@ class VectorQuantizer(nn.Module):
             z = torch.cat(parts)
         generator = torch.Generator().manual_seed(int(self.num_seen))
         keys = torch.rand(len(z), generator=generator).to(z.device)
+        fine = z.isfinite().all(1)  # one bad step must not end up in the codebook
+        z, keys = z.where(fine[:, None], 0), keys.where(fine, -1)
         keys, keep = torch.cat([self.reservoir_keys, keys]).topk(self.RESERVOIR)
         self.reservoir.copy_(torch.cat([self.reservoir, z])[keep])
         self.reservoir_keys.copy_(keys)

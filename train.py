@@ -23,7 +23,7 @@ STAGES = ("vgg", "phase1", "phase2", "ar", "nar")
 # ----------------------------------------------------------------------------------------------------------
 
 LOSS = dict(beta=0.25, gamma=0.01, per_weight=1.0, adv_weight=0.1, adv_start=0.05, adv_ramp=0.05,
-            gan="logistic", adaptive=False, r1_gamma=10.0, r1_every=16)  # fmt: skip
+            gan="logistic", adaptive=False, r1_gamma=10.0, r1_every=16)
 IMAGENET = dict(
     data=None, val=None, limit=None, image_size=256, conditional=True, vgg="imagenet", code_variants=10,
     seed=0, precision="bf16",
@@ -42,7 +42,7 @@ IMAGENET = dict(
              warmup=0, betas=[0.9, 0.96], weight_decay=1e-2, ema=0.0, label_smoothing=0.0),
     sample=dict(top_p=0.92, temperature=1.0, nar_steps=12, token_temperature=1.0, choice_temperature=0.45,
                 confidence_space="prob"),
-)  # fmt: skip
+)
 
 
 def variant(base, **changes):
@@ -59,12 +59,12 @@ FFHQ = variant(
     phase1=dict(batch=64, steps=300_000), phase2=dict(batch=32),
     ar=dict(batch=32, steps=500_000), nar=dict(batch=32, steps=500_000),
     sample=dict(top_p=0.98, choice_temperature=0.65),
-)  # fmt: skip
+)
 LSUN = variant(
     FFHQ,
     phase1=dict(lr=5e-5, schedule="constant", init="required"), phase2=dict(batch=64),
     ar=dict(batch=256), nar=dict(batch=256),
-)  # fmt: skip
+)
 CIFAR10 = variant(  # ours, for a CPU: small networks, a judge of one's own, short schedules
     IMAGENET, data="cifar10", image_size=32, vgg="judge", code_variants=2,
     tokenizer=dict(base_width=32, channel_mult=[1, 2, 4, 4], codebook_size=256, codebook_dim=64,
@@ -76,7 +76,7 @@ CIFAR10 = variant(  # ours, for a CPU: small networks, a judge of one's own, sho
     prior=dict(n_layer=8, n_head=8, n_embd=256, dropout=0.0),
     ar=dict(batch=128, steps=4000, lr=1e-3, lr_start=1500, lr_end=3e-5, warmup=200, ema=0.995),
     nar=dict(batch=128, steps=7000, lr=1e-3, lr_start=3000, warmup=400, ema=0.995),
-)  # fmt: skip
+)
 DEMO = variant(  # ours, minutes on a CPU
     CIFAR10, data="shapes",
     tokenizer=dict(codebook_size=64, codebook_dim=32, warm_start=100),
@@ -88,7 +88,7 @@ DEMO = variant(  # ours, minutes on a CPU
     ar=dict(steps=1000, lr=2e-3, lr_start=400, lr_end=1e-4, warmup=100, ema=0.99),
     nar=dict(steps=3000, lr=2e-3, lr_start=1000, warmup=200, ema=0.99),
     sample=dict(top_p=0.8, token_temperature=0.7),
-)  # fmt: skip
+)
 PRESETS = {
     "imagenet": IMAGENET,
     "ffhq": FFHQ,
@@ -105,8 +105,8 @@ PRESETS = {
 def parse_args(argv=None):
     """Command line to (args, config): config is the preset with every flag and --set applied."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, f"error: {message}\n")
     add = parser.add_argument
     add("--stage", choices=(*STAGES, "all"), help="what to train")
     add("--preset", default="demo", choices=PRESETS, help="recipe (default: demo)")
@@ -124,6 +124,7 @@ def parse_args(argv=None):
     add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change one preset value")
     add("--workers", type=int, default=0, help="data loading processes per rank (0: in the training process)")
     add("--device", default="auto", help="cuda, cpu or auto")
+    add("--timeout", type=float, default=1800, help="seconds until processes give up a dead or hung one")
     add("--precision", choices=("bf16", "fp32"), help="autocast type (default: bf16)")
     add("--compile", action="store_true", help="torch.compile the networks")
     add("--log-every", type=int, default=20, help="steps between metrics lines")
@@ -142,26 +143,39 @@ def parse_args(argv=None):
         parser.error(str(error))
 
 
-def kind_of(value):
-    kinds = {bool: "true or false", int: "number", float: "number", str: "word", list: "list", dict: "part"}
-    return kinds.get(type(value), "value")
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word", list: "a list"}
+CHOICES = dict(
+    precision=("bf16", "fp32"), kind=("style", "patch"), gan=("logistic", "hinge"),
+    schedule=("cosine", "exponential", "linear", "constant"), confidence_space=("prob", "log"))
+BOUNDS = dict(  # of flags and of values of a preset, wherever a name occurs; VGG-16 needs 32 pixels
+    steps=(0, 1e12), batch=(1, 1e9), micro_batch=(1, 1e9), workers=(0, 1e4), timeout=(0.1, 1e9),
+    log_every=(1, 1e12), eval_every=(0, 1e12), save_every=(1, 1e12), seed=(0, 2**63 - 1), limit=(1, 1e12),
+    image_size=(32, 1e5), codebook_size=(2, 1e8), codebook_dim=(1, 1e5), width=(1, 1e5), hidden=(1, 1e6),
+    n_layer=(1, 1e4), n_head=(1, 1e4), n_embd=(1, 1e6), dropout=(0, 1), code_variants=(1, 1e4),
+    alpha=(0, 1), beta=(0, 1e9), gamma=(-1e9, 1e9), per_weight=(0, 1e9), adv_weight=(0, 1e9),
+    adv_start=(0, 1e9), adv_ramp=(0, 1e9), r1_gamma=(0, 1e9), r1_every=(1, 1e9), label_smoothing=(0, 1),
+    lr=(1e-12, 1e3), lr_end=(0, 1e3), lr_start=(0, 1e12), warmup=(0, 1e12), ema=(0, 1), weight_decay=(0, 1e3),
+    top_p=(1e-9, 1), temperature=(0, 1e9), token_temperature=(0, 1e9), choice_temperature=(0, 1e9),
+    nar_steps=(1, 1e6))
+
+
+def check_values(values, name):
+    """raises: ValueError for a value outside its BOUNDS or CHOICES, nan too; name: how messages call a key"""
+    for key, value in values.items():
+        if value is not None and key in BOUNDS:
+            low, high = BOUNDS[key]
+            if not isinstance(value, int | float) or not low <= value <= high:
+                raise ValueError(f"{name(key)} must be a number between {low:g} and {high:g}, got {value}")
+        if value is not None and value not in CHOICES.get(key, [value]):
+            raise ValueError(f"{name(key)} must be one of {', '.join(CHOICES[key])}, got {value}")
+        if key == "betas" and not (len(value) == 2 and all(0 <= beta < 1 for beta in value)):
+            raise ValueError(f"{name(key)} must be two numbers from 0 to below 1, got {value}")
 
 
 def build_config(args):
     """The preset of the command line with `--data`, `--steps`, ... and every `--set` written into it."""
+    check_values(vars(args), lambda key: "--" + key.replace("_", "-"))
     config = variant(PRESETS[args.preset])
-    for key in ("data", "val", "vgg", "seed", "limit", "precision"):
-        if getattr(args, key) is not None:
-            config[key] = getattr(args, key)
-    for key in ("steps", "batch"):
-        if getattr(args, key) is not None:
-            if getattr(args, key) < (key == "batch"):
-                raise ValueError(f"--{key} must be positive, got {getattr(args, key)}")
-            if args.stage in (None, "all"):
-                raise ValueError(f"--{key} belongs to one stage; use --set phase1.{key}=... with --stage all")
-            config["judge" if args.stage == "vgg" else args.stage][key] = getattr(args, key)
-    if args.alpha is not None:
-        config["phase1"]["alpha"] = args.alpha
     for item in args.set:
         path, _, text = item.partition("=")
         *section, key = path.split(".")
@@ -174,31 +188,40 @@ def build_config(args):
         except json.JSONDecodeError:
             value = text
         old = target.get(key)
-        if old is not None and kind_of(value) != kind_of(old):
-            raise ValueError(f"--set {item}: expected a {kind_of(old)}")
-        if section and key in ("batch", "steps") and (not isinstance(value, int) or value < (key == "batch")):
-            raise ValueError(f"--set {item}: expected a whole number, positive for a batch")
+        if old is not None and type(value) is not type(old) and (type(old), type(value)) != (float, int):
+            raise ValueError(f"--set {item}: expected {KINDS.get(type(old), 'one value of this section')}")
+        if key in ("data", "val", "init") and not isinstance(value, str):
+            raise ValueError(f"--set {item}: expected a word")
         target[key] = value
-    for phase in ("phase1", "phase2"):
-        if not 0 <= config[phase]["alpha"] <= 1:
-            raise ValueError(f"alpha must lie in [0, 1], got {config[phase]['alpha']}")
-    for flag, value in (("--limit", config["limit"]), ("--micro-batch", args.micro_batch)):
-        if value is not None and value < 1:
-            raise ValueError(f"{flag} must be positive, got {value}")
-    if config["seed"] < 0 or config["seed"] >= 2**63:
-        raise ValueError(f"--seed must lie in [0, 2^63), got {config['seed']}")
+    for key in ("data", "val", "vgg", "seed", "limit", "precision"):
+        if getattr(args, key) is not None:
+            config[key] = getattr(args, key)
+    for key in ("steps", "batch"):
+        if getattr(args, key) is not None:
+            if args.stage in (None, "all"):
+                raise ValueError(f"--{key} belongs to one stage; use --set phase1.{key}=... with --stage all")
+            config["judge" if args.stage == "vgg" else args.stage][key] = getattr(args, key)
+    if args.alpha is not None:
+        config["phase1"]["alpha"] = args.alpha
+    check_values(config, str)
+    for section, values in config.items():
+        if isinstance(values, dict):
+            check_values(values, lambda key, section=section: f"{section}.{key}")
     return config
 
 
 if __name__ == "__main__":
     ARGUMENTS = parse_args()  # before torch is imported: --help and a wrong flag answer at once
 
-# isort: off
 # ruff: noqa: E402
-# fmt: off
 import contextlib
+import fcntl
 import math
+import os
+import re
 import resource
+import signal
+import sys
 import time
 from dataclasses import asdict
 from functools import cached_property
@@ -206,6 +229,7 @@ from functools import cached_property
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
@@ -217,14 +241,14 @@ from perceptual import (
 from prior_ar import ARPrior, PriorConfig
 from prior_nar import NARPrior, mask_tokens
 from sample import (
-    FORMAT, UserError, barrier, batches, latent_hash, load_data, load_model, make_sheet, mix,
-    my_rows, one_line_errors, print0, rank, read_checkpoint, save_atomic, seeded_rand, setup_device,
-    to_float, weights_hash, world,
+    FORMAT, UserError, agreed, barrier, batches, intact, latent_hash, load_data, load_model, make_sheet, mix,
+    my_rows, newest_intact, on_rank0, one_line_errors, print0, rank, read_checkpoint, save_atomic,
+    save_checkpoint, save_torch, seeded_rand, setup_device, sweep, to_float, warn, weights_hash, world,
 )
 from tokenizer import TokenizerConfig, VQTokenizer, all_reduce_mean, codebook_usage
-from visualize import evaluate_judge, evaluate_prior, evaluate_tokenizer, explain, summarize
-# isort: on
-# fmt: on
+from visualize import (
+    early_warnings, evaluate_judge, evaluate_prior, evaluate_tokenizer, explain, read_metrics, summarize,
+)
 
 # ----------------------------------------------------------------------------------------------------------
 # What all stages share
@@ -246,9 +270,7 @@ def lr_at(step, c):
         return lr * (end / lr) ** t
     if c["schedule"] == "linear":
         return lr + (end - lr) * t
-    if c["schedule"] == "constant":
-        return lr
-    raise UserError(f"schedule must be cosine, exponential, linear or constant, got {c['schedule']!r}")
+    return lr
 
 
 def build_optimizer(model, c):
@@ -262,7 +284,7 @@ def build_optimizer(model, c):
     return torch.optim.AdamW(
         [dict(params=groups[0], weight_decay=c["weight_decay"]), dict(params=groups[1], weight_decay=0.0)],
         lr=c["lr"], betas=c["betas"],
-    )  # fmt: skip
+    )
 
 
 def set_lr(optimizer, lr):
@@ -284,26 +306,32 @@ def accumulate(net, parts):
 
 
 class Run:
-    """The run folder, the device, the data and the log: what every stage needs besides its own networks."""
+    """The run folder, the device, the data and the log: what every stage needs besides its own networks.
+
+    A stage calls `wrap` for each network that it trains, `start` (which goes on from <stage>.pt), `loop` for
+    its steps, `update` for each optimizer, and at the end of a step `due` with `log`, `save` and so on.
+    """
 
     def __init__(self, args, config):
         self.args, self.config = args, config
         self.out = args.out or Path("runs") / args.preset
-        self.device = setup_device(args.device)
-        if config["image_size"] < 32:
-            raise UserError(f"image_size {config['image_size']}: VGG-16's five halvings need at least 32")
+        there = next(p for p in (self.out, *self.out.absolute().parents) if p.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise UserError(f"--out {self.out}: {there} is no folder that can be written to")
+        self.device, self.parent = setup_device(args.device, args.timeout), os.getppid()
+        if args.workers > 4 * os.cpu_count() and rank() == 0:
+            warn(f"--workers {args.workers} on {os.cpu_count()} cores")
         self.train, self.val = load_data(config)
+        self.train.bad_list = self.val.bad_list = self.out / "bad_files.txt"
         # channels_last suits a GPU's convolutions; on a CPU it makes GroupNorm ten times slower
         self.layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
         if self.device.type == "cpu" and config["image_size"] <= 64:
             # a CPU heeds this switch too, and flash attention's backward is ten times slower there
             torch.backends.cuda.enable_flash_sdp(False)
         self.autocast = torch.autocast(
-            self.device.type, torch.bfloat16, enabled=config["precision"] == "bf16"
-        )
+            self.device.type, torch.bfloat16, enabled=config["precision"] == "bf16")
         self.note = "random VGG weights: a test run" if config["vgg"] == "random" else ""
-        if rank() == 0:
-            self.out.mkdir(parents=True, exist_ok=True)
+        self.lock, self.request, self.agreed, self.in_loop, self.place = None, 0, 0, False, "start"
 
     @cached_property
     def judge(self):
@@ -311,81 +339,177 @@ class Run:
         source = self.config["vgg"]
         own = self.out / "vgg.pt" if source == "judge" else Path(source)
         if source == "judge" and not (
-            own.exists() and read_checkpoint(own, ["vgg"])["step"] >= self.steps("vgg")
-        ):
+                own.exists() and read_checkpoint(own, ["vgg"])["step"] >= self.steps("vgg")):
             print0(f"note: the perceptual loss needs a judge and {own} is not finished: training it first")
-            train_judge(self)
+            train_stage(self, "vgg")
         if own.suffix == ".pt":
-            return load_model(own, ("vgg",), self.device)[0].to(memory_format=torch.channels_last)
-        if rank() != 0:
-            barrier()  # the first process downloads
-        try:
-            vgg = load_vgg16({"imagenet": None}.get(source, source))
-        except (RuntimeError, ValueError) as error:
-            raise UserError(str(error)) from None
-        if rank() == 0:
-            barrier()
-        return VGGTaps(vgg).to(self.device, memory_format=torch.channels_last)
+            judge, ckpt = load_model(own, ("vgg",), self.device)
+            if source == "judge":
+                refuse_other_config(own, DEPENDS["vgg"], ckpt["config"], self.config)
+            return judge.to(memory_format=torch.channels_last)
+
+        def load():
+            with as_user_error():
+                return load_vgg16({"imagenet": None}.get(source, source))
+
+        on_rank0(lambda: load() and None)  # downloads it where it is missing
+        return VGGTaps(load()).to(self.device, memory_format=torch.channels_last)
 
     def steps(self, stage):
         return self.config[SECTION[stage]]["steps"]
 
-    def wrap(self, model):
-        """DDP over all processes, compiled on demand; the module itself in a run of one process."""
+    def wrap(self, model, *example):
+        """DDP over all processes, compiled on demand; the module itself in a run of one process.
+
+        example: arguments of one forward pass. DDP lays out its gradient buckets anew after the first step
+        of a process, and three or more processes then add in another order. Two passes without effect
+        bring this forward, so that a resumed run adds as an unbroken one does.
+        """
+        net = model
+        if world() > 1:
+            device_ids = [self.device.index] if self.device.index is not None else None
+            net, mode = DDP(model, device_ids, broadcast_buffers=False), model.training
+            model.eval()
+            for _ in range(WARM_UP):
+                with self.autocast:
+                    output = net(*example)
+                total(output).backward()
+            model.zero_grad(set_to_none=True)
+            model.train(mode)
         if self.args.compile:
             model.compile()
-        if world() == 1:
-            return model
-        return DDP(
-            model, [self.device.index] if self.device.index is not None else None, broadcast_buffers=False
-        )
+        return net
+
+    def example(self):
+        """Images of the size of a run, for `wrap`."""
+        S = self.config["image_size"]
+        return torch.zeros(min(self.args.micro_batch or 4, 4), 3, S, S, device=self.device)
 
     def micro(self, x):
         """This process's part of a batch, cut into micro-batches."""
         return x.split(self.args.micro_batch or len(x))
 
+    def claim(self):
+        """Makes the run folder and locks it. The kernel frees the lock when this process ends, in any way."""
+        if self.lock:
+            return
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            lock = open(self.out / ".lock", "a+")
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise UserError(f"{self.out} is in use by process {lock.read()}; wait for it, or pass another "
+                            "--out") from None
+        except OSError as error:
+            raise UserError(f"--out {self.out} cannot be written to: {error}") from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        sweep(self.out)
+        self.lock = lock
+
     def start(self, stage, made_from=None, **state):
-        """Loads <stage>.pt where it exists, cuts the log to fit and returns the steps done.
+        """Goes on from <stage>.pt where there is one: loads it, cuts the log to fit, returns the steps done.
 
         made_from: hash of the tokenizer that this stage builds on; a checkpoint of another one is refused.
         """
         path, c = self.out / f"{stage}.pt", self.config[SECTION[stage]]
-        if world() > 1 and c["batch"] % world():
-            raise UserError(
-                f"batch {c['batch']} cannot be split over {world()} processes; use a multiple of it"
-            )
-        step, seconds = 0, 0.0
-        if path.exists():
-            ckpt = read_checkpoint(path, [stage])
-            refuse_other_config(path, DEPENDS[stage], ckpt["config"], self.config)
+        on_rank0(self.claim)
+        self.fingerprint = on_rank0(lambda: [self.train.fingerprint, self.val.fingerprint])
+        step, seconds, self.skips = 0, 0.0, {}
+        file = on_rank0(lambda: newest_intact(path))
+        if file:
+            ckpt = read_checkpoint(file, [stage])
+            refuse_other_config(file, DEPENDS[stage], ckpt["config"], self.config)
             if made_from not in (None, ckpt["tokenizer_hash"]):
-                raise UserError(f"{path} was made with tokenizer {ckpt['tokenizer_hash']}, not with "
-                                f"{made_from} as here; move it away or use another --out")  # fmt: skip
+                raise UserError(f"{file} was made with tokenizer {ckpt['tokenizer_hash']}, not with "
+                                f"{made_from} as here; move it away or use another --out")
+            if ckpt["fingerprint"] != self.fingerprint or ckpt["class_names"] != self.train.class_names:
+                (was, _), (now, _) = ckpt["fingerprint"][0], self.fingerprint[0]
+                raise UserError(f"the images changed since {file} was written (training images: {was} then, "
+                                f"{now} now); restore them or use another --out")
+            if ckpt["world"] != world():
+                print0(f"note: {ckpt['world']} processes wrote {file} and {world()} go on: the batches are "
+                       "the same, the last bits of sums are not")
             for name, thing in state.items():
                 if thing is not None:
                     thing.load_state_dict(ckpt["model"] if name == "model" else ckpt["train"][name])
-            step, seconds = ckpt["step"], ckpt["seconds"]
+            step, seconds, self.skips = ckpt["step"], ckpt["seconds"], ckpt["skips"]
         share = f"{c['batch']} images" + (f" = {world()} processes x {c['batch'] // world()}" * (world() > 1))
         print0(f"\n{stage}: step {step} of {c['steps']}, {share} a step, lr {c['lr']}, "
-               f"{self.config['precision']} -> {path}")  # fmt: skip
-        self.clock = time.time() - seconds
-        if rank() == 0 and (self.out / "metrics.jsonl").exists():
-            rows = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
-            kept = [json.dumps(r) + "\n" for r in rows if r["stage"] != stage or r["step"] <= step]
-            save_atomic(lambda p: p.write_text("".join(kept)), self.out / "metrics.jsonl")
+               f"{self.config['precision']} -> {path}")
+        if step >= c["steps"]:
+            print0(f"{file or path} has all its steps: nothing to do")
+        if c["batch"] > len(self.train):
+            print0(f"note: one step sees each of the {len(self.train)} images "
+                   f"{c['batch'] / len(self.train):.1f} times")
+        self.clock, self.warned = time.time() - seconds, set()
+        self.rows = on_rank0(lambda: self.cut_log(stage, step))
         return step
 
+    def cut_log(self, stage, step):
+        """Takes what a later start repeats out of metrics.jsonl, and returns this stage's rows."""
+        log = self.out / "metrics.jsonl"
+        rows = [row for row in read_metrics(log) if row["stage"] != stage or row["step"] <= step]
+        if log.exists():
+            save_atomic(lambda p: p.write_text("".join(json.dumps(row) + "\n" for row in rows)), log)
+        return [row for row in rows if row["stage"] == stage]
+
     def loop(self, stage, start):
-        """Step numbers with a progress bar; seeds every random draw of the step."""
+        """Step numbers with a progress bar; seeds every random draw of the step, and ends when asked to."""
         bar = tqdm(range(start, self.steps(stage)), stage, initial=start, total=self.steps(stage),
-                   disable=None if rank() == 0 else True, dynamic_ncols=True)  # fmt: skip
-        for step in bar:
-            torch.manual_seed(mix(self.config["seed"], stage, step, rank()))
-            yield step
+                   disable=None if rank() == 0 else True, dynamic_ncols=True)
+        self.in_loop = True
+        try:
+            for step in bar:
+                self.place = f"{stage} step {step + 1}"
+                torch.manual_seed(mix(self.config["seed"], stage, step, rank()))
+                yield step
+                if self.agreed > 1:
+                    barrier()
+                    print0(f"stopped after {self.place}; the same command goes on from there")
+                    sys.exit(self.agreed)
+                if self.agreed == self.request:
+                    self.request = 0
+        finally:
+            self.in_loop = False
+
+    @contextlib.contextmanager
+    def listening(self):
+        """SIGTERM and Ctrl-C end a run after the step in progress was saved, with exit code 143 or 130;
+        SIGUSR1 saves and goes on. A second Ctrl-C, and all signals between two stages, end it at once."""
+        pressed = []  # when Ctrl-C was; torchrun repeats it within an instant
+
+        def save(number, frame):
+            self.request = max(self.request, 1)
+
+        def stop(number, frame):
+            if number == signal.SIGINT:
+                pressed.append(time.monotonic())
+                if pressed[-1] > pressed[0] + 0.3:
+                    os._exit(130)
+            if not self.in_loop:
+                sys.exit(128 + number)
+            self.request = max(self.request, 128 + number)
+
+        handlers = {signal.SIGTERM: stop, signal.SIGINT: stop, signal.SIGUSR1: save}
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def due(self, what, stage, step):
         """Is it time, after `step` + 1 updates, to "log", "eval" or "save"? Always after the last one, but
-        --eval-every 0 never evaluates."""
+        --eval-every 0 never evaluates. All processes agree that it is time to save once one was asked to,
+        or once torchrun, their parent, is gone."""
+        if what == "save":
+            orphaned = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent
+            self.agreed = agreed(128 + signal.SIGTERM if orphaned else self.request)
+            if self.agreed:
+                return True
         steps = self.steps(stage)
         default = {"eval": max(1, steps // 5), "save": min(2000, max(1, steps // 10))}
         every = getattr(self.args, f"{what}_every")
@@ -394,18 +518,48 @@ class Run:
         every = every or default[what]
         return (step + 1) % every == 0 or step + 1 == steps
 
+    def update(self, optimizer, name):
+        """optimizer.step(), skipped if a gradient is not finite. Returns whether it stepped.
+
+        Gradients are equal in all processes, so all skip or none. Skips are counted by the optimizer's name.
+        raises: UserError, code 1, after MAX_SKIPS skips in a row
+        """
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        finite = torch.nn.utils.get_total_norm(grads).isfinite().item()
+        in_a_row, skipped = self.skips.get(name, (0, 0))
+        self.skips[name] = (0, skipped) if finite else (in_a_row + 1, skipped + 1)
+        if finite:
+            optimizer.step()
+            return True
+        print0(f"warning: {self.place}: a gradient of the {name} is not finite; its update was skipped")
+        if in_a_row + 1 == MAX_SKIPS:
+            raise UserError(f"{self.place}: {MAX_SKIPS} updates of the {name} in a row had a gradient that is"
+                            " not finite; try a lower lr, or --precision fp32. The last save is intact", 1)
+        return False
+
     def log(self, stage, step, **values):
         """One line of metrics.jsonl, means over processes; tensors are read here and nowhere else."""
         names = [name for name, value in values.items() if torch.is_tensor(value)]
         if names:
             means = all_reduce_mean(torch.stack([values[n].detach().float() for n in names])).tolist()
             values.update(zip(names, means, strict=True))
-        values = {name: float(f"{value:.6g}") for name, value in values.items()}
+        values = {k: float(f"{v:.6g}") if math.isfinite(v) else None for k, v in values.items()}
+        values |= {f"skipped_{name}": skipped for name, (_, skipped) in self.skips.items() if skipped}
         row = dict(stage=stage, step=step + 1, **values, seconds=round(time.time() - self.clock, 1))
-        if rank() == 0:
+        self.rows.append(row)
+
+        def append():
             with open(self.out / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
-            print0(f"{stage} {step + 1:>6}  " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()))
+                file.write(json.dumps(row, allow_nan=False) + "\n")
+
+        on_rank0(append)
+        if rank() == 0:
+            shown = (f"{k} {v}" if v is None else f"{k} {v:.4g}" for k, v in values.items())
+            print0(f"{stage} {step + 1:>6}  " + "  ".join(shown))
+            for name, message in early_warnings(self.rows, stage, self.config[SECTION[stage]]).items():
+                if name not in self.warned:
+                    self.warned.add(name)
+                    warn(f"{stage} step {step + 1}: {message}")
 
     def save(self, stage, step, model, ema=None, tokenizer_hash=None, **train):
         """Writes <stage>.pt after `step` + 1 updates, once all processes are found to hold equal weights."""
@@ -415,44 +569,62 @@ class Run:
             dist.all_gather_object(hashes, weights_hash(*modules))
             if len(set(hashes)) > 1:
                 raise RuntimeError(f"weights differ between processes after step {step + 1}: {hashes}")
-        if rank() == 0:
-            config = asdict(model.config) if hasattr(model, "config") else model.sizes
-            config = {key: list(v) if isinstance(v, tuple) else v for key, v in config.items()}
-            ckpt = dict(
-                format=FORMAT, stage=stage, step=step + 1, config=self.config, model_config=config,
-                model=model.state_dict(), ema=ema and ema.module.state_dict(),
-                class_names=self.train.class_names, tokenizer_hash=tokenizer_hash, note=self.note,
-                seconds=time.time() - self.clock,
-                train={name: thing.state_dict() for name, thing in dict(train, ema=ema).items() if thing},
-            )  # fmt: skip
-            save_atomic(lambda path: torch.save(ckpt, path), self.out / f"{stage}.pt")
-        barrier()
+        config = asdict(model.config) if hasattr(model, "config") else model.sizes
+        config = {key: list(v) if isinstance(v, tuple) else v for key, v in config.items()}
+        ckpt = dict(
+            format=FORMAT, stage=stage, step=step + 1, config=self.config, model_config=config,
+            model=model.state_dict(), ema=ema and ema.module.state_dict(),
+            class_names=self.train.class_names, fingerprint=self.fingerprint, tokenizer_hash=tokenizer_hash,
+            note=self.note, world=world(), skips=self.skips, seconds=time.time() - self.clock,
+            train={name: thing.state_dict() for name, thing in dict(train, ema=ema).items() if thing})
+        bad = not_finite(ckpt)
+        if bad:
+            raise UserError(f"{stage} step {step + 1}: {bad[1:]} is not finite, so nothing was written; the "
+                            "last save is intact. Try a lower lr, or --precision fp32", code=1)
+        on_rank0(lambda: save_checkpoint(ckpt, self.out / f"{stage}.pt"))
 
     def sheet(self, name, images, columns):
-        if rank() == 0:
-            save_atomic(
-                lambda p: make_sheet(images, columns, self.note).save(p, "PNG"), self.out / f"{name}.png"
-            )
+        picture = make_sheet(images, columns, self.note)
+        on_rank0(lambda: save_atomic(lambda p: picture.save(p, "PNG"), self.out / f"{name}.png"))
 
 
+MAX_SKIPS = 10  # updates with a gradient that is not finite, in a row
+WARM_UP = 2  # passes through a network in DDP before its state is loaded
 SECTION = dict(vgg="judge", phase1="phase1", phase2="phase2", ar="ar", nar="nar")  # stage -> preset section
 DEPENDS = dict(  # what a checkpoint of a stage was made with; a run with other values must not continue it
     vgg=["judge"], phase1=["tokenizer", "discriminator", "vgg", "phase1"],
     phase2=["discriminator", "vgg", "phase2"], ar=["prior", "ar", "conditional", "code_variants"],
     nar=["prior", "nar", "conditional", "code_variants"],
-)  # fmt: skip
+)
 
 
 def refuse_other_config(path, keys, old, new):
     """A checkpoint is continued only by the configuration that began it; the number of steps may change."""
+    different = []
     for key in ["data", "val", "limit", "image_size", "seed", "precision", *keys]:
         a, b = old[key], new[key]
         pairs = [(key, a, b)]
         if isinstance(a, dict):
             pairs = [(f"{key}.{k}", a.get(k), b.get(k)) for k in sorted({*a, *b})]
-        for name, was, now in pairs:
-            if was != now and not name.endswith(".steps"):
-                raise UserError(f"{path} was made with {name} = {was}, not {now} as here; use another --out")
+        different += [f"{name} = {was}, not {now}" for name, was, now in pairs
+                      if was != now and not name.endswith(".steps")]
+    if different:
+        raise UserError(f"{path} was made with {', and '.join(different)} as here; use another --out")
+
+
+def total(output):
+    """The sum of everything in a network's output that carries a gradient."""
+    if torch.is_tensor(output):
+        return output.float().sum() if output.requires_grad else 0.0
+    return sum(total(part) for part in (output.values() if isinstance(output, dict) else output))
+
+
+def not_finite(thing, name=""):
+    """The name of the first tensor in nested dicts and lists that holds an infinity or a nan, else ''."""
+    if torch.is_tensor(thing):
+        return "" if thing.isfinite().all() else name
+    parts = thing.items() if isinstance(thing, dict) else enumerate(thing) if isinstance(thing, list) else ()
+    return next(filter(None, (not_finite(part, f"{name}.{key}") for key, part in parts)), "")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -472,8 +644,9 @@ def train_judge(run):
     vgg = build_vgg16(**sizes).to(device, memory_format=torch.channels_last)
     vgg.sizes = sizes
     optimizer, ema = build_optimizer(vgg, c), build_ema(vgg, c["ema"])
+    net = run.wrap(vgg, run.example())
     start = run.start("vgg", model=vgg, optimizer=optimizer, ema=ema)
-    net, stream = run.wrap(vgg), batches(run.train, c["batch"], start, run.args.workers)
+    stream = batches(run.train, c["batch"], start, run.args.workers, run.args.timeout)
     for step in run.loop("vgg", start):
         set_lr(optimizer, lr_at(step, c))
         pixels, labels = next(stream)
@@ -485,8 +658,7 @@ def train_judge(run):
             logits = net(normalize_images(x))
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=c["label_smoothing"])
         loss.backward()
-        optimizer.step()
-        if ema:
+        if run.update(optimizer, "judge") and ema:
             ema.update_parameters(vgg)
         if run.due("log", "vgg", step):
             run.log("vgg", step, lr=lr_at(step, c), loss=loss)
@@ -517,18 +689,13 @@ def build_tokenizer(run, stage):
     first, given = run.out / "phase1.pt", run.args.tokenizer
     if stage == "phase1":
         if run.config["phase1"]["init"] == "required" and not given and not first.exists():
-            raise UserError(
-                "this preset starts from an ImageNet phase-1 checkpoint (Table 9): --tokenizer FILE"
-            )
+            raise UserError("this preset starts from an ImageNet phase 1 (Table 9): pass --tokenizer FILE")
         torch.manual_seed(mix(run.config["seed"], "phase1"))
-        try:
+        with as_user_error():
             tokenizer = VQTokenizer(
-                TokenizerConfig(image_size=run.config["image_size"], **run.config["tokenizer"])
-            )
-        except (ValueError, TypeError) as error:
-            raise UserError(str(error)) from None
-        if given:
-            tokenizer.load_state_dict(load_model(given, ("phase1",))[0].state_dict())
+                TokenizerConfig(image_size=run.config["image_size"], **run.config["tokenizer"]))
+            if given:
+                tokenizer.load_state_dict(load_model(given, ("phase1",))[0].state_dict())
         return tokenizer.to(run.device, memory_format=run.layout), {}
     tokenizer, ckpt = earlier_tokenizer(run, ("phase1",))
     torch.manual_seed(mix(run.config["seed"], "phase2"))
@@ -541,9 +708,12 @@ def earlier_tokenizer(run, stages):
     given, found = run.args.tokenizer, [run.out / f"{s}.pt" for s in stages if (run.out / f"{s}.pt").exists()]
     if not given and not found:
         raise UserError(f"no {run.out / 'phase1.pt'}: run --stage phase1 first, or pass --tokenizer FILE")
-    tokenizer, ckpt = load_model(given or found[-1], stages, run.device)
+    tokenizer, ckpt = load_model(given or on_rank0(lambda: newest_intact(found[-1])), stages, run.device)
+    run.note = run.note or ckpt["note"]
     if not given:
         refuse_other_config(found[-1], ["tokenizer"], ckpt["config"], run.config)
+        if ckpt["step"] < run.steps(ckpt["stage"]) and rank() == 0:
+            warn(f"stage {ckpt['stage']} ended at step {ckpt['step']} of {run.steps(ckpt['stage'])}")
     if tokenizer.config.image_size != run.config["image_size"]:
         raise UserError(f"{given} is for {tokenizer.config.image_size}-pixel images, this preset for others")
     return tokenizer, ckpt
@@ -551,11 +721,11 @@ def earlier_tokenizer(run, stages):
 
 @contextlib.contextmanager
 def as_user_error():
-    """Settings of the preset that a network refuses are bad input, not a bug."""
+    """Settings or weights that a network refuses are bad input, not a bug."""
     try:
         yield
-    except (ValueError, TypeError) as error:
-        raise UserError(str(error)) from None
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UserError(" ".join(str(error).split())[:300]) from None
 
 
 def build_discriminator(run):
@@ -580,9 +750,8 @@ def mean_probs(tokenizer, parts):
     probs = [tokenizer.average_probs(part) for part in parts]
     if probs[0] is None:
         return None
-    return all_reduce_mean(
-        sum(p * len(part) for p, part in zip(probs, parts, strict=True)) / sum(map(len, parts))
-    )
+    shares = [len(part) / sum(map(len, parts)) for part in parts]
+    return all_reduce_mean(sum(share * p for share, p in zip(shares, probs, strict=True)))
 
 
 def train_tokenizer(run, stage):
@@ -590,19 +759,14 @@ def train_tokenizer(run, stage):
     c, device = run.config[stage], run.device
     tokenizer, disc_weights = build_tokenizer(run, stage)
     disc, judge, weights = build_discriminator(run), run.judge, layer_weights(c["alpha"])
-    with as_user_error():
-        adv_loss(torch.zeros(1), c["gan"])
     if disc_weights:  # I21: phase 2 continues the discriminator with a fresh optimizer
         disc.load_state_dict(disc_weights)
-    opt_g, opt_d, ema = (
-        build_optimizer(tokenizer, c),
-        build_optimizer(disc, c),
-        build_ema(tokenizer, c["ema"]),
-    )
+    opt_g, opt_d = build_optimizer(tokenizer, c), build_optimizer(disc, c)
+    ema = build_ema(tokenizer, c["ema"])
     frozen = latent_hash(tokenizer) if stage == "phase2" else None
+    g, d = run.wrap(tokenizer, run.example()), run.wrap(disc, run.example())
     start = run.start(stage, frozen, model=tokenizer, disc=disc, opt_g=opt_g, opt_d=opt_d, ema=ema)
-    g, d = run.wrap(tokenizer), run.wrap(disc)
-    stream = batches(run.train, c["batch"], start, run.args.workers)
+    stream = batches(run.train, c["batch"], start, run.args.workers, run.args.timeout)
     tokenizer.train()
     for step in run.loop(stage, start):
         set_lr(opt_g, lr_at(step, c))
@@ -625,17 +789,15 @@ def train_tokenizer(run, stage):
             scale = adv
             if adv and c["adaptive"]:
                 scale = adv * adaptive_weight(
-                    loss_rec + c["per_weight"] * loss_per, loss_adv, tokenizer.decoder.conv_out.weight
-                )
-            loss = (
-                loss_rec + loss_vq(latent, c) + c["per_weight"] * loss_per + scale * loss_adv
-            )  # Eq. 2, Eq. 4
+                    loss_rec + c["per_weight"] * loss_per, loss_adv, tokenizer.decoder.conv_out.weight)
+            loss = loss_rec + loss_vq(latent, c) + c["per_weight"] * loss_per + scale * loss_adv  # Eq. 2, 4
             (loss * (len(part) / len(x))).backward()
             fakes.append(x_hat.detach())
             terms = dict(loss_rec=loss_rec, loss_per=loss_per, **latent)
             terms |= dict(loss_adv=loss_adv) if adv else {}
+            terms |= dict(adaptive_weight=scale / adv) if adv and c["adaptive"] else {}
             add_means(logs, terms, len(part) / len(x))
-        opt_g.step()
+        updated = run.update(opt_g, "tokenizer")
 
         if adv:
             disc.requires_grad_(True)
@@ -648,8 +810,8 @@ def train_tokenizer(run, stage):
                     loss = loss + c["r1_every"] * r1_penalty(d, part, c["r1_gamma"])
                 (loss * (len(part) / len(x))).backward()
                 add_means(logs, dict(loss_disc=loss_disc), len(part) / len(x))
-            opt_d.step()
-        if ema:
+            run.update(opt_d, "discriminator")
+        if ema and updated:
             ema.update_parameters(tokenizer)
 
         if run.due("log", stage, step):
@@ -683,41 +845,47 @@ def loss_vq(latent, c):
 def cached_codes(run, tokenizer):
     """Tokens of every training image, in `code_variants` crops and flips, and of the validation images.
 
-    returns: dict(train (V, n, N) int16 or int32, val (m, N)); kept in codes.pt under the tokenizer's hash.
+    returns: dict(train (V, n, N) and val (m, N) int16 or int32, labels (n,) and val_labels (m,) int64), kept
+             in codes.pt under the hash of the tokenizer and the fingerprint of the data
     Odd variants are flipped, variants 0 and 1 are central crops, later ones random crops.
     """
     path, V, data = run.out / "codes.pt", run.config["code_variants"], run.train
-    key = [
-        latent_hash(tokenizer),
-        V,
-        len(data),
-        *(str(run.config[k]) for k in ("data", "val", "limit", "image_size", "seed", "precision")),
-    ]
-    if not (path.exists() and torch.load(path, weights_only=True, mmap=True).get("key") == key):
+    settings = [str(run.config[k]) for k in ("limit", "image_size", "seed", "precision")]
+    key = on_rank0(lambda: [latent_hash(tokenizer), V, settings, data.fingerprint, run.val.fingerprint])
+
+    def valid():
+        if path.exists() and not intact(path):
+            warn(f"{path} is damaged; its codes are made again")
+        return intact(path) and torch.load(path, weights_only=True, mmap=True).get("key") == key
+
+    if not on_rank0(valid):
         print0(f"\nencoding {len(data)} training images in {V} variants and {len(run.val)} validation images")
         views = [(data, i, mix(run.config["seed"], "variant", v, i) if v > 1 else None, v % 2 == 1)
-                 for v in range(V) for i in range(len(data))]  # fmt: skip
-        train = encode_all(run, tokenizer, views).view(V, len(data), -1)
-        val = encode_all(run, tokenizer, [(run.val, i, None, False) for i in range(len(run.val))])
-        if rank() == 0:
-            save_atomic(lambda p: torch.save(dict(key=key, train=train, val=val), p), path)
-        barrier()
+                 for v in range(V) for i in range(len(data))]
+        train, labels = encode_all(run, tokenizer, views)
+        val, val_labels = encode_all(run, tokenizer, [(run.val, i, None, False) for i in range(len(run.val))])
+        codes = dict(key=key, train=train.view(V, len(data), -1), labels=labels[: len(data)].clone(),
+                     val=val, val_labels=val_labels)
+        on_rank0(lambda: save_torch(codes, path))
     return torch.load(path, weights_only=True, mmap=True)
 
 
 def encode_all(run, tokenizer, views, batch=128):
-    """Tokens (len(views), N) of (data, index, crop seed, flip) views; processes share the work."""
+    """Tokens (len(views), N) and labels of (data, index, crop seed, flip) views; processes share the work."""
     dtype = torch.int16 if tokenizer.codebook_size <= 2**15 else torch.int32
     tokens = torch.zeros(len(views), tokenizer.grid_size**2, dtype=dtype)
+    labels = torch.zeros(len(views), dtype=torch.int64)
     starts = range(rank() * batch, len(views), world() * batch)
     for start in tqdm(starts, "encoding", disable=None if rank() == 0 else True):
-        x = torch.stack([data.view(*view) for data, *view in views[start : start + batch]])
+        chunk = views[start : start + batch]
+        x = torch.stack([data.view(*view) for data, *view in chunk])
+        labels[start : start + batch] = torch.tensor([data.label(index) for data, index, *_ in chunk])
         with run.autocast:
             tokens[start : start + batch] = tokenizer.encode(to_float(x, run.device)).to(dtype)
     if world() > 1:  # rows of other processes are zero here
-        tokens = tokens.to(run.device)
-        dist.all_reduce(tokens)
-    return tokens.cpu()
+        dist.all_reduce(tokens.view(torch.uint8))  # gloo and NCCL have no int16
+        dist.all_reduce(labels)
+    return tokens, labels
 
 
 def train_prior(run, stage):
@@ -725,29 +893,30 @@ def train_prior(run, stage):
     c, device, seed, names = run.config[stage], run.device, run.config["seed"], run.train.class_names
     if run.config["conditional"] and not names:
         raise UserError("this preset's priors are class-conditional and the data has no class sub-folders; "
-                        "sort the images into folders or pass --set conditional=false")  # fmt: skip
+                        "sort the images into folders or pass --set conditional=false")
     tokenizer, _ = earlier_tokenizer(run, ("phase1", "phase2"))
     tokens_of = latent_hash(tokenizer)
-    codes = cached_codes(run, tokenizer)
     K, N = tokenizer.codebook_size, tokenizer.grid_size**2
     sizes = PriorConfig(K, N, len(names) if run.config["conditional"] else 0, **run.config["prior"])
     torch.manual_seed(mix(seed, stage))
     with as_user_error():
         prior = (ARPrior if stage == "ar" else NARPrior)(sizes).to(device)
     optimizer, ema = build_optimizer(prior, c), build_ema(prior, c["ema"])
+    labels = torch.zeros(2, dtype=torch.int64, device=device) if sizes.num_classes else None
+    net = run.wrap(prior, torch.zeros(2, N, dtype=torch.int64, device=device), labels)
     start = run.start(stage, tokens_of, model=prior, optimizer=optimizer, ema=ema)
+    codes = cached_codes(run, tokenizer)
     p = codes["train"][0, :2000].long().flatten().bincount(minlength=K).double()
     unigram = torch.special.entr(p / p.sum()).sum().item()
     print0(f"ln K = {math.log(K):.4f} nats; unigram entropy of the codes = {unigram:.4f} nats")
-    net = run.wrap(prior)
     prior.train()
     for step in run.loop(stage, start):
         set_lr(optimizer, lr_at(step, c))
-        tokens, labels = code_batch(run, codes["train"], step, c["batch"])
+        tokens, labels = code_batch(run, codes, step, c["batch"])
         noise = seeded_rand(c["batch"], N + 1, seed=mix(seed, "mask", step))[my_rows(c["batch"])].to(device)
-        inputs, mask = (
-            mask_tokens(tokens, K, noise) if stage == "nar" else (tokens, torch.ones_like(tokens).bool())
-        )
+        inputs, mask = tokens, torch.ones_like(tokens, dtype=torch.bool)
+        if stage == "nar":
+            inputs, mask = mask_tokens(tokens, K, noise)
         masked = all_reduce_mean(mask.sum().float())
         optimizer.zero_grad(set_to_none=True)
         means = torch.zeros(2, device=device)
@@ -762,13 +931,12 @@ def train_prior(run, stage):
             share = part_mask.sum() / masked  # of the global batch's loss terms
             (loss * share).backward()
             means += torch.stack([loss.detach(), accuracy]) * share
-        optimizer.step()
-        if ema:
+        if run.update(optimizer, "prior") and ema:
             ema.update_parameters(prior)
         if run.due("log", stage, step):
             run.log(stage, step, lr=lr_at(step, c), loss=means[0], top1=means[1])
         if run.due("eval", stage, step):
-            evaluate_prior(run, stage, step, ema.module if ema else prior, tokenizer, codes["val"], unigram)
+            evaluate_prior(run, stage, step, ema.module if ema else prior, tokenizer, codes, unigram)
             prior.train()
         if run.due("save", stage, step):
             run.save(stage, step, prior, ema, tokens_of, optimizer=optimizer)
@@ -779,9 +947,8 @@ def code_batch(run, codes, step, batch):
     rows = my_rows(batch)
     positions = range(step * batch + rows.start, step * batch + rows.stop)
     index = [run.train.shuffled(p) for p in positions]
-    variants = [mix(run.config["seed"], "variant", p) % len(codes) for p in positions]
-    labels = torch.tensor([run.train.labels[i] for i in index])
-    return codes[variants, index].long().to(run.device), labels.to(run.device)
+    variants = [mix(run.config["seed"], "variant", p) % len(codes["train"]) for p in positions]
+    return codes["train"][variants, index].long().to(run.device), codes["labels"][index].to(run.device)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -790,6 +957,10 @@ def code_batch(run, codes, step, batch):
 
 
 def train_stage(run, stage):
+    batch, count = run.config[SECTION[stage]]["batch"], world()
+    if batch % count:
+        nearest = " or ".join(str(n) for n in (batch // count * count, (batch // count + 1) * count) if n)
+        raise UserError(f"batch {batch} cannot be split over {count} processes; use {nearest}")
     if stage == "vgg":
         train_judge(run)
     elif stage in ("phase1", "phase2"):
@@ -798,18 +969,34 @@ def train_stage(run, stage):
         train_prior(run, stage)
 
 
+@record  # torchrun then names the process that failed first, and why
 def main(args, config):
     with one_line_errors():
         if args.explain:
-            return explain(config)
-        run = Run(args, config)
-        begin = time.time()
-        for stage in STAGES if args.stage == "all" else [args.stage]:
-            if stage == "vgg" and args.stage == "all" and config["vgg"] != "judge":
-                continue
-            train_stage(run, stage)
-        if args.stage == "all":
-            summarize(run)
+            with as_user_error():
+                return explain(config)
+        run, begin = Run(args, config), time.time()
+        with run.listening():
+            try:
+                for stage in STAGES if args.stage == "all" else [args.stage]:
+                    if not (stage == "vgg" and args.stage == "all" and config["vgg"] != "judge"):
+                        train_stage(run, stage)
+                if args.stage == "all":
+                    summarize(run)
+            except torch.OutOfMemoryError:
+                raise UserError("out of GPU memory; pass a smaller --micro-batch (the global batch stays)",
+                                code=1) from None
+            except RuntimeError as error:
+                if "DataLoader" in str(error):  # torch tells of a killed worker at any moment
+                    raise UserError(f"{str(error).splitlines()[0]} Too little memory, or /dev/shm full? Try "
+                                    "--workers 0; the same command goes on from the last checkpoint",
+                                    code=1) from None
+                if world() > 1 and re.search("gloo|nccl|connection|timed out", str(error), re.I):
+                    warn(f"{run.place}: another process died or hangs; the same command goes on")
+                raise
+        if run.out.joinpath("bad_files.txt").exists():
+            count = len((run.out / "bad_files.txt").read_text().splitlines())
+            print0(f"note: {count} images could not be read, see {run.out / 'bad_files.txt'}")
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         print0(f"\ndone in {time.time() - begin:.0f} s, {memory:.0f} MB peak memory; see {run.out}/")
 

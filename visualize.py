@@ -8,45 +8,50 @@ it, and shows it beside the reconstruction. A tokenizer whose tokens are predict
 """
 
 import argparse
+from pathlib import Path
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, f"error: {message}\n")
+    add = parser.add_argument
+    add("figure", choices=["view"], help="view: input, reconstruction, top-1 prediction and hit map (Fig. 3)")
+    add("--ckpt", type=Path, nargs="+", required=True, help="one or several ar.pt")
+    add("--tokenizer", type=Path, nargs="+", default=[], help="one per CKPT (default: found beside each)")
+    add("--data", help="folder of images (default: the validation images of the first run)")
+    add("--num", type=int, default=64, help="images for the numbers; the first 8 are drawn (default 64)")
+    add("--out", type=Path, help="PNG to write, numbers go beside it as JSON (default: view.png beside CKPT)")
+    add("--device", default="auto", help="cuda, cpu or auto")
+    args = parser.parse_args(argv)
+    if args.num < 1 or (args.tokenizer and len(args.tokenizer) != len(args.ckpt)):
+        parser.error("--num must be at least 1, and --tokenizer needs one file per --ckpt")
+    return args
+
+
+if __name__ == "__main__":
+    ARGUMENTS = parse_args()  # before torch is imported: --help and a wrong flag answer at once
+
+# ruff: noqa: E402
+import contextlib
 import json
 import math
 import resource
 import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from perceptual import (
-    LOGIT,
-    PatchDiscriminator,
-    StyleDiscriminator,
-    build_vgg16,
-    lpips_like,
-    normalize_images,
-)  # fmt: skip
+    LOGIT, PatchDiscriminator, StyleDiscriminator, build_vgg16, lpips_like, normalize_images,
+)
 from prior_ar import ARPrior, PriorConfig
 from prior_nar import mask_tokens
 from sample import (
-    UserError,
-    generate_images,
-    latent_hash,
-    load_data,
-    load_model,
-    load_tokenizer_of,
-    mix,
-    one_line_errors,
-    print0,
-    psnr,
-    rank,
-    save_atomic,
-    seeded_rand,
-    setup_device,
-    to_float,
-    to_uint8,
-    world,
-)  # fmt: skip
+    UserError, generate_images, latent_hash, load_data, load_model, load_tokenizer_of, mix, one_line_errors,
+    print0, psnr, rank, save_atomic, seeded_rand, setup_device, to_float, to_uint8, world,
+)
 from tokenizer import TokenizerConfig, VQTokenizer, all_reduce_mean, codebook_usage
 
 
@@ -66,7 +71,7 @@ def teacher_forced_view(tokenizer, prior, x, labels=None):
         tokens=tokens, tokens_pred=tokens_pred, hits=tokens == tokens_pred,
         nats=F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none"),
         reconstruction=tokenizer.decode(tokens), prediction=tokenizer.decode(tokens_pred),
-    )  # fmt: skip
+    )
 
 
 def view_numbers(x, view):
@@ -90,19 +95,13 @@ def draw_view(x, views, names, path, note=""):
     rows, columns = len(x), 1 + 3 * len(views)
     fig, axes = plt.subplots(rows, columns, figsize=(1.25 * columns, 1.25 * rows + 0.75), squeeze=False)
     for i in range(rows):
-        panels = [("input", to_uint8(x[i]).permute(1, 2, 0).numpy(), None)]
+        panels = [("input", to_uint8(x[i]).permute(1, 2, 0), None)]
         for name, view in zip(names, views, strict=True):
             side = math.isqrt(view["hits"].shape[1])
             hits = view["hits"][i].view(side, side).cpu().numpy()
-            panels += [
-                (
-                    f"{name}\nreconstruction",
-                    to_uint8(view["reconstruction"][i]).permute(1, 2, 0).numpy(),
-                    None,
-                ),
-                (f"{name}\ntop-1 prediction", to_uint8(view["prediction"][i]).permute(1, 2, 0).numpy(), None),
-                (f"{name}\nhit map", hits, f"{hits.mean():.0%}"),
-            ]
+            for key, title in (("reconstruction", "reconstruction"), ("prediction", "top-1 prediction")):
+                panels.append((f"{name}\n{title}", to_uint8(view[key][i]).permute(1, 2, 0), None))
+            panels.append((f"{name}\nhit map", hits, f"{hits.mean():.0%}"))
         for axis, (title, picture, text) in zip(axes[i], panels, strict=True):
             if picture.ndim == 2:
                 axis.imshow(picture, cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
@@ -114,9 +113,8 @@ def draw_view(x, views, names, path, note=""):
                 axis.set_title(title, fontsize=7)
             if text:
                 axis.set_xlabel(text, fontsize=6, labelpad=1)
-    fig.text(
-        0.5, 0.005, "hit map: yellow where the prediction is the true token  " + note, ha="center", fontsize=6
-    )
+    fig.text(0.5, 0.005, "hit map: yellow where the prediction is the true token  " + note,
+             ha="center", fontsize=6)
     fig.tight_layout(rect=(0, 0.02, 1, 1), pad=0.3)
     save_atomic(lambda p: fig.savefig(p, format="png", dpi=200), path)
     plt.close(fig)
@@ -127,40 +125,38 @@ def write_view(ckpts, num, device, out, tokenizers=(), data=None):
 
     ckpts: paths of ar.pt files;  out: the PNG, numbers go to the JSON beside it;  returns: the numbers
     """
-    views, numbers, images, note = [], [], None, ""
+    views, numbers, images = [], [], None
     for i, path in enumerate(ckpts):
         prior, ckpt = load_model(path, ("ar",), device)
-        tokenizer, tokenizer_ckpt = load_tokenizer_of(
-            path, ckpt, tokenizers[i] if tokenizers else None, device
-        )
+        given = tokenizers[i] if tokenizers else None
+        tokenizer, tokenizer_ckpt = load_tokenizer_of(path, ckpt, given, device)
         if images is None:
-            config, note = dict(ckpt["config"], **({"data": data, "val": data} if data else {})), ckpt["note"]
+            config = dict(ckpt["config"], **({"data": data, "val": data} if data else {}))
             images = load_data(config)[1]
             if num > len(images):
                 raise UserError(f"--num {num}, but there are only {len(images)} images")
         if images.image_size != ckpt["config"]["image_size"]:
-            raise UserError(
-                f"{path} is for {ckpt['config']['image_size']}-pixel images, {ckpts[0]} for others"
-            )
+            size = ckpt["config"]["image_size"]
+            raise UserError(f"{path} is for {size}-pixel images, {ckpts[0]} for others")
         x = to_float(torch.stack([images.view(j) for j in range(num)]), device)
         labels = None
         if prior.config.num_classes:
             if images.class_names != ckpt["class_names"]:
                 raise UserError(f"the classes of the images are not those that {path} was trained on")
-            labels = torch.tensor([images.labels[j] for j in range(num)], device=device)
+            labels = torch.tensor([images.label(j) for j in range(num)], device=device)
         views.append(teacher_forced_view(tokenizer, prior, x, labels))
         numbers.append(dict(
             ckpt=str(path), tokenizer_hash=ckpt["tokenizer_hash"], tokenizer_stage=tokenizer_ckpt["stage"],
-            num_images=num, alpha=ckpt["config"]["phase1"]["alpha"], note=ckpt["note"],
+            num_images=num, alpha=ckpt["config"]["phase1"]["alpha"],
+            note=ckpt["note"] or tokenizer_ckpt["note"],
             **view_numbers(x, views[-1]),
-        ))  # fmt: skip
+        ))
     names = [f"{Path(path).parent.name} (α = {n['alpha']:g})" for path, n in zip(ckpts, numbers, strict=True)]
-    rows = min(num, 8)
+    rows, note = min(num, 8), next((n["note"] for n in numbers if n["note"]), "")
     if rank() == 0:
         draw_view(x[:rows], [{k: v[:rows] for k, v in view.items()} for view in views], names, out, note)
-        save_atomic(
-            lambda p: p.write_text(json.dumps(numbers, indent=1) + "\n"), Path(out).with_suffix(".json")
-        )
+        text = json.dumps(numbers, indent=1) + "\n"
+        save_atomic(lambda p: p.write_text(text), Path(out).with_suffix(".json"))
     return numbers
 
 
@@ -189,7 +185,7 @@ def evaluate_judge(run, step, vgg, limit=5000):
     vgg.eval()
     right = total = 0
     for indices, x in val_batches(run, limit):
-        labels = torch.tensor([run.val.labels[i] for i in indices], device=run.device)
+        labels = torch.tensor([run.val.label(i) for i in indices], device=run.device)
         with run.autocast:
             right += (vgg(normalize_images(x)).argmax(1) == labels).sum().item()
         total += len(labels)
@@ -225,9 +221,9 @@ def evaluate_prior(run, stage, step, prior, tokenizer, codes, unigram, limit=100
     """
     prior.eval()
     classes, sums = prior.config.num_classes, [0.0, 0.0, 0]
-    for start in range(rank() * batch, min(limit, len(codes)), world() * batch):
-        tokens = codes[start : start + batch].long().to(run.device)
-        labels = torch.tensor(run.val.labels[start : start + batch], device=run.device) if classes else None
+    for start in range(rank() * batch, min(limit, len(codes["val"])), world() * batch):
+        tokens = codes["val"][start : start + batch].long().to(run.device)
+        labels = codes["val_labels"][start : start + batch].to(run.device) if classes else None
         inputs, mask = tokens, torch.ones_like(tokens, dtype=torch.bool)
         if stage == "nar":
             noise = seeded_rand(len(tokens), tokens.shape[1] + 1, seed=mix("val", start)).to(run.device)
@@ -245,9 +241,44 @@ def evaluate_prior(run, stage, step, prior, tokenizer, codes, unigram, limit=100
     labels = [i % columns for i in range(columns * 10)] if classes else None
     with run.autocast:
         images = generate_images(
-            prior, tokenizer, columns * 10, labels, run.config["seed"], run.config["sample"], batch=50
-        )
+            prior, tokenizer, columns * 10, labels, run.config["seed"], run.config["sample"], batch=50)
     run.sheet(f"samples_{stage}", images, columns)
+
+
+def read_metrics(path):
+    """The lines of a metrics.jsonl as dicts; one that a kill tore in the middle is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def early_warnings(rows, stage, c):
+    """Signs of a run that goes wrong, with cause and remedy: {name: message}.
+
+    rows: the lines of metrics.jsonl of this stage so far, oldest first;  c: its section of the preset
+    """
+    found, last = {}, {}
+    for name in ("usage", "loss_disc", "val_loss", "loss_per", "loss_rec", "adaptive_weight"):
+        last[name] = [row[name] for row in rows if row.get(name) is not None]
+    usage, disc, val, per, rec, adaptive = last.values()
+    if usage and usage[-1] < 0.8 * max(usage):
+        found["usage"] = (f"codebook usage fell from {max(usage):.0%} to {usage[-1]:.0%}: codes die; raise "
+                          f"{stage}.gamma or lower {stage}.lr with --set")
+    if len(disc) >= 5 and max(disc[-5:]) < 0.1:
+        found["disc"] = (f"the discriminator wins, its loss stays below 0.1 and teaches nothing; raise "
+                         f"{stage}.r1_gamma or {stage}.adv_start (begin later) with --set")
+    if adaptive and adaptive[-1] >= 9999:
+        found["adaptive"] = (f"the adaptive weight is at its clamp, the adversarial gradient near zero; "
+                             f"--set {stage}.adaptive=false")
+    if len(val) > 1 and val[-1] > 1.02 * min(val):
+        found["val"] = (f"the validation loss rose from {min(val):.4g} to {val[-1]:.4g}: overfitting; fewer "
+                        "--steps, --set prior.dropout=0.1, or more code_variants")
+    if rec and per and c["per_weight"] and c["per_weight"] * per[-1] < 1e-3 * rec[-1]:
+        found["per"] = (f"the perceptual term is near zero beside the L1 term: are the weights of --vgg "
+                        f"trained ones, and is {stage}.per_weight large enough?")
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -262,7 +293,7 @@ def tokenizer_summary(run, first, second):
     for start in tqdm(range(0, total, 50), "reconstructing", disable=None if rank() == 0 else True):
         indices = range(start, min(start + 50, total))
         x = to_float(torch.stack([run.val.view(i) for i in indices]), run.device)
-        labels = torch.tensor([run.val.labels[i] for i in indices], device=run.device)
+        labels = torch.tensor([run.val.label(i) for i in indices], device=run.device)
         tokens = first.encode(x)
         changed += (tokens != second.encode(x)).sum().item()
         counts += tokens.cpu().flatten().bincount(minlength=first.codebook_size)
@@ -292,13 +323,13 @@ def sample_summary(run, stage, tokenizer, num):
     classes = prior.config.num_classes
     labels = [i % classes for i in range(num)] if classes else None
     images = generate_images(
-        prior, tokenizer, num, labels, run.config["seed"], run.config["sample"], 50, True
-    )
+        prior, tokenizer, num, labels, run.config["seed"], run.config["sample"], 50, True)
     run.sheet(f"samples_{stage}", images[: 10 * min(classes or 10, 10)], min(classes or 10, 10))
-    rows = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
-    last = [row for row in rows if row["stage"] == stage and "val_loss" in row][-1]
-    result = {f"{stage}_nats_per_token": last["val_loss"], f"{stage}_top1": last["val_top1"],
-              "unigram_entropy": last["unigram_entropy"], "ln_K": last["ln_K"]}  # fmt: skip
+    rows = read_metrics(run.out / "metrics.jsonl")
+    result = {}
+    for last in [row for row in rows if row["stage"] == stage and "val_loss" in row][-1:]:
+        result = {f"{stage}_nats_per_token": last["val_loss"], f"{stage}_top1": last["val_top1"],
+                  "unigram_entropy": last["unigram_entropy"], "ln_K": last["ln_K"]}
     if classes:
         parts = zip(images.split(50), torch.tensor(labels, device=run.device).split(50), strict=True)
         found = [hits(run, to_float(x, run.device), wanted) for x, wanted in parts]
@@ -312,8 +343,7 @@ def summarize(run, num=1000):
     first, _ = load_model(run.out / "phase1.pt", ("phase1",), run.device)
     second, _ = load_model(run.out / "phase2.pt", ("phase2",), run.device)
     summary = dict(
-        preset=run.args.preset, data=str(run.config["data"]), num_samples=num, num_val=len(run.val)
-    )
+        preset=run.args.preset, data=str(run.config["data"]), num_samples=num, num_val=len(run.val))
     summary |= tokenizer_summary(run, first, second)
     summary["recon_class_accuracy"] = summary["recon_class_accuracy_phase2"]
     for stage in ("ar", "nar"):
@@ -323,16 +353,14 @@ def summarize(run, num=1000):
     run.sheet("phases", torch.cat([x, *(to_uint8(t.decode(tokens)) for t in (first, second))]), 10)
     view = write_view([run.out / "ar.pt"], min(64, len(run.val)), run.device, run.out / "view.png")
     summary["view"] = view[0]
-    stages = [
-        stage for stage in ("vgg", "phase1", "phase2", "ar", "nar") if (run.out / f"{stage}.pt").exists()
-    ]
-    seconds = {stage: round(load_seconds(run.out / f"{stage}.pt")) for stage in stages}
+    files = [run.out / f"{stage}.pt" for stage in ("vgg", "phase1", "phase2", "ar", "nar")]
+    seconds = {path.stem: round(load_seconds(path)) for path in files if path.exists()}
     summary |= dict(
         latent_hash=latent_hash(second), alpha=run.config["phase1"]["alpha"], note=run.note,
         seconds_by_stage=seconds, seconds=sum(seconds.values()),
         peak_rss_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         threads=torch.get_num_threads(), torch=torch.__version__, command=" ".join(["python", *sys.argv]),
-    )  # fmt: skip
+    )
     summary = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in summary.items()}
     if rank() == 0:
         save_atomic(lambda p: p.write_text(json.dumps(summary, indent=1) + "\n"), run.out / "summary.json")
@@ -366,7 +394,7 @@ def explain(config, processes=8):
         share = c["batch"] / processes
         print(f"{name}: {c['steps']:,} steps of {c['batch']} images = {processes} processes x {share:g}, "
               f"or fewer with --micro-batch; {'AdamW' if c['weight_decay'] else 'Adam'} {tuple(c['betas'])}, "
-              f"weight decay {c['weight_decay']:g}, {config['precision']}")  # fmt: skip
+              f"weight decay {c['weight_decay']:g}, {config['precision']}")
 
     sizes = dict(image_size=config["image_size"], **config["tokenizer"])
     disc = dict(config["discriminator"])
@@ -395,7 +423,7 @@ def explain(config, processes=8):
         row("discriminator", disc, "trainable", c)
         row("VGG-16", vgg, "frozen", c)
     print(f"Table 1: +Attention x2 {count(double):,} (--set tokenizer.num_attention=2), "
-          f"+Conv x2 {count(deeper):,} (--set tokenizer.decoder_extra_blocks=2)")  # fmt: skip
+          f"+Conv x2 {count(deeper):,} (--set tokenizer.decoder_extra_blocks=2)")
     for name in ("ar", "nar"):
         stage(f"{name}, {first.grid_size}^2 tokens of {first.codebook_size} codes", config[name])
         row("prior, unconditional", prior[0], "trainable", config[name])
@@ -403,31 +431,17 @@ def explain(config, processes=8):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Command line
+# The command
 # ----------------------------------------------------------------------------------------------------------
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("figure", choices=["view"], help="view: input, reconstruction, top-1 prediction and hit map (Fig. 3)")
-    add("--ckpt", type=Path, nargs="+", required=True, help="one or several ar.pt")
-    add("--tokenizer", type=Path, nargs="+", default=[], help="one per CKPT (default: found beside each)")
-    add("--data", help="folder of images (default: the validation images of the first run)")
-    add("--num", type=int, default=64, help="images for the numbers; the first 8 are drawn (default 64)")
-    add("--out", type=Path, help="PNG to write, numbers go beside it as JSON (default: view.png beside CKPT)")
-    add("--device", default="auto", help="cuda, cpu or auto")
-    args = parser.parse_args(argv)
+def main(args):
     with one_line_errors():
-        if args.num < 1 or (args.tokenizer and len(args.tokenizer) != len(args.ckpt)):
-            raise UserError("--num must be at least 1, and --tokenizer needs one file per --ckpt")
         out = args.out or args.ckpt[0].parent / "view.png"
         numbers = write_view(args.ckpt, args.num, setup_device(args.device), out, args.tokenizer, args.data)
-        print(json.dumps(numbers, indent=1))
-        print(f"wrote {out}")
+        print0(json.dumps(numbers, indent=1))
+        print0(f"wrote {out}")
 
 
 if __name__ == "__main__":
-    main()
+    main(ARGUMENTS)

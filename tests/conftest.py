@@ -1,7 +1,12 @@
-"""Shared by all tests: one thread. Tiny matrices gain nothing from more, and lose much on busy cores."""
+"""Shared by all tests: one thread (tiny matrices gain nothing from more), and one tiny run of every stage."""
+
+import os
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are for a CPU, and some of them fork
 
 import pytest
 import torch
+from helpers import call, write_pictures
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -10,3 +15,21 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def flat(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("flat"), flat=True)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, data):
+    """A run folder as --stage all leaves it."""
+    out = tmp_path_factory.mktemp("trained")
+    call("all", out, data)
+    return out

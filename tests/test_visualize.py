@@ -10,8 +10,8 @@ import sys
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT, command
 from PIL import Image
-from test_train import ROOT, command, write_pictures
 
 import sample
 import train
@@ -102,19 +102,6 @@ def test_a_perfect_prior_returns_the_tokens_and_the_same_picture_in_one_pass():
 # A trained run --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_pictures(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, data):
-    """A run folder as --stage all leaves it."""
-    out = tmp_path_factory.mktemp("trained")
-    train.main(*train.parse_args(command("all", out, data)))
-    return out
-
-
 @pytest.fixture
 def run(trained, tmp_path):
     """A copy that a test may write into."""
@@ -171,7 +158,7 @@ def test_the_numbers_of_the_summary_are_those_of_a_direct_computation(trained, d
 
 
 def view(*words):
-    visualize.main(["view", *map(str, words), "--device", "cpu"])
+    visualize.main(visualize.parse_args(["view", *map(str, words), "--device", "cpu"]))
 
 
 def test_view_writes_a_picture_and_finite_numbers_and_twice_the_same(run):
@@ -253,7 +240,7 @@ def test_sample_writes_the_same_twice(run, words, kind, result):
     found = []
     for _ in range(2):
         more = ["--num", "6", "--format", kind, "--device", "cpu"]
-        sample.main(["--ckpt", str(run / words[0]), *words[1:], *more])
+        sample.main(sample.parse_args(["--ckpt", str(run / words[0]), *words[1:], *more]))
         found.append(written(run / result))
     assert found[0] == found[1] and len(found[0]) >= 6
 
@@ -261,11 +248,11 @@ def test_sample_writes_the_same_twice(run, words, kind, result):
 @pytest.mark.dist
 def test_sample_with_two_processes_equals_one_bit_for_bit(run):
     words = ["--ckpt", run / "ar.pt", "--num", "10", "--batch", "4", "--format", "npz", "--device", "cpu"]
-    sample.main([*map(str, words), "--out", str(run / "one.npz")])
+    sample.main(sample.parse_args([*map(str, words), "--out", str(run / "one.npz")]))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
         [*torchrun, "--", ROOT / "sample.py", *words, "--out", run / "two.npz"],
         capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"),
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert written(run / "one.npz") == written(run / "two.npz")

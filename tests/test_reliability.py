@@ -1,0 +1,994 @@
+"""Claims about faults: a run that is killed, starved, signalled or fed rubbish loses and falsifies nothing.
+
+Every fault is a real one: a signal, a truncated file, a flipped bit, a full disk, a gradient that is not
+finite, a dead worker. Runs are the tiny ones of helpers.py, in forked children where they have to die.
+"""
+
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    ROOT, SCRIPTS, STEPS, call, command, contents, differing, earlier, fork, forked, open_run, refusal, rows,
+    wait_for, wait_until, write_pictures,
+)
+from PIL import Image
+
+import sample
+import train
+import visualize
+from sample import UserError, intact, mix, newest_intact, read_checkpoint, save_checkpoint
+
+# Killed and started again ---------------------------------------------------------------------------------
+
+
+def at_step(step, action, what="log"):
+    """Calls `action()` in this process when a run comes to the end of `step`, before it is logged."""
+    real = train.Run.due
+
+    def due(run, found, stage, number):
+        if found == what and number + 1 == step:
+            action()
+        return real(run, found, stage, number)
+
+    train.Run.due = due
+
+
+def killed_at(step, *words, **sets):
+    """A child that runs a command and gets SIGKILL at the end of `step`."""
+
+    def child():
+        at_step(step, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        torch.manual_seed(step)  # a new process has another random state
+        call(*words, **sets)
+
+    assert forked(child) == -signal.SIGKILL
+
+
+def check_equal(straight, out, stage):
+    """Both folders hold the same checkpoint, bit for bit, and the same log, each step once."""
+    a, b = (read_checkpoint(folder / f"{stage}.pt", [stage]) for folder in (straight, out))
+    assert a["step"] > 1 and differing(a, b) == []
+    assert rows(out, stage) == rows(straight, stage)
+    steps = [row["step"] for row in rows(out, stage) if "lr" in row]
+    assert steps == list(range(1, a["step"] + 1))
+
+
+KMEANS = dict(tokenizer__codebook="kmeans", tokenizer__kmeans_warmup=1, tokenizer__kmeans_every=2,
+              tokenizer__kmeans_last=5)
+
+
+@pytest.mark.parametrize("stage, sets", [
+    *[(stage, {}) for stage in train.STAGES],
+    pytest.param("phase1", KMEANS, id="phase1-kmeans"),
+    pytest.param("phase1", dict(tokenizer__warm_start=3), id="phase1-warm_start"),
+])
+def test_a_stage_killed_at_many_steps_ends_as_an_unbroken_one(trained, data, tmp_path, stage, sets):
+    straight = trained
+    if sets:
+        straight = earlier(trained, tmp_path / "straight", stage)
+        call(stage, straight, data, **sets)
+    out = earlier(trained, tmp_path / "broken", stage)
+    for step in (1, 4, 5, 6):  # checkpoints are of steps 2, 4 and 6
+        killed_at(step, stage, out, data, **sets)
+    call(stage, out, data, **sets)
+    check_equal(straight, out, stage)
+    ckpt = read_checkpoint(out / f"{stage}.pt", [stage])
+    if stage in ("phase1", "phase2"):
+        assert ckpt["train"].keys() >= {"disc", "opt_g", "opt_d"}
+        assert "loss_disc" in rows(straight, stage)[1]  # the GAN was on when the run was stopped
+    if stage in ("ar", "nar", "phase1"):
+        assert ckpt["ema"] is not None
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_run_goes_on_with_another_number_of_loader_workers(trained, data, tmp_path, workers):
+    out = earlier(trained, tmp_path / "out", "phase1")
+    killed_at(3, "phase1", out, data)
+    call("phase1", out, data, "--workers", workers)
+    check_equal(trained, out, "phase1")
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_its_log_anew(trained, data, tmp_path):
+    killed_at(2, "vgg", tmp_path, data)
+    assert rows(tmp_path)
+    call("vgg", tmp_path, data)
+    check_equal(trained, tmp_path, "vgg")
+
+
+def test_a_log_that_was_torn_in_the_middle_of_a_line_has_each_step_once_in_the_end(trained, data, tmp_path):
+    out = earlier(trained, tmp_path / "out", "ar")
+    killed_at(5, "ar", out, data)
+    log = (out / "metrics.jsonl").read_text()
+    (out / "metrics.jsonl").write_text(log[: -len(log.splitlines()[-1]) // 2])
+    call("ar", out, data)
+    check_equal(trained, out, "ar")
+
+
+# Checkpoint files -----------------------------------------------------------------------------------------
+
+
+def some_checkpoint(step, numel=50_000):
+    torch.manual_seed(step)
+    return dict(format=sample.FORMAT, stage="ar", step=step, model=dict(weight=torch.randn(numel)))
+
+
+def steps_on_disk(folder):
+    """The steps of all intact checkpoints under one of the three names that a start looks at."""
+    names = [folder / f"x{suffix}" for suffix in (".next.pt", ".pt", ".previous.pt")]
+    return {torch.load(name, weights_only=True)["step"] for name in names if name.exists() and intact(name)}
+
+
+@pytest.mark.parametrize("delay", range(0, 160, 20))
+def test_a_process_killed_while_it_saves_leaves_two_intact_checkpoints(tmp_path, delay):
+    """SIGKILL in a loop of saves, after some milliseconds of the third one."""
+
+    def child():
+        for step in range(1, 10_000):
+            save_checkpoint(some_checkpoint(step, 3_000_000), tmp_path / "x.pt")
+
+    victim = fork(child)
+    wait_until(lambda: (tmp_path / "x.previous.pt").exists())
+    time.sleep(delay / 1000)
+    os.kill(victim, signal.SIGKILL)
+    assert wait_for(victim) == -signal.SIGKILL
+    found = steps_on_disk(tmp_path)
+    assert len(found) >= 2
+    assert torch.load(newest_intact(tmp_path / "x.pt"), weights_only=True)["step"] == max(found)
+
+
+@pytest.mark.parametrize("call_number", range(1, 4))
+@pytest.mark.parametrize("before", [True, False])
+def test_two_intact_checkpoints_exist_before_and_after_every_renaming(tmp_path, call_number, before):
+    for step in (1, 2):
+        save_checkpoint(some_checkpoint(step), tmp_path / "x.pt")
+
+    def child():
+        real, calls = os.replace, []
+
+        def replace(*names):
+            calls.append(names)
+            if before and len(calls) == call_number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(*names)
+            if len(calls) == call_number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        os.replace = replace
+        save_checkpoint(some_checkpoint(3), tmp_path / "x.pt")
+
+    assert forked(child) == -signal.SIGKILL
+    found = steps_on_disk(tmp_path)
+    assert len(found) >= 2
+    assert newest_intact(tmp_path / "x.pt") and (tmp_path / "x.pt").exists() or max(found) == 2
+    save_checkpoint(some_checkpoint(4), tmp_path / "x.pt")
+    assert {4} < steps_on_disk(tmp_path) and read_checkpoint(tmp_path / "x.pt", ["ar"])["step"] == 4
+
+
+def spoil(path, how):
+    """Truncates a file to a share of its bytes, cuts the last one, or fills it with zeros."""
+    content = path.read_bytes()
+    length = len(content) - 1 if how == "one byte" else int(how * len(content)) if how != "zeros" else 0
+    path.write_bytes(bytes(len(content)) if how == "zeros" else content[:length])
+
+
+@pytest.mark.parametrize("how", [0, 0.01, 0.1, 0.5, "one byte", "zeros"])
+def test_a_damaged_checkpoint_is_set_aside_and_the_previous_one_taken(trained, data, tmp_path, capsys, how):
+    out = earlier(trained, tmp_path / "out", "ar")
+    killed_at(6, "ar", out, data)  # ar.pt is of step 4, ar.previous.pt of step 2
+    spoil(out / "ar.pt", how)
+    capsys.readouterr()
+    call("ar", out, data)
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert len(warnings) == 1 and "ar.pt is damaged" in warnings[0] and "ar.previous.pt" in warnings[0]
+    assert (out / "ar.damaged").exists()
+    check_equal(trained, out, "ar")
+    assert intact(out / "ar.previous.pt")
+
+
+def test_every_flipped_bit_in_a_checkpoint_is_found(tmp_path):
+    dice, content = random.Random(0), None
+    for _ in range(20):
+        torch.save(some_checkpoint(1), tmp_path / "x.pt")
+        content = bytearray((tmp_path / "x.pt").read_bytes())
+        assert intact(tmp_path / "x.pt")
+        content[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
+        (tmp_path / "x.pt").write_bytes(content)
+        assert not intact(tmp_path / "x.pt")
+        with pytest.raises(UserError, match="damaged"):
+            read_checkpoint(tmp_path / "x.pt", ["ar"])
+
+
+def test_a_stage_never_starts_anew_because_all_its_checkpoints_are_damaged(trained, data, tmp_path, capsys):
+    out = earlier(trained, tmp_path / "out", "ar")
+    killed_at(6, "ar", out, data)
+    for name in ("ar.pt", "ar.previous.pt"):
+        spoil(out / name, 0.5)
+    before = contents(out)
+    assert "no intact checkpoint is left" in refusal(capsys, "ar", out, data)
+    assert contents(out) == before
+
+
+def test_left_over_and_foreign_files_are_ignored_and_only_own_temporary_ones_deleted(trained, data, tmp_path):
+    out = earlier(trained, tmp_path / "out", "ar")
+    (out / ".tmp123.ar.pt").write_text("half")
+    (out / "step_x.pt").write_text("foreign")
+    (out / "step_1.pt").mkdir()
+    (out / "ar.previous.pt").symlink_to("nowhere")
+    call("ar", out, data, "--steps", 2)
+    assert not (out / ".tmp123.ar.pt").exists() and (out / "step_x.pt").read_text() == "foreign"
+
+
+def test_damaged_codes_are_made_again(trained, data, tmp_path, capsys):
+    out = earlier(trained, tmp_path / "out", "ar")
+    content = bytearray((out / "codes.pt").read_bytes())
+    content[len(content) // 2] ^= 4
+    (out / "codes.pt").write_bytes(content)
+    call("ar", out, data)
+    assert "codes.pt is damaged" in capsys.readouterr().err
+    check_equal(trained, out, "ar")
+
+
+# Disk, folder, lock ---------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_ends_the_run_with_a_message_and_keeps_the_checkpoint(trained, data, tmp_path, capfd):
+    """Files above a size that the log and the log's sheets never reach cannot be written any more."""
+    out = earlier(trained, tmp_path / "out", "phase1")
+    killed_at(3, "phase1", out, data)
+    before = (out / "phase1.pt").read_bytes()
+    capfd.readouterr()
+
+    def child():
+        at_step(4, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
+        call("phase1", out, data)
+
+    assert forked(child) == 1
+    error = capfd.readouterr().err
+    assert "could not be written" in error and "GB are free" in error and "Traceback" not in error
+    assert (out / "phase1.pt").read_bytes() == before and not list(out.glob(".tmp*"))
+    assert not (out / "phase1.next.pt").exists()
+    call("phase1", out, data)
+    check_equal(trained, out, "phase1")
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/dev/null/x"])
+def test_an_output_folder_that_cannot_be_written_is_refused_before_the_data_is_read(tmp_path, capsys, place):
+    (tmp_path / "file").write_text("")
+    error = refusal(capsys, "vgg", tmp_path / place, "no-such-data")
+    assert "--out" in error and "no-such-data" not in error
+
+
+def test_a_second_run_in_a_folder_is_refused_until_the_first_one_is_gone(trained, data, tmp_path, capsys):
+    """Its loader workers, which outlive it for seconds, do not hold the lock."""
+    out = earlier(trained, tmp_path / "out", "phase1")
+
+    def child():
+        at_step(3, lambda: nap(out, 60))
+        call("phase1", out, data, "--workers", 1)
+
+    first = fork(child)
+    wait_until((out / "napping").exists)
+    assert f"in use by process {first}" in refusal(capsys, "phase1", out, data)
+    os.kill(first, signal.SIGKILL)
+    wait_for(first)
+    call("phase1", out, data)
+    check_equal(trained, out, "phase1")
+
+
+# Signals --------------------------------------------------------------------------------------------------
+
+LONG = dict(nar__steps=60)
+
+
+@pytest.fixture(scope="module")
+def long_run(trained, data, tmp_path_factory):
+    """An unbroken run of sixty steps, to compare with."""
+    out = earlier(trained, tmp_path_factory.mktemp("long"), "nar")
+    call("nar", out, data, "--save-every", 1000, **LONG)
+    return out
+
+
+def nap(out, seconds):
+    """Sleeps, and tells of it by a file."""
+    (out / "napping").touch()
+    time.sleep(seconds)
+
+
+def signalled(data, out, number):
+    """The exit code of a run of sixty steps that saves at its end, with a signal at the end of step 10."""
+
+    def child():
+        at_step(10, lambda: nap(out, 0.5))
+        call("nar", out, data, "--save-every", 1000, **LONG)
+
+    victim = fork(child)
+    wait_until((out / "napping").exists)
+    os.kill(victim, number)
+    return wait_for(victim)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_the_step_in_progress_and_the_command_goes_on_from_it(
+    trained, data, long_run, tmp_path, number, code
+):
+    out = earlier(trained, tmp_path / "out", "nar")
+    assert signalled(data, out, number) == code
+    assert read_checkpoint(out / "nar.pt", ["nar"])["step"] == 10
+    call("nar", out, data, "--save-every", 1000, **LONG)
+    check_equal(long_run, out, "nar")
+
+
+def test_sigusr1_saves_and_goes_on(trained, data, long_run, tmp_path):
+    out = earlier(trained, tmp_path / "out", "nar")
+    assert signalled(data, out, signal.SIGUSR1) == 0
+    assert read_checkpoint(out / "nar.previous.pt", ["nar"])["step"] == 10
+    check_equal(long_run, out, "nar")
+
+
+def test_a_second_ctrl_c_ends_at_once(trained, data, tmp_path):
+    out = earlier(trained, tmp_path / "out", "nar")
+
+    def child():
+        at_step(3, lambda: nap(out, 30))
+        call("nar", out, data)
+
+    victim = fork(child)
+    wait_until((out / "napping").exists)
+    begin = time.monotonic()
+    for _ in range(2):
+        os.kill(victim, signal.SIGINT)
+        time.sleep(0.5)
+    assert wait_for(victim) == 130 and time.monotonic() - begin < 10
+    assert read_checkpoint(out / "nar.pt", ["nar"])["step"] == 2
+
+
+def test_sigterm_to_the_whole_group_leaves_the_loader_alive_until_the_save(trained, data, tmp_path):
+    out = earlier(trained, tmp_path / "out", "phase1")
+
+    def child():
+        at_step(3, lambda: nap(out, 0.5))
+        call("phase1", out, data, "--workers", 2)
+
+    victim = fork(child)
+    wait_until((out / "napping").exists)
+    os.killpg(victim, signal.SIGTERM)
+    assert wait_for(victim) == 143
+    assert read_checkpoint(out / "phase1.pt", ["phase1"])["step"] == 3
+    wait_until(lambda: not alive(victim))
+    call("phase1", out, data)
+    check_equal(trained, out, "phase1")
+
+
+def alive(group=None, word=None):
+    """Whether a process of the group, or with the word on its command line, is left; zombies do not count."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            state, _, its_group, *_ = (folder / "stat").read_text().rpartition(")")[2].split()
+            line = (folder / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if state != "Z" and (its_group == str(group) or (word and str(word).encode() in line)):
+            return True
+    return False
+
+
+def test_handlers_of_signals_are_put_back_after_a_run(trained, data, tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    call("nar", earlier(trained, tmp_path / "out", "nar"), data)
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
+
+
+@pytest.mark.parametrize("how", ["killed", "raises"])
+def test_a_loader_worker_that_dies_ends_the_run_with_a_hint_and_loses_nothing(
+    trained, data, tmp_path, capfd, how
+):
+    out = earlier(trained, tmp_path / "out", "phase1")
+
+    def child():
+        real = sample.FolderData.__getitem__
+
+        def item(images, position):
+            if position == 8 * 4 and torch.utils.data.get_worker_info():
+                if how == "raises":
+                    raise UserError("the disk is gone")
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(images, position)
+
+        sample.FolderData.__getitem__ = item
+        call("phase1", out, data, "--workers", 2)
+
+    assert forked(child) == 1
+    error = capfd.readouterr().err
+    assert ("--workers 0" if how == "killed" else "error: the disk is gone") in error
+    assert "Traceback" not in error
+    assert how == "killed" or read_checkpoint(out / "phase1.pt", ["phase1"])["step"] == 4
+    call("phase1", out, data)
+    check_equal(trained, out, "phase1")
+
+
+# Numbers --------------------------------------------------------------------------------------------------
+
+
+def not_finite_at(monkeypatch, player, steps, value=math.nan):
+    """The gradient of one weight of the tokenizer (0) or the discriminator (1) is spoilt in some steps."""
+    real, built = train.build_optimizer, []
+
+    def build(model, c):
+        built.append(model)
+        if len(built) - 1 == player:
+            weight = [p for p in model.parameters() if p.requires_grad][-1]
+            weight.register_hook(lambda grad: torch.full_like(grad, value) if passes() in steps else None)
+        return real(model, c)
+
+    def passes():
+        return int(train_step[0])
+
+    train_step, real_loop = [0], train.Run.loop
+
+    def loop(run, stage, start):
+        for step in real_loop(run, stage, start):
+            train_step[0] = step + 1
+            yield step
+
+    monkeypatch.setattr(train, "build_optimizer", build)
+    monkeypatch.setattr(train.Run, "loop", loop)
+
+
+@pytest.mark.parametrize("player, name", [(0, "tokenizer"), (1, "discriminator")])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_skips_one_update_of_one_player(
+    trained, data, tmp_path, monkeypatch, player, name, value
+):
+    out = earlier(trained, tmp_path / "out", "phase1")
+    not_finite_at(monkeypatch, player, {3, 5}, value)
+    call("phase1", out, data, phase1__adv_start=0.0)
+    ckpt = read_checkpoint(out / "phase1.pt", ["phase1"])
+    assert ckpt["step"] == STEPS and train.not_finite(ckpt) == "" and list(ckpt["skips"][name]) == [0, 2]
+    moments = [state["step"].item() for state in ckpt["train"]["opt_g"]["state"].values()]
+    assert set(moments) == {STEPS - 2 if player == 0 else STEPS}
+    assert ckpt["train"]["ema"]["n_averaged"] == (STEPS - 2 if player == 0 else STEPS)
+    counts = [row.get(f"skipped_{name}") for row in rows(out, "phase1") if "lr" in row]
+    assert counts == [None, None, 1, 1, 2, 2]
+
+
+def test_a_run_whose_gradients_stay_bad_stops_and_keeps_its_last_checkpoint(
+    trained, data, tmp_path, monkeypatch, capsys
+):
+    out = earlier(trained, tmp_path / "out", "ar")
+    not_finite_at(monkeypatch, 0, set(range(3, 100)))
+    with pytest.raises(SystemExit) as stop:
+        call("ar", out, data, "--steps", 40, "--save-every", 2)
+    assert stop.value.code == 1
+    error = capsys.readouterr().err
+    assert "10 updates of the prior in a row" in error and "lower lr" in error and "Traceback" not in error
+    good = read_checkpoint(out / "ar.pt", ["ar"])
+    assert train.not_finite(good) == "" and good["step"] == 10 and list(good["skips"]["prior"]) == [8, 8]
+
+
+def test_weights_that_are_not_finite_are_never_written(trained, data, tmp_path, monkeypatch, capsys):
+    out = earlier(trained, tmp_path / "out", "ar")
+    real = train.Run.due
+
+    def due(run, what, stage, step):
+        if what == "save" and step + 1 == 4:
+            with torch.no_grad():
+                next(models[0].parameters()).view(-1)[0] = math.nan
+        return real(run, what, stage, step)
+
+    def build(model, c):
+        models.append(model)
+        return real_build(model, c)
+
+    models, real_build = [], train.build_optimizer
+    monkeypatch.setattr(train, "build_optimizer", build)
+    monkeypatch.setattr(train.Run, "due", due)
+    with pytest.raises(SystemExit) as stop:
+        call("ar", out, data)
+    assert stop.value.code == 1 and "is not finite, so nothing was written" in capsys.readouterr().err
+    assert read_checkpoint(out / "ar.pt", ["ar"])["step"] == 2
+    monkeypatch.undo()
+    call("ar", out, data)
+    check_equal(trained, out, "ar")
+
+
+def test_lines_of_the_log_are_json_even_where_a_loss_is_not_finite(trained, data, tmp_path):
+    run = open_run("ar", earlier(trained, tmp_path / "out", "ar"), data)
+    run.rows, run.warned, run.skips, run.clock = [], set(), {}, 0.0
+    run.log("ar", 0, lr=0.1, loss=torch.tensor(math.nan))
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    (line,) = (run.out / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line, parse_constant=refuse)["loss"] is None
+
+
+FINE = dict(stage="phase1", lr=1.0, loss_rec=0.2, loss_per=1.0, loss_disc=1.2, usage=0.9, adaptive_weight=1.0)
+
+
+@pytest.mark.parametrize("name, changes, word", [
+    ("usage", [dict(usage=0.9), dict(usage=0.5)], "phase1.gamma"),
+    ("disc", [dict(loss_disc=0.01)] * 5, "phase1.r1_gamma"),
+    ("adaptive", [dict(adaptive_weight=1e4)], "phase1.adaptive"),
+    ("val", [dict(val_loss=2.0), dict(val_loss=2.5)], "dropout"),
+    ("per", [dict(loss_per=1e-4)], "--vgg"),
+])
+def test_each_early_warning_names_its_cause_and_a_setting_and_comes_only_then(name, changes, word):
+    c = train.PRESETS["imagenet"]["phase1"]
+    assert visualize.early_warnings([FINE] * 9, "phase1", c) == {}
+    found = visualize.early_warnings([FINE, *[{**FINE, **change} for change in changes]], "phase1", c)
+    assert list(found) == [name] and word in found[name]
+    almost = [{**FINE, **change} for change in changes[:-1]]
+    assert visualize.early_warnings([FINE, *almost], "phase1", c) == {}
+
+
+def test_a_warning_is_printed_once(trained, data, tmp_path, capsys):
+    run = open_run("phase1", earlier(trained, tmp_path / "out", "phase1"), data)
+    run.rows, run.warned, run.skips, run.clock = [], set(), {}, 0.0
+    for step, usage in enumerate((1.0, 0.5, 0.4)):
+        run.log("phase1", step, usage=usage)
+    assert capsys.readouterr().err.count("codebook usage fell") == 1
+
+
+# Images ---------------------------------------------------------------------------------------------------
+
+
+def spoilt_pictures(folder):
+    """The tiny data set with five files that are no images in its training part; returns these."""
+    write_pictures(folder)
+    files = sorted((folder / "train").rglob("*.png"))
+    bad = [files[3], files[17], files[18], files[40], files[59]]
+    Image.open(bad[0]).save(bad[0].with_suffix(".jpg"), quality=95)
+    bad[0].unlink()
+    bad[0] = bad[0].with_suffix(".jpg")
+    bad[0].write_bytes(bad[0].read_bytes()[:300])  # a truncated JPEG
+    content = bytearray(bad[1].read_bytes())
+    content[len(content) // 2] ^= 8
+    bad[1].write_bytes(content)  # a PNG with a flipped bit
+    bad[2].write_bytes(b"")
+    bad[3].write_text("<html>404 not found</html>")
+    Image.fromarray(np.zeros((40, 32), np.float32)).save(bad[4].with_suffix(".tif"))
+    bad[4].unlink()
+    bad[4] = bad[4].with_suffix(".tif")
+    return bad
+
+
+def test_bad_images_are_replaced_by_their_position_listed_once_and_counted(trained, tmp_path, capsys):
+    bad = spoilt_pictures(tmp_path / "data")
+    for name, workers in (("zero", 0), ("two", 2)):
+        call("phase1", earlier(trained, tmp_path / name, "vgg"), tmp_path / "data", "--workers", workers,
+             "--steps", 20, "--vgg", trained / "vgg.pt")
+    assert "5 images could not be read" in capsys.readouterr().out
+    a, b = (read_checkpoint(tmp_path / name / "phase1.pt", ["phase1"]) for name in ("zero", "two"))
+    assert differing(a, b) == []
+    listed = [line.split("\t")[0] for line in (tmp_path / "zero" / "bad_files.txt").read_text().splitlines()]
+    assert sorted(listed) == sorted(map(str, bad))
+    run = open_run("phase1", tmp_path / "zero", tmp_path / "data")
+    clean = open_run("phase1", tmp_path / "zero", write_pictures(tmp_path / "clean"))
+    names = [path.stem for path in run.train.files]
+    same = [torch.equal(run.train[p][0], clean.train[p][0]) for p in range(60)]
+    assert names == [path.stem for path in clean.train.files] and same.count(False) == 5
+    for position in range(60):
+        index = run.train.shuffled(position)
+        image, label = run.train[position]
+        assert label == run.train.labels[run.train.readable(index)]
+        assert (run.train.files[index] in bad) == (run.train.readable(index) != index)
+
+
+def test_codes_carry_the_label_of_the_image_that_was_encoded(trained, tmp_path):
+    bad = spoilt_pictures(tmp_path / "data")
+    out = earlier(trained, tmp_path / "out", "ar")
+    call("ar", out, tmp_path / "data", "--tokenizer", trained / "phase1.pt")
+    run = open_run("ar", tmp_path / "out", tmp_path / "data")
+    codes = torch.load(tmp_path / "out" / "codes.pt", weights_only=True)
+    last = [i for i, path in enumerate(run.train.files) if path in bad][-1]
+    assert last == 59 and codes["labels"][59] == run.train.labels[0] == 0  # the first image takes its place
+    assert torch.equal(codes["train"][0, 59], codes["train"][0, 0])
+
+
+def test_a_data_set_of_mostly_bad_images_is_refused(tmp_path, capsys):
+    write_pictures(tmp_path / "data")
+    for path in sorted((tmp_path / "data" / "train").rglob("*.png"))[::2]:
+        path.write_bytes(path.read_bytes()[:50])
+    assert "images looked at cannot be read" in refusal(capsys, "vgg", tmp_path / "out", tmp_path / "data")
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_that_vanish_during_training_stop_the_run(trained, tmp_path, capsys):
+    write_pictures(tmp_path / "data")
+    out = earlier(trained, tmp_path / "out", "phase1")
+    real, seen = train.Run.due, []
+
+    def due(run, what, stage, step):
+        if step == 2 and not seen:
+            seen.append(shutil.rmtree(tmp_path / "data"))
+        return real(run, what, stage, step)
+
+    train.Run.due = due
+    try:
+        with pytest.raises(SystemExit) as stop:
+            call("phase1", out, tmp_path / "data", "--steps", 40)
+    finally:
+        train.Run.due = real
+    assert stop.value.code == 1 and "still there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", ["removed", "added", "renamed", "edited"])
+def test_a_run_whose_images_changed_is_not_continued(trained, tmp_path, capsys, change):
+    data = write_pictures(tmp_path / "data")
+    call("vgg", tmp_path / "out", data, "--steps", 2)
+    first = sorted((data / "train").rglob("*.png"))[0]
+    if change == "removed":
+        first.unlink()
+    elif change == "added":
+        shutil.copy(first, first.with_name("new.png"))
+    elif change == "renamed":
+        first.rename(first.with_name("zzz.png"))
+    else:
+        Image.new("RGB", (40, 32)).save(first)
+    before = contents(tmp_path / "out")
+    assert "the images changed" in refusal(capsys, "vgg", tmp_path / "out", data)
+    assert contents(tmp_path / "out") == before
+
+
+# The first bytes of a PNG that says to have 30,000 x 30,000 pixels.
+BOMB = b"\x89PNG\r\n\x1a\n" + b"\0\0\0\rIHDR" + (30_000).to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0"
+BOMB += zlib.crc32(BOMB[12:29]).to_bytes(4, "big") + b"\0\0\0\0IDAT\x35\xaf\x06\x1e"
+
+
+@pytest.mark.parametrize("name, make, reason", [
+    ("float.tif", lambda p: Image.fromarray(np.zeros((20, 20), np.float32)).save(p), "float"),
+    ("empty.png", lambda p: p.write_bytes(b""), "identify"),
+    ("page.jpg", lambda p: p.write_text("<html>"), "identify"),
+    ("gone.png", lambda p: None, "No such file"),
+    ("link.png", lambda p: p.symlink_to("nowhere"), "No such file"),
+    ("loop.png", lambda p: p.symlink_to(p), "symbolic links"),
+    ("small.png", lambda p: Image.new("RGB", (900, 2)).save(p), "900x2 pixels are too few"),
+    ("large.png", lambda p: Image.new("1", (11_000, 11_000)).save(p), "DecompressionBomb"),
+    ("bomb.png", lambda p: p.write_bytes(BOMB), "DecompressionBombError"),
+])
+def test_a_file_that_is_no_usable_image_says_why(tmp_path, name, make, reason):
+    make(tmp_path / name)
+    with pytest.raises(sample.BadImage, match=reason):
+        sample.load_rgb(tmp_path / name, min_side=4)
+
+
+def test_the_first_frame_of_an_animation_is_taken(tmp_path):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    for name in ("a.png", "a.webp"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+        red, _, blue = sample.load_rgb(tmp_path / name).getpixel((4, 4))
+        assert red > 200 and blue < 50
+
+
+def test_file_names_of_every_kind_are_read(tmp_path):
+    for name in ("with space.png", "ümläut.png", "new\nline.png", "日本.PNG", "a'b.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    files, _ = sample.scan_folder(tmp_path)
+    assert len(files) == 5 and all(sample.load_rgb(path).size == (8, 8) for path in files)
+    assert sample.FolderData(files, [], 8, 0).fingerprint[0] == 5
+
+
+# Sample sets ----------------------------------------------------------------------------------------------
+
+
+def draw(*words):
+    sample.main(sample.parse_args([*map(str, words), "--device", "cpu", "--format", "files"]))
+
+
+def test_interrupted_sampling_goes_on_and_a_folder_of_other_settings_is_refused(trained, tmp_path, capsys):
+    words = ["--ckpt", trained / "ar.pt", "--num", 10, "--batch", 4]
+    draw(*words, "--out", tmp_path / "whole")
+    draw(*words[:2], "--num", 6, "--batch", 4, "--out", tmp_path / "parts")
+    (tmp_path / "parts" / "000002.png").unlink()
+    draw(*words, "--out", tmp_path / "parts")
+    assert [p.read_bytes() for p in sorted((tmp_path / "parts").iterdir())] == [
+        p.read_bytes() for p in sorted((tmp_path / "whole").iterdir())]
+    info = json.loads((tmp_path / "whole" / "info.json").read_text())
+    assert info["tokenizer"] == read_checkpoint(trained / "ar.pt", ["ar"])["tokenizer_hash"]
+    other = trained / "phase1.pt"
+    for more in (["--seed", 1], ["--top-p", 0.5], ["--classes", "star"], ["--tokenizer", other]):
+        with pytest.raises(SystemExit) as stop:
+            draw(*words, *more, "--out", tmp_path / "whole")
+        assert stop.value.code == 2 and "other weights or settings" in capsys.readouterr().err
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("")
+    with pytest.raises(SystemExit):
+        draw(*words, "--out", tmp_path / "mine")
+    assert "holds other files" in capsys.readouterr().err
+
+
+def test_a_sheet_and_an_npz_say_what_made_them(trained, tmp_path):
+    for kind, name in (("sheet", "a.png"), ("npz", "a.npz")):
+        words = ["--ckpt", trained / "nar.pt", "--num", "3", "--format", kind, "--out", tmp_path / name]
+        sample.main(sample.parse_args([*map(str, words), "--device", "cpu"]))
+    sheet = json.loads(Image.open(tmp_path / "a.png").text["info"])
+    array = json.loads(str(np.load(tmp_path / "a.npz")["info"]))
+    assert sheet == array and sheet["tokenizer"] == sample.latent_hash(
+        sample.load_model(trained / "phase2.pt", ["phase2"])[0])
+
+
+# The command --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["train", "sample", "visualize"])
+@pytest.mark.parametrize("words, code", [(["--help"], 0), (["--nonsense", "1"], 2)])
+def test_help_and_wrong_flags_answer_before_torch_is_imported(name, words, code):
+    program = f"""
+import runpy, sys
+sys.argv = {[f"{name}.py", *words]!r}
+try:
+    runpy.run_path({str(ROOT / f"{name}.py")!r}, run_name="__main__")
+except SystemExit as stop:
+    assert stop.code == {code}, stop.code
+    assert "torch" not in sys.modules
+    print("ANSWERED")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "ANSWERED" in done.stdout, done.stderr
+    if code:
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_every_torch_load_reads_weights_only():
+    for name in SCRIPTS:
+        for line in (ROOT / f"{name}.py").read_text().splitlines():
+            assert "torch.load(" not in line or "weights_only=True" in line, line
+
+
+# Property tests: many seeded random cases -----------------------------------------------------------------
+
+
+def test_any_split_of_the_stream_gives_the_same_items(tmp_path):
+    """Positions: for random sizes, batches, numbers of processes and steps to start from."""
+    dice = random.Random(0)
+    for _ in range(200):
+        n, share, processes, start = (dice.randint(1, k) for k in (50, 5, 8, 40))
+        data, batch = sample.Shapes("train", n, 8, seed=dice.randrange(1000)), share * processes
+        whole = [data.shuffled(p) for p in range(start * batch, (start + 3) * batch)]
+        parts = []
+        for step in range(start, start + 3):
+            for rank in range(processes):
+                first = step * batch + rank * share
+                parts += [data.shuffled(p) for p in range(first, first + share)]
+        assert whole == parts
+        epoch = [data.shuffled(p) for p in range(n * start, n * (start + 1))]
+        assert sorted(epoch) == list(range(n))
+
+
+def test_seeds_do_not_collide():
+    dice, seen = random.Random(1), set()
+    for _ in range(20_000):
+        seen.add(mix(dice.randrange(5), dice.choice("abc"), dice.randrange(10**9)))
+    assert len(seen) > 19_990
+
+
+# Several processes ----------------------------------------------------------------------------------------
+
+
+def start_processes(count, function, *arguments):
+    """`count` forked processes in one gloo group; returns their numbers."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def child(number):
+        os.environ.update(RANK=str(number), WORLD_SIZE=str(count), LOCAL_RANK=str(number),
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        function(*arguments)
+
+    return [fork(child, number) for number in range(count)]
+
+
+def run_processes(count, function, *arguments):
+    """Their exit codes."""
+    return [wait_for(child, 120) for child in start_processes(count, function, *arguments)]
+
+
+GAN = dict(phase1__adv_start=0.0, phase1__batch=48, phase1__steps=4)
+
+
+def killed_and_resumed(trained, data, folder, count, warm_up):
+    """Names of all that differs between an unbroken run and one that was killed at step 3 of 4."""
+
+    def straight():
+        train.WARM_UP = warm_up
+        call("phase1", folder / "straight", data, **GAN)
+
+    def dies():
+        train.WARM_UP = warm_up
+        at_step(3, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        call("phase1", folder / "broken", data, **GAN)
+
+    def goes_on():
+        train.WARM_UP = warm_up
+        call("phase1", folder / "broken", data, **GAN)
+
+    for name in ("straight", "broken"):
+        earlier(trained, folder / name, "phase1")
+    assert run_processes(count, straight) == [0] * count
+    assert 0 not in run_processes(count, dies)
+    assert run_processes(count, goes_on) == [0] * count
+    a, b = (read_checkpoint(folder / name / "phase1.pt", ["phase1"]) for name in ("straight", "broken"))
+    assert a["step"] == b["step"] == 4 and a["world"] == count
+    return differing(a, b)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_several_processes_killed_and_started_again_end_as_unbroken_ones(trained, data, tmp_path, count):
+    assert killed_and_resumed(trained, data, tmp_path, count, train.WARM_UP) == []
+
+
+@pytest.mark.dist
+def test_without_the_warm_up_of_ddp_three_processes_would_not(trained, data, tmp_path):
+    """The negative test: the one above sees what it is for."""
+    assert killed_and_resumed(trained, data, tmp_path, 3, 0) != []
+
+
+@pytest.mark.dist
+def test_a_gradient_that_is_not_finite_in_one_process_skips_the_update_in_all(trained, data, tmp_path):
+    out = earlier(trained, tmp_path / "out", "ar")
+
+    def child():
+        real = train.build_optimizer
+
+        def build(model, c):
+            weight, calls = next(model.parameters()), []
+
+            def spoil_third(grad):
+                calls.append(1)
+                bad = len(calls) == 3 + train.WARM_UP and os.environ["RANK"] == "1"
+                return grad * math.nan if bad else None
+
+            weight.register_hook(spoil_third)
+            return real(model, c)
+
+        train.build_optimizer = build
+        call("ar", out, data)
+
+    assert run_processes(2, child) == [0, 0]  # equal weights were found at every save
+    ckpt = read_checkpoint(out / "ar.pt", ["ar"])
+    assert list(ckpt["skips"]["prior"]) == [0, 1] and train.not_finite(ckpt) == ""
+
+
+@pytest.mark.dist
+def test_a_signal_to_one_process_saves_and_stops_all_at_the_same_step(trained, data, long_run, tmp_path):
+    out = earlier(trained, tmp_path / "out", "nar")
+
+    def child():
+        at_step(10, lambda: nap(out, 0.5))
+        call("nar", out, data, "--save-every", 1000, **LONG)
+
+    children = start_processes(2, child)
+    wait_until((out / "napping").exists)
+    os.kill(children[1], signal.SIGTERM)
+    assert [wait_for(number) for number in children] == [143, 143]
+    assert read_checkpoint(out / "nar.pt", ["nar"])["step"] == 10
+
+
+@pytest.mark.dist
+def test_one_refusal_ends_all_processes_with_one_line(trained, data, tmp_path, capfd):
+    out = earlier(trained, tmp_path / "out", "ar")
+    (out / "ar.pt").write_text("rubbish")
+    assert run_processes(3, lambda: call("ar", out, data, ar__batch=9)) == [2, 2, 2]
+    assert capfd.readouterr().err.count("error: ") == 1
+
+
+# torchrun -------------------------------------------------------------------------------------------------
+
+DRIVER = """
+import json, os, signal, sys, time
+import train
+import visualize
+from sample import rank
+
+fault, words = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+real = train.Run.due
+def due(run, what, stage, step):
+    first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    if what == "log" and [step + 1, rank()] == fault["at"] and first:
+        print("FAULT", flush=True)
+        if fault["kind"] == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if fault["kind"] == "raise":
+            raise RuntimeError("a test")
+        time.sleep(fault["seconds"])
+    return real(run, what, stage, step)
+train.Run.due = due
+train.main(*train.parse_args(words))
+"""
+
+
+def torchrun(folder, fault, words, *flags):
+    """A started torchrun of two processes in which a fault happens; its output goes to folder/log."""
+    (folder / "driver.py").write_text(DRIVER)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *flags]
+    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
+    with open(folder / "log", "w") as log:
+        return subprocess.Popen(
+            [*launch, folder / "driver.py", json.dumps(fault), json.dumps(words)], env=env,
+            stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+@pytest.fixture(scope="module")
+def two_straight(trained, data, tmp_path_factory):
+    """An unbroken run of two processes, to compare with."""
+    out = earlier(trained, tmp_path_factory.mktemp("straight") / "out", "phase1")
+    assert run_processes(2, call, "phase1", out, data) == [0, 0]
+    return out
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("kind", ["kill", "raise"])
+def test_torchrun_restarts_a_run_in_place_and_it_ends_as_an_unbroken_one(
+    trained, data, two_straight, tmp_path, kind
+):
+    out = earlier(trained, tmp_path / "out", "phase1")
+    job = torchrun(tmp_path, dict(kind=kind, at=[3, 1]), command("phase1", out, data), "--max-restarts=2")
+    assert job.wait(120) == 0, (tmp_path / "log").read_text()[-3000:]
+    assert "FAULT" in (tmp_path / "log").read_text()
+    check_equal(two_straight, out, "phase1")
+
+
+@pytest.mark.dist
+def test_a_hung_process_is_given_up_after_the_timeout_and_nobody_stays(trained, data, tmp_path):
+    out = earlier(trained, tmp_path / "out", "phase1")
+    fault = dict(kind="hang", at=[3, 1], seconds=600)
+    job = torchrun(tmp_path, fault, command("phase1", out, data, "--timeout", 10))
+    assert job.wait(120) != 0
+    log = (tmp_path / "log").read_text()
+    assert "phase1 step 3: another process died or hangs" in log
+    wait_until(lambda: not alive(word=out))
+    call("phase1", out, data)
+    assert read_checkpoint(out / "phase1.pt", ["phase1"])["step"] == STEPS
+
+
+@pytest.mark.dist
+def test_processes_whose_launcher_is_killed_save_and_end(trained, data, two_straight, tmp_path):
+    out = earlier(trained, tmp_path / "out", "phase1")
+    job = torchrun(tmp_path, dict(kind="sleep", at=[3, 0], seconds=3), command("phase1", out, data))
+    wait_until(lambda: "FAULT" in (tmp_path / "log").read_text())
+    os.kill(job.pid, signal.SIGKILL)
+    job.wait()
+    wait_until(lambda: not alive(word=out))
+    assert read_checkpoint(out / "phase1.pt", ["phase1"])["step"] == 3
+    assert run_processes(2, call, "phase1", out, data) == [0, 0]
+    check_equal(two_straight, out, "phase1")
+
+
+@pytest.mark.dist
+def test_sigterm_to_torchrun_saves_the_step_in_progress(trained, data, two_straight, tmp_path):
+    out = earlier(trained, tmp_path / "out", "phase1")
+    job = torchrun(tmp_path, dict(kind="sleep", at=[3, 0], seconds=2), command("phase1", out, data))
+    wait_until(lambda: "FAULT" in (tmp_path / "log").read_text())
+    job.terminate()
+    assert job.wait(60) != 0
+    assert read_checkpoint(out / "phase1.pt", ["phase1"])["step"] == 3
+    assert run_processes(2, call, "phase1", out, data) == [0, 0]
+    check_equal(two_straight, out, "phase1")
+
+
+@pytest.mark.dist
+def test_another_folder_another_locale_and_another_clock_change_nothing(trained, data, tmp_path):
+    out = tmp_path / "a run with spaces, ümläut"
+    earlier(trained, out, "phase1")
+    env = dict(os.environ, OMP_NUM_THREADS="1", LC_ALL="C", TZ="Asia/Kathmandu")
+    done = subprocess.run([sys.executable, ROOT / "train.py", *command("phase1", out, data)], cwd=tmp_path,
+                          env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    check_equal(trained, out, "phase1")
