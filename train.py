@@ -76,6 +76,7 @@ CIFAR10 = variant(  # ours, for a CPU: small networks, a judge of one's own, sho
     prior=dict(n_layer=8, n_head=8, n_embd=256, dropout=0.0),
     ar=dict(batch=128, steps=4000, lr=1e-3, lr_start=1500, lr_end=3e-5, warmup=200, ema=0.995),
     nar=dict(batch=128, steps=7000, lr=1e-3, lr_start=3000, warmup=400, ema=0.995),
+    sample=dict(top_p=0.8, token_temperature=0.7),
 )
 DEMO = variant(  # ours, minutes on a CPU
     CIFAR10, data="shapes",
@@ -87,7 +88,6 @@ DEMO = variant(  # ours, minutes on a CPU
     prior=dict(n_layer=4, n_embd=160),
     ar=dict(steps=1000, lr=2e-3, lr_start=400, lr_end=1e-4, warmup=100, ema=0.99),
     nar=dict(steps=3000, lr=2e-3, lr_start=1000, warmup=200, ema=0.99),
-    sample=dict(top_p=0.8, token_temperature=0.7),
 )
 PRESETS = {
     "imagenet": IMAGENET,
@@ -533,8 +533,8 @@ class Run:
             return True
         print0(f"warning: {self.place}: a gradient of the {name} is not finite; its update was skipped")
         if in_a_row + 1 == MAX_SKIPS:
-            raise UserError(f"{self.place}: {MAX_SKIPS} updates of the {name} in a row had a gradient that is"
-                            " not finite; try a lower lr, or --precision fp32. The last save is intact", 1)
+            raise UserError(f"{self.place}: {MAX_SKIPS} updates of the {name} in a row were skipped; the "
+                            "last save is intact. Try a lower lr, or --precision fp32", code=1, shared=True)
         return False
 
     def log(self, stage, step, **values):
@@ -546,11 +546,13 @@ class Run:
         values = {k: float(f"{v:.6g}") if math.isfinite(v) else None for k, v in values.items()}
         values |= {f"skipped_{name}": skipped for name, (_, skipped) in self.skips.items() if skipped}
         row = dict(stage=stage, step=step + 1, **values, seconds=round(time.time() - self.clock, 1))
-        self.rows.append(row)
+        self.rows = [r for r in self.rows[:-5] if "lr" not in r] + self.rows[-5:] + [row]  # for the warnings
 
         def append():
             with open(self.out / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(row, allow_nan=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
 
         on_rank0(append)
         if rank() == 0:
@@ -580,7 +582,7 @@ class Run:
         bad = not_finite(ckpt)
         if bad:
             raise UserError(f"{stage} step {step + 1}: {bad[1:]} is not finite, so nothing was written; the "
-                            "last save is intact. Try a lower lr, or --precision fp32", code=1)
+                            "last save is intact. Try a lower lr, or --precision fp32", code=1, shared=True)
         on_rank0(lambda: save_checkpoint(ckpt, self.out / f"{stage}.pt"))
 
     def sheet(self, name, images, columns):
@@ -969,7 +971,6 @@ def train_stage(run, stage):
         train_prior(run, stage)
 
 
-@record  # torchrun then names the process that failed first, and why
 def main(args, config):
     with one_line_errors():
         if args.explain:
@@ -1002,4 +1003,4 @@ def main(args, config):
 
 
 if __name__ == "__main__":
-    main(*ARGUMENTS)
+    record(main)(*ARGUMENTS)  # torchrun then names the process that failed first, and why

@@ -95,12 +95,12 @@ def draw_view(x, views, names, path, note=""):
     rows, columns = len(x), 1 + 3 * len(views)
     fig, axes = plt.subplots(rows, columns, figsize=(1.25 * columns, 1.25 * rows + 0.75), squeeze=False)
     for i in range(rows):
-        panels = [("input", to_uint8(x[i]).permute(1, 2, 0), None)]
+        panels = [("input", to_uint8(x[i]).permute(1, 2, 0).numpy(), None)]
         for name, view in zip(names, views, strict=True):
             side = math.isqrt(view["hits"].shape[1])
             hits = view["hits"][i].view(side, side).cpu().numpy()
             for key, title in (("reconstruction", "reconstruction"), ("prediction", "top-1 prediction")):
-                panels.append((f"{name}\n{title}", to_uint8(view[key][i]).permute(1, 2, 0), None))
+                panels.append((f"{name}\n{title}", to_uint8(view[key][i]).permute(1, 2, 0).numpy(), None))
             panels.append((f"{name}\nhit map", hits, f"{hits.mean():.0%}"))
         for axis, (title, picture, text) in zip(axes[i], panels, strict=True):
             if picture.ndim == 2:

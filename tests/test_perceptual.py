@@ -1,6 +1,7 @@
 """Claims about perceptual.py: VGG taps, Eq. 4, the discriminators and their losses. CPU, no network."""
 
 import functools
+import hashlib
 import math
 import pickle
 from urllib.error import URLError
@@ -176,9 +177,13 @@ def test_a_full_size_torchvision_file_loads(tmp_path, monkeypatch, source):
         reference = vgg16(init_weights=False).state_dict()
     # Stride-0 tensors have the true keys, shapes and dtype, at four bytes each instead of 528 MB.
     state = {key: torch.full((1,), 0.5).expand(value.shape) for key, value in reference.items()}
-    path = tmp_path / ("vgg.pth" if source == "file" else "hub/checkpoints/vgg16-397923af.pth")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = tmp_path / "hub" / "checkpoints" / "vgg.pth"
+    path.parent.mkdir(parents=True)
     torch.save(state, path)
+    if source != "file":  # there its name ends in its hash
+        named = path.with_name(f"vgg16-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}.pth")
+        path.rename(named)
+        monkeypatch.setattr(P, "VGG_URL", f"https://example.org/{named.name}")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     loaded = P.load_vgg16(path if source == "file" else None)
     assert count(loaded) == 138_357_544 and loaded.classifier[6].bias[7] == 0.5
@@ -197,9 +202,17 @@ def test_a_missing_renamed_extra_or_reshaped_weight_raises(tmp_path, small_build
     assert "\n" not in str(caught.value)
 
 
-def test_a_hash_in_the_file_name_is_checked(tmp_path, small_build):
-    import hashlib
+def test_a_wrong_file_in_the_cache_of_torch_hub_is_refused(tmp_path, monkeypatch):
+    """torch itself looks at the hash only while it downloads."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    torch.save(P.build_vgg16(width=4, hidden=8).state_dict(), folder / "vgg16-397923af.pth")
+    with pytest.raises(ValueError, match="vgg16-397923af.pth is damaged"):
+        P.load_vgg16()
 
+
+def test_a_hash_in_the_file_name_is_checked(tmp_path, small_build):
     plain = tmp_path / "vgg.pth"
     torch.save(P.build_vgg16().state_dict(), plain)
     data = plain.read_bytes()

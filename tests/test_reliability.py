@@ -30,6 +30,7 @@ from PIL import Image
 import sample
 import train
 import visualize
+from prior_ar import sample_logits, top_p_filter
 from sample import UserError, intact, mix, newest_intact, read_checkpoint, save_checkpoint
 
 # Killed and started again ---------------------------------------------------------------------------------
@@ -111,9 +112,9 @@ def test_a_run_killed_before_its_first_checkpoint_starts_its_log_anew(trained, d
 
 def test_a_log_that_was_torn_in_the_middle_of_a_line_has_each_step_once_in_the_end(trained, data, tmp_path):
     out = earlier(trained, tmp_path / "out", "ar")
-    killed_at(5, "ar", out, data)
+    killed_at(6, "ar", out, data)
     log = (out / "metrics.jsonl").read_text()
-    (out / "metrics.jsonl").write_text(log[: -len(log.splitlines()[-1]) // 2])
+    (out / "metrics.jsonl").write_text(log[: -len(log.splitlines()[-1]) // 2])  # of step 5
     call("ar", out, data)
     check_equal(trained, out, "ar")
 
@@ -474,7 +475,7 @@ def test_a_run_whose_gradients_stay_bad_stops_and_keeps_its_last_checkpoint(
         call("ar", out, data, "--steps", 40, "--save-every", 2)
     assert stop.value.code == 1
     error = capsys.readouterr().err
-    assert "10 updates of the prior in a row" in error and "lower lr" in error and "Traceback" not in error
+    assert "10 updates of the prior in a row were skipped" in error and "lower lr" in error
     good = read_checkpoint(out / "ar.pt", ["ar"])
     assert train.not_finite(good) == "" and good["step"] == 10 and list(good["skips"]["prior"]) == [8, 8]
 
@@ -621,7 +622,7 @@ def test_images_that_vanish_during_training_stop_the_run(trained, tmp_path, caps
     train.Run.due = due
     try:
         with pytest.raises(SystemExit) as stop:
-            call("phase1", out, tmp_path / "data", "--steps", 40)
+            call("phase1", out, tmp_path / "data", "--steps", 40, "--vgg", trained / "vgg.pt")
     finally:
         train.Run.due = real
     assert stop.value.code == 1 and "still there" in capsys.readouterr().err
@@ -722,6 +723,64 @@ def test_a_sheet_and_an_npz_say_what_made_them(trained, tmp_path):
         sample.load_model(trained / "phase2.pt", ["phase2"])[0])
 
 
+def test_no_steps_build_everything_and_fewer_steps_than_done_do_nothing(trained, data, tmp_path, capsys):
+    out = earlier(trained, tmp_path / "out", "phase1")
+    call("phase1", out, data, "--steps", 0)
+    assert not (out / "phase1.pt").exists() and "nothing to do" in capsys.readouterr().out
+    call("phase1", out, data)
+    before = contents(out)
+    call("phase1", out, data, "--steps", 3)
+    assert "step 6 of 3" in capsys.readouterr().out and contents(out) == before
+
+
+def test_one_image_and_images_without_classes_are_told_of(tmp_path, capsys):
+    Image.new("RGB", (40, 40)).save(tmp_path / "one.png")
+    run = open_run("phase1", tmp_path / "out", tmp_path)
+    assert len(run.train) == len(run.val) == 1
+    said = capsys.readouterr().out
+    assert "both training and validation" in said and "carry no labels" in said
+
+
+def test_an_unfinished_stage_is_told_of_by_the_next_one(trained, data, tmp_path, capsys):
+    out = earlier(trained, tmp_path / "out", "phase1")
+    killed_at(5, "phase1", out, data)
+    call("phase2", out, data, "--steps", 1)
+    assert "stage phase1 ended at step 4 of 6" in capsys.readouterr().err
+
+
+def test_a_judge_that_was_trained_on_other_data_is_refused(trained, data, flat, tmp_path, capsys):
+    out = earlier(trained, tmp_path / "out", "phase1")
+    assert "vgg.pt was made with data" in refusal(capsys, "phase1", out, flat)
+
+
+def test_random_vgg_weights_are_noted_in_all_that_follows(trained, data, tmp_path):
+    out = earlier(trained, tmp_path / "out", "ar")
+    for stage in ("phase1", "phase2"):
+        ckpt = torch.load(out / f"{stage}.pt", weights_only=True)
+        torch.save(dict(ckpt, note="random VGG weights: a test run"), out / f"{stage}.pt")
+    call("ar", out, data, "--steps", 1)
+    assert "random VGG" in read_checkpoint(out / "ar.pt", ["ar"])["note"]
+
+
+@pytest.mark.parametrize("raised, code, message", [
+    (lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA")), 1, "smaller --micro-batch"),
+    (lambda: (_ for _ in ()).throw(OSError(28, "No space left on device")), 1, "No space left"),
+])
+def test_what_goes_wrong_on_the_way_ends_with_one_line(trained, data, tmp_path, capfd, raised, code, message):
+    def child():
+        at_step(3, raised)
+        call("ar", earlier(trained, tmp_path / "out", "ar"), data)
+
+    assert forked(child) == code
+    error = capfd.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+def test_a_gpu_that_is_not_there_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "--device cpu" in refusal(capsys, "vgg", tmp_path / "out", "shapes", "--device", "cuda")
+
+
 # The command --------------------------------------------------------------------------------------------
 
 
@@ -768,6 +827,25 @@ def test_any_split_of_the_stream_gives_the_same_items(tmp_path):
         assert whole == parts
         epoch = [data.shuffled(p) for p in range(n * start, n * (start + 1))]
         assert sorted(epoch) == list(range(n))
+
+
+def test_top_p_keeps_the_fewest_likeliest_codes_in_many_random_cases():
+    generator, dice = torch.Generator().manual_seed(0), random.Random(2)
+    for _ in range(300):
+        K, p = dice.randint(1, 40), dice.choice([dice.random(), 1e-9, 0.999999, 1.0])
+        logits = torch.randn(3, K, generator=generator) * dice.choice([0.01, 1, 10])
+        probs = logits.softmax(1).sort(1, descending=True).values
+        kept = top_p_filter(probs, p) > 0
+        for row, mask in zip(probs.double(), kept, strict=True):
+            count = int(mask.sum())
+            assert count >= 1 and mask[:count].all()  # a prefix
+            assert row[: count - 1].sum() < p + 1e-6 and (row[:count].sum() >= p - 1e-6 or count == K)
+        u = torch.rand(3, generator=generator)
+        drawn = sample_logits(logits, u, dice.choice([0.5, 1.0, 2.0]), top_p=p)
+        assert ((0 <= drawn) & (drawn < K)).all()
+        ranks = [sample_logits(logits, torch.full((3,), v), top_p=p) for v in (0.0, 0.5, 1 - 2**-24)]
+        chances = [logits.gather(1, code[:, None]) for code in ranks]
+        assert (chances[0] >= chances[1]).all() and (chances[1] >= chances[2]).all()
 
 
 def test_seeds_do_not_collide():
@@ -879,6 +957,25 @@ def test_a_signal_to_one_process_saves_and_stops_all_at_the_same_step(trained, d
     os.kill(children[1], signal.SIGTERM)
     assert [wait_for(number) for number in children] == [143, 143]
     assert read_checkpoint(out / "nar.pt", ["nar"])["step"] == 10
+
+
+@pytest.mark.dist
+def test_codes_are_shared_out_and_another_number_of_processes_goes_on(trained, data, tmp_path, capfd):
+    """Two processes make the codes and train to step 4; one goes on, with nearly the same losses."""
+    out = earlier(trained, tmp_path / "out", "ar")
+    (out / "codes.pt").unlink()
+    more = dict(prior__dropout=0.0)
+    assert run_processes(2, lambda: call("ar", out, data, "--steps", 4, **more)) == [0, 0]
+    made, expected = (torch.load(folder / "codes.pt", weights_only=True) for folder in (out, trained))
+    assert differing(made, expected) == []
+    straight = earlier(trained, tmp_path / "straight", "ar")
+    call("ar", straight, data, "--steps", 4, **more)
+    call("ar", straight, data, **more)
+    capfd.readouterr()
+    call("ar", out, data, **more)
+    assert "2 processes wrote" in capfd.readouterr().out
+    a, b = ([row["loss"] for row in rows(folder) if "lr" in row] for folder in (straight, out))
+    assert len(a) == STEPS and a == pytest.approx(b, rel=1e-4)
 
 
 @pytest.mark.dist

@@ -296,7 +296,7 @@ train.main(*train.parse_args(words))
 """
 DIST = [(stage, (), dict(prior__dropout=0.0)) for stage in train.STAGES]
 DIST += [("phase1", ("--micro-batch", 2), dict(phase1__adv_start=1.0))]
-DIST += [("phase1", (), dict(discriminator__kind="patch", phase1__adv_start=0.0))]
+DIST += [("phase1", (), dict(discriminator__kind="patch", phase1__adv_start=0.0, phase1__lr=1e-5))]
 
 
 @pytest.fixture(scope="module")
@@ -517,7 +517,7 @@ def test_a_checkpoint_made_with_another_tokenizer_is_not_continued(trained, data
         ("phase1", [], dict(tokenizer__nothing=1), "nothing"),
         ("phase1", [], dict(phase1__schedule="fast"), "schedule must be"),
         ("phase1", [], dict(phase1__gan="big"), "one of logistic, hinge"),
-        ("phase1", ["--preset", "lsun-cat"], {}, "--tokenizer FILE"),
+        ("phase1", ["--preset", "lsun-cat"], dict(image_size=32), "--tokenizer FILE"),
         ("phase1", ["--device", "tpu"], {}, "--device must be"),
     ],
 )
