@@ -1046,7 +1046,7 @@ def test_torchrun_restarts_a_run_in_place_and_it_ends_as_an_unbroken_one(
 def test_a_hung_process_is_given_up_after_the_timeout_and_nobody_stays(trained, data, tmp_path):
     out = earlier(trained, tmp_path / "out", "phase1")
     fault = dict(kind="hang", at=[3, 1], seconds=600)
-    job = torchrun(tmp_path, fault, command("phase1", out, data, "--timeout", 10))
+    job = torchrun(tmp_path, fault, command("phase1", out, data, "--timeout", 20))
     assert job.wait(120) != 0
     log = (tmp_path / "log").read_text()
     assert "phase1 step 3: another process died or hangs" in log
