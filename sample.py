@@ -573,8 +573,9 @@ def batches(data, batch, start, workers, timeout=0):
 
     loader = DataLoader(
         data, batch_sampler=positions(), num_workers=workers, pin_memory=torch.cuda.is_available(),
-        multiprocessing_context="fork" if workers else None, worker_init_fn=ignore_signals,
-        timeout=timeout if workers else 0, generator=torch.Generator())  # draws nothing from the global one
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+        worker_init_fn=ignore_signals, timeout=timeout if workers else 0,
+        generator=torch.Generator())  # so that it draws nothing from the global one
     try:
         yield from loader
     except UserError as error:  # out of a worker it comes with the worker's traceback
