@@ -6,7 +6,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are for a CPU, and some of 
 
 import pytest
 import torch
-from helpers import call, write_pictures
+from helpers import call, end_children, write_pictures
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -15,6 +15,12 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def no_child_stays():
+    yield
+    end_children()
 
 
 @pytest.fixture(scope="session")

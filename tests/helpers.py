@@ -3,6 +3,7 @@
 60 pictures of ten classes, six steps a stage, 16 tokens an image, a checkpoint every second step.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -106,6 +107,9 @@ def refusal(capsys, *words, **sets):
     return error
 
 
+CHILDREN = set()  # of the test that runs; conftest.py ends those that it leaves behind
+
+
 def forked(function, *arguments, patience=60):
     """The exit code of a child process that calls `function`; minus the signal's number if one ended it."""
     return wait_for(fork(function, *arguments), patience)
@@ -117,6 +121,7 @@ def fork(function, *arguments):
     sys.stderr.flush()
     child = os.fork()
     if child:
+        CHILDREN.add(child)
         return child
     code = 1
     try:
@@ -138,11 +143,20 @@ def wait_for(child, patience=60):
     while time.monotonic() < end:
         number, status = os.waitpid(child, os.WNOHANG)
         if number:
+            CHILDREN.discard(child)
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.01)
-    os.killpg(child, 9)
-    os.waitpid(child, 0)
     raise AssertionError(f"a child process did not end within {patience} s")
+
+
+def end_children():
+    """Kills the children, and their children, that a failed test left behind."""
+    while CHILDREN:
+        child = CHILDREN.pop()
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, 9)
 
 
 def wait_until(condition, patience=60):

@@ -240,6 +240,8 @@ def test_damaged_codes_are_made_again(trained, data, tmp_path, capsys):
     (out / "codes.pt").write_bytes(content)
     call("ar", out, data)
     assert "codes.pt is damaged" in capsys.readouterr().err
+    made, expected = (torch.load(folder / "codes.pt", weights_only=True) for folder in (out, trained))
+    assert intact(out / "codes.pt") and differing(made, expected) == []
     check_equal(trained, out, "ar")
 
 
