@@ -46,7 +46,7 @@ def safety(stage, folder):
     for weights in (ckpt["model"], ckpt["train"].get("disc", {})):
         grads = [torch.randn_like(value) for value in weights.values() if value.is_floating_point()]
         checks += median_time(lambda g=grads: torch.nn.utils.get_total_norm(g).isfinite().item())
-    line = median_time(lambda: run.log("benchmark", 0, lr=0.1)) / 20
+    line = median_time(lambda: run.log(stage, 0, lr=0.1, loss_rec=1.0)) / 20
     plain = median_time(lambda: torch.save(ckpt, folder / "plain.pt"), 7)
     safe = median_time(lambda: train.not_finite(ckpt) or save_checkpoint(ckpt, path), 7)
     save = (safe - plain) / min(2000, train.CIFAR10[stage]["steps"] // 10)
