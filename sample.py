@@ -874,6 +874,8 @@ def sample(args, device):
         made_from="samples", prior=weights_hash(prior), tokenizer=ckpt["tokenizer_hash"],
         decoder=weights_hash(tokenizer), seed=args.seed, classes=classes, batch=args.batch,
         note=ckpt["note"] or decoder_ckpt["note"], **settings)
+    if ckpt["stage"] == "nar" and settings["nar_steps"] > prior.config.num_tokens:
+        print0(f"note: {prior.config.num_tokens} tokens take {prior.config.num_tokens} steps at most")
     words = (prior, tokenizer, args.num, labels, args.seed, settings, args.batch, True)
     columns = min(args.num, len(classes or "12345678"))
     return lambda done=None: image_chunks(*words, done), info, f"samples_{ckpt['stage']}", columns

@@ -316,7 +316,7 @@ class Run:
         self.args, self.config = args, config
         self.out = args.out or Path("runs") / args.preset
         there = next(p for p in (self.out, *self.out.absolute().parents) if p.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK):
+        if not there.is_dir() or not os.access(there, os.W_OK) or self.out.absolute() == Path("/"):
             raise UserError(f"--out {self.out}: {there} is no folder that can be written to")
         self.device, self.parent = setup_device(args.device, args.timeout), os.getppid()
         if args.workers > 4 * os.cpu_count() and rank() == 0:
@@ -441,6 +441,8 @@ class Run:
                f"{self.config['precision']} -> {path}")
         if step >= c["steps"]:
             print0(f"{file or path} has all its steps: nothing to do")
+        if c["lr"] > 0.1 and rank() == 0:
+            warn(f"a learning rate of {c['lr']} is far above the usual")
         if c["batch"] > len(self.train):
             print0(f"note: one step sees each of the {len(self.train)} images "
                    f"{c['batch'] / len(self.train):.1f} times")

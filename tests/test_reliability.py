@@ -268,7 +268,7 @@ def test_a_full_disk_ends_the_run_with_a_message_and_keeps_the_checkpoint(traine
     check_equal(trained, out, "phase1")
 
 
-@pytest.mark.parametrize("place", ["file", "file/below", "/dev/null/x"])
+@pytest.mark.parametrize("place", ["file", "file/below", "/dev/null/x", "/"])
 def test_an_output_folder_that_cannot_be_written_is_refused_before_the_data_is_read(tmp_path, capsys, place):
     (tmp_path / "file").write_text("")
     error = refusal(capsys, "vgg", tmp_path / place, "no-such-data")
@@ -733,6 +733,15 @@ def test_no_steps_build_everything_and_fewer_steps_than_done_do_nothing(trained,
     before = contents(out)
     call("phase1", out, data, "--steps", 3)
     assert "step 6 of 3" in capsys.readouterr().out and contents(out) == before
+
+
+def test_unusual_settings_are_told_of_and_obeyed(trained, data, tmp_path, capsys):
+    call("vgg", tmp_path / "out", data, "--steps", 1, judge__lr=0.2, judge__batch=90)
+    said = capsys.readouterr()
+    assert "0.2 is far above" in said.err and "sees each of the 60 images 1.5 times" in said.out
+    words = ["--ckpt", trained / "nar.pt", "--num", 2, "--steps", 40, "--out", tmp_path / "x.png"]
+    sample.main(sample.parse_args([*map(str, words), "--device", "cpu"]))
+    assert "16 tokens take 16 steps at most" in capsys.readouterr().out
 
 
 def test_one_image_and_images_without_classes_are_told_of(tmp_path, capsys):
