@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 import torch.nn.functional as F
 from torch import nn
 
@@ -49,6 +48,20 @@ def layer_weights(alpha):
 VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 
 
+class SumOverProcesses(torch.autograd.Function):
+    """The sum of `x` over all processes; the gradient of it is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return SumOverProcesses.apply(grad.contiguous())
+
+
 class GlobalBatchNorm(nn.BatchNorm2d):
     """BatchNorm over the global batch: in distributed training the moments are averaged over processes.
 
@@ -60,7 +73,7 @@ class GlobalBatchNorm(nn.BatchNorm2d):
             return super().forward(x)
         x32 = x.float()
         moments = torch.stack([x32.mean((0, 2, 3)), x32.square().mean((0, 2, 3))])  # (2, C)
-        mean, square = dist_nn.all_reduce(moments) / dist.get_world_size()
+        mean, square = SumOverProcesses.apply(moments) / dist.get_world_size()
         var = square - mean.square()
         with torch.no_grad():
             count = x.numel() // x.shape[1] * dist.get_world_size()

@@ -223,6 +223,7 @@ import resource
 import signal
 import sys
 import time
+import warnings
 from dataclasses import asdict
 from functools import cached_property
 
@@ -368,7 +369,9 @@ class Run:
         net = model
         if world() > 1:
             device_ids = [self.device.index] if self.device.index is not None else None
-            net, mode = DDP(model, device_ids, broadcast_buffers=False), model.training
+            with warnings.catch_warnings():  # torch 2.14 gives broadcast_buffers a new name
+                warnings.simplefilter("ignore", FutureWarning)
+                net, mode = DDP(model, device_ids, broadcast_buffers=False), model.training
             model.eval()
             for _ in range(WARM_UP):
                 with self.autocast:
