@@ -1,7 +1,7 @@
 """A run killed at random moments ends, bit for bit, as an unbroken one. By hand; takes two to three runs.
 
-    PYTHONPATH=. python tests/soak.py --kills 25 --processes 1 --out /tmp/soak -- --preset demo
-    PYTHONPATH=. python tests/soak.py --kills 25 --processes 2 --out /tmp/soak2 -- --preset demo
+    PYTHONPATH=. python tests/soak.py --kills 25 --processes 1 --out DIR -- --preset demo
+    PYTHONPATH=. python tests/soak.py --kills 25 --processes 2 --out DIR -- --preset demo
 
 What follows `--` goes to train.py --stage all. Each kill is SIGKILL or SIGTERM, to one process or to all.
 """
