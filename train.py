@@ -536,7 +536,8 @@ class Run:
         if finite:
             optimizer.step()
             return True
-        print0(f"warning: {self.place}: a gradient of the {name} is not finite; its update was skipped")
+        if rank() == 0:
+            warn(f"{self.place}: a gradient of the {name} is not finite; its update was skipped")
         if in_a_row + 1 == MAX_SKIPS:
             raise UserError(f"{self.place}: {MAX_SKIPS} updates of the {name} in a row were skipped; the "
                             "last save is intact. Try a lower lr, or --precision fp32", code=1, shared=True)
