@@ -262,6 +262,7 @@ def lr_at(step, c):
     cosine:      from lr at 0 to lr_end at `steps`
     exponential: lr until lr_start, then geometrically to lr_end at `steps`
     linear:      lr until lr_start, then in a straight line to lr_end ("start_iter" begins the decay, I17)
+    constant:    lr
     """
     lr, end, T = c["lr"] * min(1.0, (step + 1) / max(1, c["warmup"])), c["lr_end"], c["steps"]
     t = min(max(0.0, (step - c["lr_start"]) / max(1, T - c["lr_start"])), 1.0)
