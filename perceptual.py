@@ -1,4 +1,4 @@
-"""What a reconstruction is judged by: VGG-16 features (Eq. 4, Table 6) and a discriminator (Eq. 2).
+"""What an image is judged by: VGG-16 features (Eq. 4, Table 6), a discriminator (Eq. 2), and metrics.
 
 Equation, section and table numbers are those of arXiv 2212.03185. Images are float tensors (B, 3, H, W)
 in [-1, 1]. Every loss is an unweighted float32 scalar; `train.py` weights and adds them.
@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import math
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -510,6 +511,150 @@ def adaptive_weight(loss_rec, loss_adv, last_weight):
     (grad_rec,) = torch.autograd.grad(loss_rec, last_weight, retain_graph=True)
     (grad_adv,) = torch.autograd.grad(loss_adv, last_weight, retain_graph=True)
     return (grad_rec.float().norm() / (grad_adv.float().norm() + 1e-4)).clamp(0, 1e4).detach()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Metrics: nothing below is trained on. The Frechet distance and its relatives are torch-fidelity's
+
+
+class ResNet(nn.Module):
+    """A narrow ResNet classifier, the scorer: Frechet distances in its features (ours; for small images).
+
+    Another family than the VGG judge, so that no tokenizer is scored by the network that trained it.
+    A 3x3 convolution, four stages of one of torchvision's basic blocks with (1, 2, 4, 8) * width channels,
+    each but the first halving the side; global average; one linear layer. Same members as a VGG.
+    """
+
+    def __init__(self, width=32, num_classes=10):
+        from torchvision.models.resnet import BasicBlock
+
+        def block(a, b, stride):
+            shortcut = None
+            if stride > 1:
+                shortcut = nn.Sequential(nn.Conv2d(a, b, 1, stride, bias=False), GlobalBatchNorm(b))
+            return BasicBlock(a, b, stride, shortcut, norm_layer=GlobalBatchNorm)
+
+        super().__init__()
+        stem = [nn.Conv2d(3, width, 3, padding=1, bias=False), GlobalBatchNorm(width), nn.ReLU()]
+        widths = [width, width, 2 * width, 4 * width, 8 * width]
+        stages = [block(a, b, 1 if a == b else 2) for a, b in itertools.pairwise(widths)]
+        self.features, self.avgpool = nn.Sequential(*stem, *stages), nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Linear(8 * width, num_classes)
+
+    def forward(self, x):  # (B, 3, H, W), normalised by `normalize_images` -> (B, num_classes)
+        return self.classifier(self.avgpool(self.features(x)).flatten(1))
+
+
+def register_scorer(network, name="classifier"):
+    """Makes a classifier of ours (VGG or ResNet) known to torch-fidelity under `name`; returns the extractor.
+
+    It takes (B, 3, H, W) uint8 and gives "pool", the input of the classifier's first linear layer, and
+    "logits". Images are not resized: give it the size that it was trained on.
+    """
+    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
+
+    class Scorer(FeatureExtractorBase):
+        def __init__(self, name, features_list, **kwargs):
+            super().__init__(name, features_list)
+            self.network = network
+
+        @staticmethod
+        def get_provided_features_list():
+            return "pool", "logits"
+
+        @staticmethod
+        def get_default_feature_layer_for_metric(metric):
+            return "logits" if metric == "isc" else "pool"
+
+        @staticmethod
+        def can_be_compiled():
+            return False
+
+        def forward(self, x):
+            x = normalize_images(x.float() / 127.5 - 1)
+            pool = self.network.avgpool(self.network.features(x)).flatten(1)
+            out = {"pool": pool, "logits": self.network.classifier(pool)}
+            return tuple(out[layer] for layer in self.features_list)
+
+    FEATURE_EXTRACTORS_REGISTRY.pop(name, None)
+    register_feature_extractor(name, Scorer)
+    return Scorer(name, ["pool", "logits"]).eval()
+
+
+def fidelity(features, logits, reference, subset=10_000):
+    """FID, IS, KID, precision and recall of generated images, all computed by torch-fidelity.
+
+    features:  (n, F) float32 of the generated images, logits (n, C), both on the CPU
+    reference: dict of `reference_statistics`: mu, sigma of all real images, `features` of at most `subset`
+    returns:   dict of floats. KID takes 100 subsets of at most 1,000 images, precision and recall take the
+               first `subset` generated images, 3 neighbours, and the features of the reference.
+    """
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_isc import isc_features_to_metric
+    from torch_fidelity.metric_kid import kid_features_to_metric
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    real = reference["features"]
+    statistics = {name: reference[name].numpy() for name in ("mu", "sigma")}
+    values = fid_statistics_to_metric(fid_features_to_statistics(features), statistics, False)
+    values |= isc_features_to_metric(logits)
+    size = min(1000, len(features), len(real))
+    values |= kid_features_to_metric(features, real, kid_subset_size=size, verbose=False)
+    values |= prc_features_to_metric(features[:subset], real, save_cpu_ram=True, verbose=False)
+    short = dict(fid="frechet_inception_distance", inception_score="inception_score_mean",
+                 kid="kernel_inception_distance_mean", precision="precision", recall="recall")
+    return {name: values[key] for name, key in short.items()}
+
+
+def reference_statistics(features, subset=10_000):
+    """What `fidelity` compares with: mu and sigma of (n, F) features of real images, and `subset` of them."""
+    from torch_fidelity.metric_fid import fid_features_to_statistics
+
+    statistics = fid_features_to_statistics(features)
+    chosen = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:subset]
+    return dict(mu=torch.from_numpy(statistics["mu"]), sigma=torch.from_numpy(statistics["sigma"]),
+                features=features[chosen].clone())
+
+
+def ssim(x, x_hat):
+    """Structural similarity of each pair of uint8 images (B, 3, H, W): (B,) float64, 1 for equal images.
+
+    Wang et al. 2004 as it is usually computed: Gaussian window of 11 pixels and deviation 1.5, K1 = 0.01,
+    K2 = 0.03, range 255, the mean over colours and over all places where the window fits.
+    raises: ValueError if a side is below 11
+    """
+    if min(x.shape[2:]) < 11:
+        raise ValueError(f"SSIM needs images of at least 11x11 pixels, got {tuple(x.shape)}")
+    window = torch.exp(-((torch.arange(11.0, device=x.device, dtype=torch.float64) - 5) ** 2) / (2 * 1.5**2))
+    window = window / window.sum()
+
+    def blur(y):
+        y = F.conv2d(y.flatten(0, 1)[:, None], window.view(1, 1, 11, 1))
+        return F.conv2d(y, window.view(1, 1, 1, 11)).unflatten(0, x.shape[:2])
+
+    a, b = x.double(), x_hat.double()
+    mean_a, mean_b = blur(a), blur(b)
+    var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
+    covariance, c1, c2 = blur(a * b) - mean_a * mean_b, (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    similarity = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+    return (similarity / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean((1, 2, 3))
+
+
+def build_lpips(vgg):
+    """LPIPS v0.1 of the lpips package on the weights of `load_vgg16`; its linear weights ship with it.
+
+    returns: a frozen network: x, x_hat (B, 3, H, W) in [-1, 1] -> (B, 1, 1, 1)
+    """
+    import lpips
+
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")  # lpips calls torchvision in its old way
+        network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    for part in network.net.children():
+        for index, layer in part.named_children():
+            layer.load_state_dict(vgg.features[int(index)].state_dict())
+    return network.requires_grad_(False).eval()
 
 
 def lpips_like(vgg, x, x_hat):

@@ -1,8 +1,9 @@
-"""Images in and images out: data sets, checkpoints, samples of both priors, reconstructions.
+"""Images in and images out: data sets, checkpoints, samples of both priors, reconstructions, metrics.
 
     python sample.py --ckpt runs/demo/ar.pt                              # a sheet, one column per class
     python sample.py --ckpt runs/demo/nar.pt --classes star,ring --num 16 --format files --out stars
     python sample.py --ckpt runs/demo/phase2.pt --reconstruct --num 16   # inputs above reconstructions
+    python sample.py --ckpt runs/cifar10/nar.pt --metrics --num 10000    # FID, IS, KID, precision, recall
 
 Image i is a function of (seed, i) and its class only: it does not depend on how many are drawn or on the
 number of processes. train.py and visualize.py import the data sets and the loading code from here.
@@ -19,12 +20,19 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--ckpt", type=Path, required=True, help="ar.pt or nar.pt; with --reconstruct phase1.pt or phase2.pt")
     add("--tokenizer", type=Path, help="tokenizer that decodes (default: phase2.pt or phase1.pt beside CKPT)")
-    add("--count", "--num", dest="num", type=int, default=80, help="number of images (default 80)")
+    add("--count", "--num", dest="num", type=int, help="number of images (default 80; --metrics: 50,000)")
     add("--classes", help="names or numbers, separated by commas (default: all, in turn)")
     add("--reconstruct", action="store_true", help="reconstruct validation images instead of sampling")
     add("--data", help="with --reconstruct: images to use (default: the validation images of the run)")
     add("--format", choices=("sheet", "files", "npz"), default="sheet", help="one picture, PNG files, or npz")
     add("--out", type=Path, help="file or, for --format files, folder to write (default: beside CKPT)")
+    add("--metrics", action="store_true", help="measure; of phase1.pt, phase2.pt the reconstructions (rFID)")
+    add("--extractor", default="inception", help="features: 'inception' (downloaded), a file of its weights, "
+        "or a resnet.pt or vgg.pt of --stage vgg")
+    add("--lpips", default="imagenet", help="VGG-16 of LPIPS: 'imagenet' (downloaded), a .pth file or 'none'")
+    add("--references", type=Path, default=Path("runs/references"), help="cache of reference statistics")
+    add("--reference", type=Path, help="one file of that cache to compare with, without the data")
+    add("--sweep", metavar="NAME=V1,V2,...", help="--metrics for each value of a sampler setting; CSV, plot")
     add("--seed", type=int, default=0, help="seed of the samples (default 0)")
     add("--temperature", type=float, help="AR: softmax temperature, 0 takes the argmax")
     add("--top-p", type=float, help="AR: nucleus (Table 10)")
@@ -35,12 +43,26 @@ def parse_args(argv=None):
     add("--batch", type=int, default=32, help="images per forward pass (default 32)")
     add("--device", default="auto", help="cuda, cpu or auto")
     args = parser.parse_args(argv)
+    args.values = []
+    if args.sweep:
+        name, _, values = args.sweep.partition("=")
+        name = name.replace("-", "_").removeprefix("nar_").replace("steps", "nar_steps")
+        try:
+            args.values = [(name, (int if name == "nar_steps" else float)(v)) for v in values.split(",")]
+        except ValueError:
+            parser.error(f"--sweep {args.sweep}: expected NAME=NUMBER,NUMBER,...")
     bounds = dict(num=(1, 1e9), batch=(1, 1e6), seed=(0, 2**63 - 1), top_p=(1e-9, 1), nar_steps=(1, 1e6),
                   temperature=(0, 1e9), token_temperature=(0, 1e9), choice_temperature=(0, 1e9))
     for name, (low, high) in bounds.items():
         value, flag = getattr(args, name), name.removeprefix("nar_").replace("_", "-")
         if value is not None and not low <= value <= high:  # nan is refused too
             parser.error(f"--{flag} must lie between {low:g} and {high:g}, got {value}")
+    for name, value in args.values:
+        low, high = bounds.get(name, (1, 0)) if name not in ("num", "batch", "seed") else (1, 0)
+        if not low <= value <= high:
+            parser.error(f"--sweep {args.sweep}: {name}={value} is no setting of a sampler, or out of bounds")
+    if args.values and not args.metrics:
+        parser.error("--sweep measures: pass --metrics too")
     return args
 
 
@@ -52,6 +74,7 @@ import contextlib
 import datetime
 import functools
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
@@ -60,6 +83,7 @@ import random
 import shutil
 import signal
 import sys
+import time
 import warnings
 import zipfile
 import zlib
@@ -72,10 +96,13 @@ from PIL.PngImagePlugin import PngInfo
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from perceptual import VGGTaps, fold_batch_norm, vgg_from_state_dict
+from perceptual import (
+    ResNet, VGGTaps, build_lpips, fidelity, fold_batch_norm, load_vgg16, reference_statistics,
+    register_scorer, ssim, vgg_from_state_dict,
+)
 from prior_ar import ARPrior, PriorConfig
 from prior_nar import NARPrior
-from tokenizer import TokenizerConfig, VQTokenizer
+from tokenizer import TokenizerConfig, VQTokenizer, codebook_usage
 
 
 class UserError(Exception):
@@ -714,6 +741,9 @@ def load_model(path, stages, device="cpu"):
     weights, sizes = ckpt["ema"] or ckpt["model"], ckpt["model_config"]
     if ckpt["stage"] == "vgg":
         model = VGGTaps(fold_batch_norm(vgg_from_state_dict(weights, str(path), **sizes)))
+    elif ckpt["stage"] == "resnet":
+        model = ResNet(**sizes)
+        model.load_state_dict(weights, strict=True)
     else:
         if ckpt["stage"] in ("phase1", "phase2"):
             model = VQTokenizer(TokenizerConfig(**sizes))
@@ -784,7 +814,8 @@ def image_chunks(prior, tokenizer, num, labels, seed, settings, batch=32, progre
     """
     device = next(prior.parameters()).device
     starts = range(rank() * batch, num, world() * batch)
-    for start in tqdm(starts, "sampling", disable=None if progress and rank() == 0 else True):
+    hidden = None if progress and rank() == 0 else True
+    for start in tqdm(starts, "sampling", disable=hidden, unit="images", unit_scale=batch * world()):
         indices = range(start, start + batch)
         if done and done(indices[: num - start]):
             continue
@@ -802,7 +833,12 @@ def generate_images(*args, **kwargs):
 
 @torch.no_grad()
 def decode(tokenizer, tokens):
-    return tokenizer.decode(tokens)
+    """raises: UserError if a pixel is not finite"""
+    x = tokenizer.decode(tokens)
+    if not x.isfinite().all():
+        raise UserError("the decoder's images hold values that are not finite; is the tokenizer damaged, or "
+                        "was it trained with too high a rate?", shared=False)
+    return x
 
 
 def gather_images(chunks):
@@ -840,6 +876,333 @@ def make_sheet(images, columns, note="", zoom=None):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# Metrics. A number is told together with everything that decides it: HOW it was measured, and the weights,
+# sampler and seed of what was measured. Only numbers of equal HOW may stand in one column.
+# ----------------------------------------------------------------------------------------------------------
+
+PROTOCOLS = {
+    "rfid-val": "reconstructions of all validation images against these images",
+    "gfid-train": "samples, classes in turn, against the central crops of all training images",
+}
+HOW = ("protocol", "num_images", "image_size", "extractor_hash", "resize", "feature_layer", "reference",
+       "reference_images", "reference_hash")
+
+
+class Extractor:
+    """A network from torch-fidelity's registry, and what identifies it.
+
+    source: 'inception', a .pth file of its weights, or a checkpoint of `train.py --stage vgg`
+    raises: UserError for a missing or foreign file, or if images are not of the size it was trained on
+    """
+
+    def __init__(self, source, image_size, device):
+        self.device, self.class_names, note, path = device, None, "", Path(source).expanduser()
+        if path.suffix == ".pt":
+            network, ckpt = load_model(path, ("vgg", "resnet"), device)
+            size, self.class_names, note = ckpt["config"]["image_size"], ckpt["class_names"], ckpt["note"]
+            if size != image_size:
+                raise UserError(f"--extractor {path} was trained on {size}-pixel images and these have "
+                                f"{image_size}; train one with --set image_size={image_size}")
+            self.network, layer, resize = register_scorer(getattr(network, "vgg", network)), "pool", "none"
+        else:
+            on_rank0(lambda: load_inception(source) and None)  # downloads it where it is missing
+            self.network, layer, resize = load_inception(source), "2048", "tf1-bilinear-299"
+        self.network.to(device)
+        self.info = dict(extractor=str(source), extractor_hash=weights_hash(self.network), resize=resize,
+                         feature_layer=layer, extractor_note=note)
+
+    @torch.no_grad()
+    def __call__(self, images):
+        """(B, 3, S, S) uint8 -> dict of features (B, F), logits (B, C), digests (B, 8) on the CPU."""
+        features, logits = self.network(images.to(self.device))
+        digests = [hashlib.blake2b(image.numpy().tobytes(), digest_size=8).digest() for image in images]
+        digests = torch.tensor([list(digest) for digest in digests], dtype=torch.uint8)
+        return dict(features=features.float().cpu(), logits=logits.float().cpu(), digests=digests)
+
+
+def load_inception(source):
+    """torch-fidelity's Inception of the FID, downloaded by its own loader or read from a local file."""
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+    from torch_fidelity.utils import create_feature_extractor
+
+    path, remedy = None, f"fetch {URL_INCEPTION_V3} and pass --extractor FILE"
+    try:
+        if source != "inception":
+            path = Path(source).expanduser()
+            if path.name == Path(URL_INCEPTION_V3).name:  # it ends in the first digits of its sha256
+                with open(path, "rb") as file:
+                    if not hashlib.file_digest(file, "sha256").hexdigest().startswith(path.stem[-8:]):
+                        raise ValueError("its hash is wrong")
+            torch.load(path, weights_only=True, mmap=True)  # torch-fidelity would execute pickled code
+        return create_feature_extractor("inception-v3-compat", ["2048", "logits_unbiased"], cuda=False,
+                                        feature_extractor_weights_path=path, verbose=False)
+    except Exception as error:  # no network, no file, or a state dict of something else
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+        raise UserError(f"--extractor {source}: no Inception weights ({reason}); {remedy}, or pass a "
+                        "checkpoint of train.py --stage vgg") from None
+
+
+def load_lpips(source, device):
+    """LPIPS on VGG-16, or None for 'none' and where the weights cannot be downloaded."""
+
+    def load():
+        try:
+            return load_vgg16(None if source == "imagenet" else source)
+        except RuntimeError as error:
+            warn(f"LPIPS is left out: {error}".replace("--vgg", "--lpips"))
+        except ValueError as error:
+            raise UserError(f"--lpips: {error}") from None
+
+    if source == "none" or not on_rank0(lambda: load() is not None):
+        return None
+    return build_lpips(load()).to(device)
+
+
+def collect(chunks, parts, what, num):
+    """All rows of chunks (start, dict of tensors (n, ...)), in order, in the first process; None in others.
+
+    Each chunk becomes a file in the folder `parts` at once, and one that is there is not made again: so an
+    interrupted evaluation goes on, and so processes hand over their shares.
+    """
+
+    def place(start):
+        return parts / f"{start:09d}.pt"
+
+    def begin():
+        parts.mkdir(parents=True, exist_ok=True)
+        sweep(parts)
+        return sum(intact(path) or bool(path.unlink()) for path in parts.glob("*.pt"))
+
+    found, begun, told, count = on_rank0(begin), time.time(), time.time(), 0
+    if found:
+        print0(f"{what}: going on, {found} parts are there already")
+    for start, rows in chunks(lambda indices: place(indices[0]).exists()):
+        save_torch(rows, place(start))
+        count += len(rows["digests"])
+        if time.time() > told + 30:
+            told, rate = time.time(), count * world() / (time.time() - begun)
+            print0(f"{what}: {start:,} of {num:,}, {rate:.1f} images/s, {(num - start) / rate:.0f} s left")
+    barrier()
+    if rank() > 0:
+        return None
+    saved = [torch.load(path, weights_only=True) for path in sorted(parts.glob("*.pt"))]
+    return {name: torch.cat([part[name] for part in saved]) for name in saved[0]}
+
+
+def joint_hash(digests):
+    return hashlib.sha256(digests.numpy().tobytes()).hexdigest()[:16]
+
+
+def load_reference(args, extractor, data, split):
+    """What all images of a split give, made once for each extractor; see `reference_statistics`.
+
+    The cache goes by names, sizes and times of the files; the `reference_hash` of a result is that of all
+    pixels. returns: the dict in the first process, None in others
+    """
+    wanted = dict(reference=split, image_size=data.image_size, **extractor.info)
+    wanted = {k: v for k, v in wanted.items() if k not in ("extractor", "extractor_note")}
+
+    def name():
+        times = [path.stat().st_mtime_ns for path in getattr(data, "files", [])]
+        return args.references / f"{split}_{mix(data.fingerprint, times, sorted(wanted.items())):016x}.pt"
+
+    def chunks(done):
+        for start in range(rank() * args.batch, len(data), world() * args.batch):
+            indices = range(start, min(start + args.batch, len(data)))
+            if not done(indices):
+                rows = extractor(torch.stack([data.view(i) for i in indices]))
+                rows["labels"] = torch.tensor([data.label(i) for i in indices])
+                if extractor.class_names != data.class_names:
+                    del rows["logits"]  # nothing to tell, and large
+                yield start, rows
+
+    path = args.reference or on_rank0(name)
+    if not args.reference and not on_rank0(lambda: intact(path)):
+        print0(f"reference: features of {len(data):,} {split} images -> {path}")
+        rows = collect(chunks, path.with_suffix(f".parts{args.batch}"), "reference", len(data))
+
+        def finish():
+            enough(rows["features"], f"{split} images")
+            about = dict(reference_images=len(data), reference_hash=joint_hash(rows["digests"]),
+                         reference_accuracy=class_accuracy(extractor, data.class_names, rows).get("all"))
+            save_torch(reference_statistics(rows["features"]) | about | wanted, path)
+            shutil.rmtree(path.with_suffix(f".parts{args.batch}"))
+
+        on_rank0(finish)
+    if rank() > 0:
+        return None
+    reference = torch.load(path, weights_only=True) if intact(path) else None
+    if not isinstance(reference, dict) or "mu" not in reference:
+        raise UserError(f"--reference {path} is missing, damaged or no file of reference statistics")
+    wrong = [f"{k} {reference.get(k)}, not {v}" for k, v in wanted.items() if reference.get(k) != v]
+    if wrong:
+        raise UserError(f"--reference {path} was made with {', '.join(wrong)} as needed here")
+    return reference
+
+
+def enough(features, what):
+    if len(features) <= features.shape[1]:
+        raise UserError(f"{len(features)} {what} are too few for a Frechet distance in {features.shape[1]} "
+                        "features; it needs more images than features")
+
+
+def class_accuracy(extractor, class_names, rows):
+    """Shares of images that the extractor puts into the class they should be of; {} for other classes."""
+    if not class_names or extractor.class_names != class_names:
+        return {}
+    hits = (rows["logits"].argmax(1) == rows["labels"]).double()
+    by_class = {name: hits[rows["labels"] == i].mean().item() for i, name in enumerate(class_names)
+                if (rows["labels"] == i).any()}
+    return {"all": hits.mean().item(), **by_class}
+
+
+def evaluate(args, device):
+    """--metrics: measures a checkpoint by its protocol and writes one JSON. An interrupted call goes on."""
+    begin, ckpt = time.time(), read_checkpoint(args.ckpt, ("phase1", "phase2", "ar", "nar"))
+    config = dict(ckpt["config"], **({"data": args.data, "val": None} if args.data else {}))
+    protocol = "rfid-val" if ckpt["stage"] in ("phase1", "phase2") else "gfid-train"
+    out = args.out or args.ckpt.with_name(f"metrics_{args.ckpt.stem}.json")
+    extractor, (train, val) = Extractor(args.extractor, config["image_size"], device), load_data(config)
+    if protocol == "rfid-val":
+        if args.num not in (None, len(val)):
+            raise UserError(f"rfid-val takes all {len(val)} validation images; leave --num out")
+        args.num, data = len(val), val
+        measured, info = measure_reconstructions(args, extractor, val, device)
+    else:
+        args.num, data = args.num or 50_000, train
+        measured, info = measure_samples(args, extractor, device)
+    reference = load_reference(args, extractor, data, "val" if data is val else "train")
+    how = dict(protocol=protocol, num_images=args.num, image_size=config["image_size"], **extractor.info)
+    mine = how | dict(checkpoint=str(args.ckpt), **info)
+
+    def known():
+        """Whether `out` holds this very result."""
+        mine.update(reference=reference["reference"], reference_images=reference["reference_images"],
+                    reference_hash=reference["reference_hash"])
+        old = json.loads(out.read_text()) if out.exists() else {}
+        if any(old.get(k) != v for k, v in mine.items() if old and k not in ("checkpoint", "extractor")):
+            os.replace(out, out.with_suffix(".previous.json"))
+            print0(f"note: {out} held another result, now {out.with_suffix('.previous.json').name}")
+        return out.exists()
+
+    parts = out.with_name(f".{out.stem}.{mix(sorted((k, str(v)) for k, v in (how | info).items())):016x}")
+    if on_rank0(known):
+        print0(f"{out} is there already")
+    else:
+        rows = collect(measured, parts, protocol, args.num)
+
+        def finish():
+            enough(rows["features"], "images")
+            numbers = fidelity(rows["features"], rows["logits"], reference)
+            if protocol == "rfid-val":
+                usage, perplexity = codebook_usage(rows["tokens"].flatten().bincount(minlength=info["K"]))
+                numbers = {f"r{name}": numbers[name] for name in ("fid", "kid")}
+                numbers |= dict(usage=usage, perplexity=perplexity)
+                numbers |= {name: rows[name].double().mean().item()
+                            for name in ("psnr", "ssim", "l1", "lpips") if name in rows}
+            accuracy = class_accuracy(extractor, ckpt["class_names"], rows)
+            if accuracy:
+                numbers |= dict(class_accuracy=accuracy.pop("all"), class_accuracy_by_class=accuracy,
+                                class_accuracy_of_reference=reference["reference_accuracy"])
+            about = dict(
+                images_hash=joint_hash(rows["digests"]), results=numbers,
+                seconds=round(time.time() - begin, 1), processes=world(), device=str(device),
+                threads=torch.get_num_threads(), torch=torch.__version__,
+                torch_fidelity=importlib.metadata.version("torch-fidelity"),
+                command=" ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]))
+            text = json.dumps(mine | about, indent=1) + "\n"
+            save_atomic(lambda p: p.write_text(text), out)
+            shutil.rmtree(parts)
+            rate = args.num / (time.time() - begin)
+            print0(f"{args.num:,} images in {time.time() - begin:.0f} s, {rate:.1f} images/s -> {out}")
+
+        on_rank0(finish)
+    result = on_rank0(lambda: json.loads(out.read_text()))
+    print0(f"{protocol}: {PROTOCOLS[protocol]}; {args.num:,} images, features of {args.extractor}")
+    for name, value in result["results"].items():
+        print0(f"  {name:28s} {value:.5g}" if isinstance(value, float) else f"  {name:28s} {value}")
+    return result
+
+
+def measure_samples(args, extractor, device):
+    """(chunks for `collect`, what identifies the samples)"""
+    chunks, info, *_ = sample(args, device)
+    classes = info["classes"] or [0]
+
+    def measured(done):
+        for start, images in chunks(done):
+            labels = torch.tensor([classes[i % len(classes)] for i in range(start, start + len(images))])
+            yield start, extractor(images) | dict(labels=labels)
+
+    return measured, info
+
+
+def measure_reconstructions(args, extractor, data, device):
+    """(chunks for `collect`, what identifies the reconstructions). All distances are of 8-bit images; L1 is
+    on the scale of [-1, 1], as in Eq. 2."""
+    tokenizer, ckpt = load_model(args.ckpt, ("phase1", "phase2"), device)
+    lpips = load_lpips(args.lpips, device)
+
+    def measured(done):
+        for start, x, x_hat, tokens in reconstructions(tokenizer, data, args.num, args.batch, device, done):
+            a, b, indices = to_float(x, device), to_float(x_hat, device), range(start, start + len(x))
+            rows = extractor(x_hat) | dict(
+                tokens=tokens.int().cpu(), psnr=psnr(a, b), ssim=ssim(x, x_hat),
+                l1=(a - b).abs().mean((1, 2, 3)).cpu(), labels=torch.tensor([data.label(i) for i in indices]))
+            if lpips:
+                rows["lpips"] = lpips(a, b).flatten().cpu()
+            yield start, rows
+
+    if args.lpips == "random":
+        warn("--lpips random: that number means nothing")
+
+    info = dict(tokenizer=latent_hash(tokenizer), decoder=weights_hash(tokenizer), batch=args.batch,
+                K=tokenizer.codebook_size, lpips=args.lpips if lpips else None, note=ckpt["note"])
+    return measured, info
+
+
+def evaluate_sweep(args, device):
+    """--sweep: one result for each value, a CSV of all and a plot. Values that are measured are not again."""
+    name, stem, rows = args.values[0][0], args.out or args.ckpt.with_name(f"sweep_{args.ckpt.stem}"), []
+    stem = stem.with_name(f"{stem.name}_{name}")
+    for _, value in args.values:
+        print0(f"\n{name} = {value}")
+        out = stem / f"{value}.json"
+        result = evaluate(argparse.Namespace(**{**vars(args), name: value, "out": out}), device)
+        numbers = {k: v for k, v in result["results"].items() if isinstance(v, float)}
+        rows.append({name: value, **numbers, "num_images": result["num_images"]})
+
+    def write():
+        text = "\n".join(",".join(map(str, line)) for line in [rows[0], *(row.values() for row in rows)])
+        save_atomic(lambda p: p.write_text(text + "\n"), stem.with_suffix(".csv"))
+        draw_sweep(rows, name, result, stem.with_suffix(".png"))
+
+    on_rank0(write)
+    print0(f"wrote {stem}.csv and {stem}.png")
+
+
+def draw_sweep(rows, name, result, path):
+    """Frechet distance, and beside it precision, recall and class accuracy, over a sampler setting."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
+    x = [row[name] for row in rows]
+    left.plot(x, [row["fid"] for row in rows], "o-")
+    left.set(xlabel=name, ylabel="Frechet distance")
+    for key, marker in zip(("precision", "recall", "class_accuracy"), "s^D", strict=True):
+        if key in rows[0]:
+            right.plot(x, [row[key] for row in rows], f"{marker}-", label=key.replace("_", " "))
+    right.set(xlabel=name, ylabel="share of images")
+    right.legend(fontsize=7)
+    fig.suptitle(f"{result['num_images']:,} samples, features of {result['extractor']}", fontsize=8)
+    save_atomic(lambda p: fig.savefig(p, format="png", dpi=200), path)
+    plt.close(fig)
+
+
+# ----------------------------------------------------------------------------------------------------------
 # The command
 # ----------------------------------------------------------------------------------------------------------
 
@@ -865,6 +1228,7 @@ def choose_classes(text, names):
 
 
 def sample(args, device):
+    """(chunks(done) of images, what identifies them, a name, columns of a sheet)"""
     prior, ckpt = load_model(args.ckpt, ("ar", "nar"), device)
     tokenizer, decoder_ckpt = load_tokenizer_of(args.ckpt, ckpt, args.tokenizer, device)
     settings = sample_settings(args, ckpt["config"])
@@ -889,14 +1253,22 @@ def reconstruct(args, device):
         raise UserError(f"--num {args.num}, but there are only {len(data)} images")
 
     def chunks(done=None):
-        for start in range(rank() * args.batch, args.num, world() * args.batch):
-            x = torch.stack([data.view(i) for i in range(start, min(start + args.batch, args.num))])
-            x_hat = to_uint8(decode(tokenizer, tokenizer.encode(to_float(x, device))))
+        for start, x, x_hat, _ in reconstructions(tokenizer, data, args.num, args.batch, device, done):
             yield start, torch.stack([x, x_hat], 1) if args.format == "sheet" else x_hat
 
     info = dict(made_from="reconstructions", tokenizer=latent_hash(tokenizer), batch=args.batch,
                 decoder=weights_hash(tokenizer), data=data.fingerprint, note=ckpt["note"])
     return chunks, info, f"reconstructions_{ckpt['stage']}", min(8, args.num)
+
+
+def reconstructions(tokenizer, data, num, batch, device, done=None):
+    """Yields (start, images, reconstructions, tokens) of this process's chunks; images are uint8."""
+    for start in range(rank() * batch, num, world() * batch):
+        indices = range(start, min(start + batch, num))
+        if not (done and done(indices)):
+            x = torch.stack([data.view(i) for i in indices])
+            tokens = tokenizer.encode(to_float(x, device))
+            yield start, x, to_uint8(decode(tokenizer, tokens)), tokens
 
 
 def write_files(chunks, info, folder, num):
@@ -943,6 +1315,9 @@ def write_one(chunks, info, path, columns, format):
 def main(args):
     with one_line_errors():
         device = setup_device(args.device)
+        if args.metrics:
+            return (evaluate_sweep if args.values else evaluate)(args, device) and None
+        args.num = args.num or 80
         chunks, info, name, columns = (reconstruct if args.reconstruct else sample)(args, device)
         suffix = {"sheet": ".png", "npz": ".npz", "files": ""}[args.format]
         out = args.out or args.ckpt.with_name(name + suffix)

@@ -3,9 +3,11 @@
     python train.py --stage all --preset demo                   # the whole method on a CPU, no download
     python train.py --stage all --preset cifar10 --data DIR     # real images on a CPU
     torchrun --nproc_per_node=8 train.py --stage phase1 --preset imagenet --data DIR    # Table 9
+    python train.py --stage phase1 --preset demo --ablation +attention2 --out runs/att  # a row of Table 1
 
-Stages: vgg (a judge of one's own), phase1, phase2, ar, nar, or all. Each leaves one checkpoint in
-runs/<preset>/, which later stages find there. The same command again continues an interrupted run.
+Stages: vgg (a judge of one's own; with --arch resnet a scorer for metrics), phase1, phase2, ar, nar, or
+all. Each leaves one checkpoint in runs/<preset>/, which later stages find there. The same command again
+continues an interrupted run.
 
 Nothing about random numbers or data order is stored: every draw is a function of (seed, step, position in
 the global batch), so a resumed run equals an unbroken one.
@@ -23,7 +25,7 @@ STAGES = ("vgg", "phase1", "phase2", "ar", "nar")
 # ----------------------------------------------------------------------------------------------------------
 
 LOSS = dict(beta=0.25, gamma=0.01, per_weight=1.0, adv_weight=0.1, adv_start=0.05, adv_ramp=0.05,
-            gan="logistic", adaptive=False, r1_gamma=10.0, r1_every=16)
+            gan="logistic", adaptive=False, r1_gamma=10.0, r1_every=16, layers=None)
 IMAGENET = dict(
     data=None, val=None, limit=None, image_size=256, conditional=True, vgg="imagenet", code_variants=10,
     seed=0, precision="bf16",
@@ -54,6 +56,9 @@ def variant(base, **changes):
     return merged
 
 
+# The paper's setting for Tables 1, 5 and 6 and Fig. 5: one phase, batch 64, 500,000 steps of everything.
+ABLATION = variant(IMAGENET, phase1=dict(batch=64, alpha=0.0),
+                   ar=dict(batch=64, steps=500_000), nar=dict(batch=64, steps=500_000))
 FFHQ = variant(
     IMAGENET, conditional=False,
     phase1=dict(batch=64, steps=300_000), phase2=dict(batch=32),
@@ -91,6 +96,7 @@ DEMO = variant(  # ours, minutes on a CPU
 )
 PRESETS = {
     "imagenet": IMAGENET,
+    "imagenet-ablation": ABLATION,
     "ffhq": FFHQ,
     "lsun-cat": variant(LSUN, phase1=dict(steps=26_000)),
     "lsun-bedroom": variant(LSUN, phase1=dict(steps=48_000)),
@@ -100,6 +106,45 @@ PRESETS = {
     "cifar10": CIFAR10,
     "demo": DEMO,
 }
+LAYER_SETS = ("low", "A", "B", "C", "D", "sem", "E")  # the rows of Table 6, by perceptual.LAYER_SETS
+ABLATIONS = ("baseline", "+conv2", "+attention2", "+2x", "vqgan", "fn", "kmeans", "entropy", *LAYER_SETS)
+
+
+def expand_ablation(name, config):
+    """--ablation NAME as values of the preset: {"section.key": value}. All rows train one phase.
+
+    Table 1 and Table 5 have alpha = 0. Where the paper's numbers are tied to its scale, ours scale with the
+    preset: "fn" has an eighth of the width and eight times the codes, "kmeans" re-estimates from 2 % to
+    6 % of the steps. The rows of Table 5 start with quantization (no `warm_start`, itself a K-means).
+    raises: ValueError for another name
+    """
+    steps, tokenizer = config["phase1"]["steps"], config["tokenizer"]
+    K, width = tokenizer.get("codebook_size", 1024), tokenizer.get("codebook_dim", 256)
+    codebook = {"phase1.alpha": 0.0, "tokenizer.warm_start": 0}
+    rows = {
+        "baseline": {"phase1.alpha": 0.0},
+        "+conv2": {"phase1.alpha": 0.0, "tokenizer.decoder_extra_blocks": 2},
+        "+attention2": {"phase1.alpha": 0.0, "tokenizer.num_attention": 2},
+        "+2x": {"phase1.alpha": 0.0, "phase1.steps": 2 * steps},
+        "vqgan": codebook | {"tokenizer.codebook": "plain"},
+        "fn": codebook | {"tokenizer.codebook": "fn", "tokenizer.codebook_dim": max(1, width // 8),
+                          "tokenizer.codebook_size": 8 * K},
+        "kmeans": codebook | {"tokenizer.codebook": "kmeans", "tokenizer.kmeans_warmup": steps // 50,
+                              "tokenizer.kmeans_every": max(1, steps // 250),
+                              "tokenizer.kmeans_last": 3 * steps // 50},
+        "entropy": codebook | {"tokenizer.codebook": "entropy"},
+    }
+    # "low" and "sem" are alpha = 0 and 1, so they are the same runs
+    rows |= {layers: {"phase1.layers": layers} for layers in LAYER_SETS}
+    rows |= {"low": {"phase1.alpha": 0.0}, "sem": {"phase1.alpha": 1.0}}
+    if name.startswith("alpha="):
+        try:
+            return {"phase1.alpha": float(name.removeprefix("alpha="))}
+        except ValueError:
+            raise ValueError(f"--ablation {name}: expected alpha=NUMBER") from None
+    if name not in rows:
+        raise ValueError(f"--ablation {name}: not one of {', '.join(rows)} or alpha=NUMBER")
+    return rows[name]
 
 
 def parse_args(argv=None):
@@ -119,6 +164,8 @@ def parse_args(argv=None):
     add("--batch", type=int, help="global batch of this stage, over all processes")
     add("--micro-batch", type=int, help="largest batch per process and forward pass; the rest is accumulated")
     add("--alpha", type=float, help="semantic ratio of Eq. 4 in phase1")
+    add("--ablation", help=f"a row of Table 1, 5 or 6 or Fig. 5b: {', '.join(ABLATIONS)} or alpha=NUMBER")
+    add("--arch", choices=("vgg", "resnet"), default="vgg", help="of --stage vgg: the judge, or a scorer")
     add("--seed", type=int, help="seed of everything (default 0)")
     add("--limit", type=int, help="use only LIMIT training images, drawn by the seed")
     add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change one preset value")
@@ -137,6 +184,10 @@ def parse_args(argv=None):
         parser.error(f"unknown argument {unknown[0]}" + (f"; did you mean {close[0]}?" if close else ""))
     if not (args.stage or args.explain):
         parser.error("--stage is missing. To see the whole method work: python train.py --stage all")
+    if args.arch == "resnet":
+        if args.stage != "vgg":
+            parser.error("--arch resnet belongs to --stage vgg")
+        args.stage = "resnet"
     try:
         return args, build_config(args)
     except ValueError as error:
@@ -146,7 +197,8 @@ def parse_args(argv=None):
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word", list: "a list"}
 CHOICES = dict(
     precision=("bf16", "fp32"), kind=("style", "patch"), gan=("logistic", "hinge"),
-    schedule=("cosine", "exponential", "linear", "constant"), confidence_space=("prob", "log"))
+    schedule=("cosine", "exponential", "linear", "constant"), confidence_space=("prob", "log"),
+    layers=LAYER_SETS)
 BOUNDS = dict(  # of flags and of values of a preset, wherever a name occurs; VGG-16 needs 32 pixels
     steps=(0, 1e12), batch=(1, 1e9), micro_batch=(1, 1e9), workers=(0, 1e4), timeout=(0.1, 1e9),
     log_every=(1, 1e12), eval_every=(0, 1e12), save_every=(1, 1e12), seed=(0, 2**63 - 1), limit=(1, 1e12),
@@ -200,9 +252,16 @@ def build_config(args):
         if getattr(args, key) is not None:
             if args.stage in (None, "all"):
                 raise ValueError(f"--{key} belongs to one stage; use --set phase1.{key}=... with --stage all")
-            config["judge" if args.stage == "vgg" else args.stage][key] = getattr(args, key)
+            config["judge" if args.stage in ("vgg", "resnet") else args.stage][key] = getattr(args, key)
     if args.alpha is not None:
         config["phase1"]["alpha"] = args.alpha
+    if args.ablation:
+        if args.alpha is not None:
+            raise ValueError("--ablation sets alpha itself; leave --alpha out")
+        args.expanded = expand_ablation(args.ablation, config)
+        for path, value in args.expanded.items():
+            section, key = path.split(".")
+            config[section][key] = value
     check_values(config, str)
     for section, values in config.items():
         if isinstance(values, dict):
@@ -235,9 +294,10 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+import perceptual
 from perceptual import (
-    PatchDiscriminator, StyleDiscriminator, VGGTaps, adaptive_weight, adv_loss, build_vgg16, disc_loss,
-    layer_weights, load_vgg16, normalize_images, perceptual_loss, r1_penalty,
+    PatchDiscriminator, ResNet, StyleDiscriminator, VGGTaps, adaptive_weight, adv_loss, build_vgg16,
+    disc_loss, layer_weights, load_vgg16, normalize_images, perceptual_loss, r1_penalty,
 )
 from prior_ar import ARPrior, PriorConfig
 from prior_nar import NARPrior, mask_tokens
@@ -599,9 +659,10 @@ class Run:
 
 MAX_SKIPS = 10  # updates with a gradient that is not finite, in a row
 WARM_UP = 2  # passes through a network in DDP before its state is loaded
-SECTION = dict(vgg="judge", phase1="phase1", phase2="phase2", ar="ar", nar="nar")  # stage -> preset section
+SECTION = dict(  # stage -> preset section
+    vgg="judge", resnet="judge", phase1="phase1", phase2="phase2", ar="ar", nar="nar")
 DEPENDS = dict(  # what a checkpoint of a stage was made with; a run with other values must not continue it
-    vgg=["judge"], phase1=["tokenizer", "discriminator", "vgg", "phase1"],
+    vgg=["judge"], resnet=["judge"], phase1=["tokenizer", "discriminator", "vgg", "phase1"],
     phase2=["discriminator", "vgg", "phase2"], ar=["prior", "ar", "conditional", "code_variants"],
     nar=["prior", "nar", "conditional", "code_variants"],
 )
@@ -637,44 +698,47 @@ def not_finite(thing, name=""):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Stage vgg: a judge of one's own, a narrow VGG-16 trained on the labels of the data at hand
+# Stage vgg: a judge of one's own, a narrow VGG-16 trained on the labels of the data at hand; or, with
+# --arch resnet, a scorer for the metrics of sample.py
 # ----------------------------------------------------------------------------------------------------------
 
 
-def train_judge(run):
-    """Classification with batch norm, which is folded away when the judge is loaded. Not in the paper."""
+def train_judge(run, stage):
+    """Classification with batch norm, which is folded away when a VGG is loaded. Not in the paper."""
     c, device = run.config["judge"], run.device
     if not run.train.class_names:
         raise UserError(
             "--stage vgg needs labels: one sub-folder per class. Or pass --vgg FILE for other weights"
         )
-    sizes = dict(width=c["width"], num_classes=run.train.num_classes, hidden=c["hidden"], batch_norm=True)
-    torch.manual_seed(mix(run.config["seed"], "vgg"))
-    vgg = build_vgg16(**sizes).to(device, memory_format=torch.channels_last)
-    vgg.sizes = sizes
-    optimizer, ema = build_optimizer(vgg, c), build_ema(vgg, c["ema"])
-    net = run.wrap(vgg, run.example())
-    start = run.start("vgg", model=vgg, optimizer=optimizer, ema=ema)
+    sizes = dict(width=c["width"], num_classes=run.train.num_classes)
+    if stage == "vgg":
+        sizes |= dict(hidden=c["hidden"], batch_norm=True)
+    torch.manual_seed(mix(run.config["seed"], stage))
+    judge = (build_vgg16 if stage == "vgg" else ResNet)(**sizes)
+    judge, judge.sizes = judge.to(device, memory_format=torch.channels_last), sizes
+    optimizer, ema = build_optimizer(judge, c), build_ema(judge, c["ema"])
+    net = run.wrap(judge, run.example())
+    start = run.start(stage, model=judge, optimizer=optimizer, ema=ema)
     stream = batches(run.train, c["batch"], start, run.args.workers, run.args.timeout)
-    for step in run.loop("vgg", start):
+    for step in run.loop(stage, start):
         set_lr(optimizer, lr_at(step, c))
         pixels, labels = next(stream)
         x, labels = to_float(pixels, device), labels.to(device)
         x = random_shift(x, run.config["seed"], step, c["batch"])
-        vgg.train()
+        judge.train()
         optimizer.zero_grad(set_to_none=True)
         with run.autocast:
             logits = net(normalize_images(x))
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=c["label_smoothing"])
         loss.backward()
         if run.update(optimizer, "judge") and ema:
-            ema.update_parameters(vgg)
-        if run.due("log", "vgg", step):
-            run.log("vgg", step, lr=lr_at(step, c), loss=loss)
-        if run.due("eval", "vgg", step):
-            evaluate_judge(run, step, ema.module if ema else vgg)
-        if run.due("save", "vgg", step):
-            run.save("vgg", step, vgg, ema, optimizer=optimizer)
+            ema.update_parameters(judge)
+        if run.due("log", stage, step):
+            run.log(stage, step, lr=lr_at(step, c), loss=loss)
+        if run.due("eval", stage, step):
+            evaluate_judge(run, stage, step, ema.module if ema else judge)
+        if run.due("save", stage, step):
+            run.save(stage, step, judge, ema, optimizer=optimizer)
 
 
 def random_shift(x, seed, step, batch):
@@ -767,7 +831,8 @@ def train_tokenizer(run, stage):
     """Phase 1 trains everything at alpha = 1, phase 2 the attention-enhanced decoder at alpha = 0."""
     c, device = run.config[stage], run.device
     tokenizer, disc_weights = build_tokenizer(run, stage)
-    disc, judge, weights = build_discriminator(run), run.judge, layer_weights(c["alpha"])
+    disc, judge = build_discriminator(run), run.judge
+    weights = perceptual.LAYER_SETS[c["layers"]] if c["layers"] else layer_weights(c["alpha"])
     if disc_weights:  # I21: phase 2 continues the discriminator with a fresh optimizer
         disc.load_state_dict(disc_weights)
     opt_g, opt_d = build_optimizer(tokenizer, c), build_optimizer(disc, c)
@@ -970,8 +1035,8 @@ def train_stage(run, stage):
     if batch % count:
         nearest = " or ".join(str(n) for n in (batch // count * count, (batch // count + 1) * count) if n)
         raise UserError(f"batch {batch} cannot be split over {count} processes; use {nearest}")
-    if stage == "vgg":
-        train_judge(run)
+    if stage in ("vgg", "resnet"):
+        train_judge(run, stage)
     elif stage in ("phase1", "phase2"):
         train_tokenizer(run, stage)
     else:
@@ -984,6 +1049,8 @@ def main(args, config):
             with as_user_error():
                 return explain(config)
         run, begin = Run(args, config), time.time()
+        if args.ablation:
+            print0(f"ablation {args.ablation}:", *(f"--set {k}={v}" for k, v in args.expanded.items()))
         with run.listening():
             try:
                 for stage in STAGES if args.stage == "all" else [args.stage]:

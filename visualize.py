@@ -2,6 +2,8 @@
 
     python visualize.py view --ckpt runs/demo/ar.pt                       # one prior with its tokenizer
     python visualize.py view --ckpt runs/a/ar.pt runs/b/ar.pt --num 6     # several, on the same images
+    python visualize.py table1 --preset demo --run                        # train and measure every row
+    python visualize.py metrics runs/*/metrics_ar.json                    # results side by side
 
 The teacher-forced view decodes the prior's top-1 prediction of every token, given the true tokens before
 it, and shows it beside the reconstruction. A tokenizer whose tokens are predictable gives two alike pictures.
@@ -10,20 +12,80 @@ it, and shows it beside the reconstruction. A tokenizer whose tokens are predict
 import argparse
 from pathlib import Path
 
+# Rows: label, --ablation of train.py, decoder of which phase, the paper's numbers in the order of columns.
+TABLES = {
+    "table1": dict(
+        title="Table 1: decoders of more capacity (one phase, alpha = 0)",
+        columns=("rfid", "ar_fid", "nar_fid"),
+        rows=[("Baseline", "baseline", "phase1", (3.45, 16.97, 13.26)),
+              ("+Conv x2", "+conv2", "phase1", (3.22, 17.19, 13.51)),
+              ("+Attention x2", "+attention2", "phase1", (2.90, 17.42, 14.02)),
+              ("+2x training", "+2x", "phase1", (3.28, 16.19, 13.26))]),
+    "table5": dict(
+        title="Table 5: codebooks (one phase, alpha = 0)",
+        columns=("usage", "rfid", "ar_fid", "nar_fid"),
+        rows=[("VQGAN", "vqgan", "phase1", (0.435, 4.07, 17.19, 14.58)),
+              ("+ F&N", "fn", "phase1", (0.997, 2.93, 24.91, None)),
+              ("+ K-means", "kmeans", "phase1", (1.0, 3.54, 16.84, 15.02)),
+              ("+ entropy", "entropy", "phase1", (1.0, 3.45, 16.97, 13.26))]),
+    "table6": dict(
+        title="Table 6: layers of the perceptual loss (one phase)",
+        columns=("rfid", "ar_fid", "nar_fid"),
+        rows=[("low", "low", "phase1", (3.45, 16.97, 13.26)),
+              ("A: low + logit", "A", "phase1", (3.01, 15.19, 11.78)),
+              ("B: 2_2 3_3 4_3 5_3 logit", "B", "phase1", (2.93, 14.47, 11.58)),
+              ("C: 3_3 4_3 5_3 logit", "C", "phase1", (2.81, 14.08, 10.52)),
+              ("D: 4_3 5_3 logit", "D", "phase1", (2.62, 13.34, 9.56)),
+              ("sem: 5_3 logit", "sem", "phase1", (2.77, 12.07, 8.84)),
+              ("E: logit", "E", "phase1", (4.65, 17.88, 14.00))]),
+    "fig5b": dict(
+        title="Fig. 5b: the semantic ratio alpha (one phase; the paper's ends are those of Table 6)",
+        columns=("rfid", "ar_fid", "nar_fid"),
+        rows=[("alpha = 0", "alpha=0", "phase1", (3.45, 16.97, 13.26)),
+              *[(f"alpha = {a}", f"alpha={a}", "phase1", (None, None, None)) for a in (0.2, 0.4, 0.6, 0.8)],
+              ("alpha = 1", "alpha=1", "phase1", (2.77, 12.07, 8.84))]),
+    "fig7b": dict(
+        title="Fig. 7b: the same tokens decoded after phase 1 and after phase 2 (alpha = 1)",
+        columns=("rfid", "ar_fid", "nar_fid"),
+        rows=[("phase 1", "sem", "phase1", (None, 7.83, 5.31)),
+              ("phase 1 + 2", "sem", "phase2", (1.99, 7.55, 4.99))]),
+}
+PAPER_SCALE = dict.fromkeys(TABLES, "ImageNet 256x256, batch 64, 500,000 steps each, Inception FID, 50,000")
+PAPER_SCALE["fig7b"] = "ImageNet 256x256, Tables 9 and 10 in full, Inception FID, 50,000"
+
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")
     add = parser.add_argument
-    add("figure", choices=["view"], help="view: input, reconstruction, top-1 prediction and hit map (Fig. 3)")
-    add("--ckpt", type=Path, nargs="+", required=True, help="one or several ar.pt")
+    add("figure", choices=["view", "metrics", *TABLES], help="view: input, reconstruction, top-1 prediction "
+        "and hit map (Fig. 3); metrics: results of sample.py --metrics side by side; else that table")
+    add("files", type=Path, nargs="*", help="of metrics: the JSON files")
+    add("--ckpt", type=Path, nargs="+", help="of view: one or several ar.pt")
     add("--tokenizer", type=Path, nargs="+", default=[], help="one per CKPT (default: found beside each)")
     add("--data", help="folder of images (default: the validation images of the first run)")
     add("--num", type=int, default=64, help="images for the numbers; the first 8 are drawn (default 64)")
-    add("--out", type=Path, help="PNG to write, numbers go beside it as JSON (default: view.png beside CKPT)")
+    add("--preset", default="demo", help="of tables: the preset that all rows vary (default demo)")
+    add("--run", action="store_true", help="of tables: train and measure what is missing, row by row")
+    add("--stages", default="phase1,ar,nar", help="of tables: what --run makes (default phase1,ar,nar)")
+    add("--samples", type=int, help="of tables: images a prior draws (default 2,000; cifar10 10,000; 50,000)")
+    add("--extractor", help="of tables: see sample.py (default: a scorer that --run trains; else inception)")
+    add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="of tables: for train.py")
+    add("--out", type=Path, help="view: PNG to write, numbers go beside it (default: view.png beside CKPT); "
+        "tables: folder of all rows (default: runs/PRESET-tables)")
     add("--device", default="auto", help="cuda, cpu or auto")
     args = parser.parse_args(argv)
+    if args.figure == "view" and not args.ckpt:
+        parser.error("view needs --ckpt FILE, one or several ar.pt")
+    if args.figure == "metrics" and not args.files:
+        parser.error("metrics needs files: the JSON files of sample.py --metrics")
+    if args.files and args.figure != "metrics":
+        parser.error(f"{args.figure} takes no files, got {args.files[0]}")
+    if not args.stages or not set(args.stages.split(",")) <= {"phase1", "ar", "nar"}:
+        parser.error(f"--stages takes phase1, ar, nar, separated by commas, got {args.stages!r}")
+    if args.samples is not None and args.samples < 1:
+        parser.error(f"--samples must be at least 1, got {args.samples}")
     if args.num < 1 or (args.tokenizer and len(args.tokenizer) != len(args.ckpt)):
         parser.error("--num must be at least 1, and --tokenizer needs one file per --ckpt")
     return args
@@ -37,7 +99,10 @@ import contextlib
 import json
 import math
 import resource
+import shlex
+import subprocess
 import sys
+import time
 
 import torch
 import torch.nn.functional as F
@@ -49,8 +114,8 @@ from perceptual import (
 from prior_ar import ARPrior, PriorConfig
 from prior_nar import mask_tokens
 from sample import (
-    UserError, generate_images, latent_hash, load_data, load_model, load_tokenizer_of, mix, one_line_errors,
-    print0, psnr, rank, save_atomic, seeded_rand, setup_device, to_float, to_uint8, world,
+    HOW, UserError, generate_images, latent_hash, load_data, load_model, load_tokenizer_of, mix,
+    one_line_errors, print0, psnr, rank, save_atomic, seeded_rand, setup_device, to_float, to_uint8, world,
 )
 from tokenizer import TokenizerConfig, VQTokenizer, all_reduce_mean, codebook_usage
 
@@ -161,6 +226,249 @@ def write_view(ckpts, num, device, out, tokenizers=(), data=None):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# Results side by side: the paper's Tables 1, 5, 6 and Fig. 5b, 7b, each row a run of its own
+# ----------------------------------------------------------------------------------------------------------
+
+
+def read_result(path):
+    """One JSON of sample.py --metrics; raises UserError if it is none."""
+    try:
+        result = json.loads(Path(path).read_text())
+        assert {*HOW, "results"} <= result.keys()
+        return result
+    except (ValueError, AssertionError, AttributeError, UnicodeDecodeError):
+        raise UserError(f"{path} is no result of sample.py --metrics") from None
+
+
+def refuse_unlike(results):
+    """Numbers that were measured in different ways do not belong into one column.
+
+    results: {name: result};  raises: UserError that names the first difference
+    """
+    first, *others = results
+    for other in others:
+        for key in HOW:
+            a, b = results[first][key], results[other][key]
+            if a != b:
+                raise UserError(f"{first} and {other} cannot share a column: {key} is {a} in the one and {b} "
+                                "in the other; measure both alike")
+
+
+def print_metrics(paths):
+    """A table of results, one line each."""
+    results = {str(path): read_result(path) for path in paths}
+    refuse_unlike(results)
+    names = [n for n, v in next(iter(results.values()))["results"].items() if isinstance(v, float)]
+    how = next(iter(results.values()))
+    print0(f"{how['protocol']}, {how['num_images']:,} images, {how['image_size']} pixels, features of "
+           f"{how['extractor']} ({how['extractor_hash']}), reference {how['reference_hash']}\n")
+    lines = [["", *names]]
+    lines += [[path, *(number(r["results"].get(name)) for name in names)] for path, r in results.items()]
+    print_table(lines)
+
+
+def number(value):
+    return "-" if value is None else f"{value:.4g}"
+
+
+def print_table(lines):
+    """Rows of words as a Markdown table; returns its text."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    lines = lines[:1] + [["-" * width for width in widths]] + lines[1:]
+    padded = [[word.ljust(width) for word, width in zip(line, widths, strict=True)] for line in lines]
+    text = "\n".join(f"| {' | '.join(line)} |" for line in padded)
+    print0(text)
+    return text
+
+
+class Table:
+    """The rows of one table for one preset: what is there, what is missing, and the commands that make it.
+
+    Rows that are one and the same training share a folder; all share judge, scorer and reference statistics.
+    """
+
+    SAME = {"low": "baseline", "alpha=0": "baseline", "sem": "alpha=1"}
+
+    def __init__(self, args):
+        self.args, self.name, self.table = args, args.figure, TABLES[args.figure]
+        self.root = args.out or Path("runs") / f"{args.preset}-tables"
+        self.small = args.preset in ("demo", "cifar10")  # these train a judge and a scorer of their own
+        self.samples = args.samples or {"demo": 2000, "cifar10": 10_000}.get(args.preset, 50_000)
+        self.stages = args.stages.split(",")
+        scorer = str(self.root / "scorer" / "resnet.pt") if self.small else "inception"
+        self.extractor = args.extractor or scorer
+
+    def train(self, stage, folder, *words):
+        """(file that it makes, command)"""
+        data = ["--data", self.args.data] if self.args.data else []
+        sets = [word for item in self.args.set for word in ("--set", item)]
+        command = ["train.py", "--stage", stage, "--preset", self.args.preset, *data, *sets, *words]
+        return folder / f"{stage}.pt", [*command, "--out", str(folder)]
+
+    def shared(self):
+        """What all rows need: the judge and the scorer."""
+        if not self.small:
+            return []
+        found = [self.train("vgg", self.root / "judge")]
+        if not self.args.extractor:
+            _, command = self.train("vgg", self.root / "scorer", "--arch", "resnet", "--seed", "1")
+            found.append((self.root / "scorer" / "resnet.pt", command))
+        return found
+
+    def row(self, ablation, decoder):
+        """The commands of a row, [(file that it makes, command)]; and {column prefix: result file}."""
+        run = self.SAME.get(ablation, ablation)
+        if run == "entropy" and not self.small:  # no warm start at full scale, so this is the baseline too
+            run = "baseline"
+        folder, result = self.root / run, {}
+        words = ["--ablation", run, *(["--vgg", str(self.root / "judge" / "vgg.pt")] * self.small)]
+        commands = [self.train("phase1", folder, *words)]
+        if decoder == "phase2":
+            commands.append(self.train("phase2", folder, *words))
+        for stage in ("ar", "nar"):
+            if stage in self.stages:
+                commands.append(self.train(stage, folder, *words))
+        for stage in self.stages:
+            checkpoint = folder / f"{decoder if stage == 'phase1' else stage}.pt"
+            result[stage] = folder / f"metrics_{checkpoint.stem}_{decoder}.json"
+            command = ["sample.py", "--ckpt", str(checkpoint), "--metrics", "--extractor", self.extractor,
+                       "--references", str(self.root / "references"), "--out", str(result[stage])]
+            if stage == "phase1":
+                command += ["--lpips", "none"] * self.small
+            else:
+                command += ["--tokenizer", str(folder / f"{decoder}.pt"), "--num", str(self.samples)]
+            commands.append((result[stage], command))
+        return commands, result
+
+    def missing(self):
+        """[(label, commands still to be run)] of all rows; the shared ones come first."""
+        rows, seen = [("judge and scorer", self.shared())], set()
+        rows += [(label, self.row(name, decoder)[0]) for label, name, decoder, _ in self.table["rows"]]
+        for label, commands in rows:
+            left = [(path, w) for path, w in commands if path not in seen and not finished(path, w)]
+            seen.update(path for path, _ in left)
+            if left:
+                yield label, left
+
+    def run(self):
+        """Runs what is missing, one command after the other; a row that fails is left, the others go on."""
+        rows, spent, failed, begin = list(self.missing()), {}, [], time.time()
+        for i, (label, commands) in enumerate(rows):
+            for j, (path, words) in enumerate(commands):
+                print0(f"\n{label}: python {shlex.join(words)}")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                start, script = time.time(), str(Path(__file__).with_name(words[0]))
+                with open(path.parent / "log.txt", "a") as log:
+                    done = subprocess.run([sys.executable, script, *words[1:]], stdout=log, text=True,
+                                          stderr=subprocess.PIPE)
+                    log.write(done.stderr)
+                if done.returncode:
+                    reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+                    failed.append(f"{label}: {words[0]} ended with {done.returncode}: {reason}")
+                    print0(f"failed ({reason}); the next row goes on")
+                    break
+                spent.setdefault(kind(words), []).append(time.time() - start)
+                later = commands[j + 1 :] + [c for _, others in rows[i + 1 :] for c in others]
+                left = [kind(words) for _, words in later]
+                known = [sum(spent[k]) / len(spent[k]) for k in left if k in spent]
+                unknown = len(left) - len(known)
+                print0(f"{time.time() - start:.0f} s; {len(left)} commands left, about {sum(known) / 60:.0f} "
+                       f"minutes" + f" and {unknown} of kinds not yet timed" * bool(unknown))
+        print0(f"\n{time.time() - begin:.0f} s" + "".join(f"\nfailed: {line}" for line in failed))
+        return failed
+
+    def show(self):
+        """Prints the table, the paper's numbers beside ours; writes it as text and JSON."""
+        columns, rows, how = self.table["columns"], [], {}
+        for label, ablation, decoder, paper in self.table["rows"]:
+            commands, files = self.row(ablation, decoder)
+            results = {stage: read_result(path) for stage, path in files.items() if path.exists()}
+            ours = {}
+            for stage, result in results.items():
+                prefix = "" if stage == "phase1" else f"{stage}_"
+                ours |= {prefix + k: v for k, v in result["results"].items() if isinstance(v, float)}
+                how.setdefault(stage, {})[f"{label} ({stage})"] = result
+            seconds = [row_seconds(path) for path, _ in commands if path.exists()]
+            rows.append(dict(
+                label=label, ablation=ablation, paper=dict(zip(columns, paper, strict=True)), ours=ours,
+                files={k: str(p) for k, p in files.items()}, seconds=round(sum(seconds)),
+                commands=["python " + shlex.join(words) for _, words in commands]))
+        for results in how.values():
+            refuse_unlike(results)
+        first = {stage: next(iter(results.values())) for stage, results in how.items()}
+        extra = {"table5": ["perplexity"]}.get(self.name, []) + ["ar_class_accuracy", "nar_class_accuracy"]
+        extra = [name for name in extra if any(name in row["ours"] for row in rows)]
+        print0(f"\n{self.table['title']}\npaper: {PAPER_SCALE[self.name]}\nours: preset {self.args.preset}, "
+               f"features of {self.extractor}, {self.samples:,} samples\n")
+        lines = [["", *(f"paper: {c}" for c in columns), *(f"ours: {c}" for c in (*columns, *extra))]]
+        for row in rows:
+            lines.append([row["label"], *(number(row["paper"][c]) for c in columns),
+                          *(number(row["ours"].get(c)) for c in (*columns, *extra))])
+        text = print_table(lines)
+        sets = "".join(f" --set {item}" for item in self.args.set)
+        about = dict(
+            title=self.table["title"], preset=self.args.preset, paper_scale=PAPER_SCALE[self.name],
+            command=f"python visualize.py {self.name} --preset {self.args.preset}{sets} --run",
+            how={stage: {key: result[key] for key in ("extractor", *HOW)} for stage, result in first.items()},
+            threads=torch.get_num_threads(), torch=torch.__version__, rows=rows)
+        self.root.mkdir(parents=True, exist_ok=True)
+        for suffix, content in (("json", json.dumps(about, indent=1)), ("md", text)):
+            save_atomic(lambda p, c=content: p.write_text(c + "\n"), self.root / f"{self.name}.{suffix}")
+        if self.name == "fig5b" and all("rfid" in row["ours"] for row in rows):
+            draw_alpha(rows, self.extractor, self.root / "fig5b.png")
+        for label, commands in self.missing():
+            print0(f"\nmissing for {label}:")
+            for _, words in commands:
+                print0(f"  python {shlex.join(words)}")
+        print0(f"\nwrote {self.root / self.name}.json and .md")
+
+
+def kind(words):
+    """What commands take about the same time."""
+    return (words[0], words[2]) if words[0] == "train.py" else (words[0], Path(words[2]).stem)
+
+
+def finished(path, words):
+    """Whether a command need not be run again."""
+    if not path.exists():
+        return False
+    if path.suffix == ".pt":
+        ckpt = torch.load(path, weights_only=True, mmap=True)
+        section = "judge" if ckpt["stage"] in ("vgg", "resnet") else ckpt["stage"]
+        return ckpt["step"] >= ckpt["config"][section]["steps"]
+    num = int(words[words.index("--num") + 1]) if "--num" in words else None
+    sources = [Path(words[i + 1]) for i, word in enumerate(words) if word in ("--ckpt", "--tokenizer")]
+    fresh = all(p.exists() and p.stat().st_mtime < path.stat().st_mtime for p in sources)
+    return fresh and num in (None, read_result(path)["num_images"])
+
+
+def row_seconds(path):
+    return load_seconds(path) if path.suffix == ".pt" else read_result(path)["seconds"]
+
+
+def draw_alpha(rows, extractor, path):
+    """Fig. 5b: rFID, and FID of both priors' samples, over alpha; ours alone."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    alphas = [float(row["ablation"].removeprefix("alpha=")) for row in rows]
+    fig, left = plt.subplots(figsize=(5, 3.4), layout="constrained")
+    right = left.twinx()
+    left.plot(alphas, [row["ours"]["rfid"] for row in rows], "ko-", label="reconstructions (rFID)")
+    for key, style, label in (("ar_fid", "C0s--", "AR samples"), ("nar_fid", "C1^:", "NAR samples")):
+        right.plot(alphas, [row["ours"].get(key, math.nan) for row in rows], style, label=label)
+    left.set(xlabel="α", ylabel="Fréchet distance, reconstructions")
+    right.set_ylabel("Fréchet distance, samples")
+    lines = left.get_lines() + right.get_lines()
+    left.legend(lines, [line.get_label() for line in lines], fontsize=7)
+    fig.suptitle(f"features of {extractor}", fontsize=7)
+    save_atomic(lambda p: fig.savefig(p, format="png", dpi=200), path)
+    plt.close(fig)
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Validation during training; each process takes a part of the images
 # ----------------------------------------------------------------------------------------------------------
 
@@ -180,16 +488,16 @@ def ratio(run, sums):
 
 
 @torch.no_grad()
-def evaluate_judge(run, step, vgg, limit=5000):
-    """Share of validation images that the judge in training classifies rightly."""
-    vgg.eval()
+def evaluate_judge(run, stage, step, judge, limit=5000):
+    """Share of validation images that the judge or scorer in training classifies rightly."""
+    judge.eval()
     right = total = 0
     for indices, x in val_batches(run, limit):
         labels = torch.tensor([run.val.label(i) for i in indices], device=run.device)
         with run.autocast:
-            right += (vgg(normalize_images(x)).argmax(1) == labels).sum().item()
+            right += (judge(normalize_images(x)).argmax(1) == labels).sum().item()
         total += len(labels)
-    run.log("vgg", step, val_accuracy=ratio(run, [right, total])[0])
+    run.log(stage, step, val_accuracy=ratio(run, [right, total])[0])
 
 
 @torch.no_grad()
@@ -437,6 +745,15 @@ def explain(config, processes=8):
 
 def main(args):
     with one_line_errors():
+        if args.figure == "metrics":
+            return print_metrics(args.files)
+        if args.figure in TABLES:
+            table = Table(args)
+            failed = table.run() if args.run else []
+            table.show()
+            if failed:
+                raise UserError(f"{len(failed)} rows failed, see above and log.txt in their folders", code=1)
+            return
         out = args.out or args.ckpt[0].parent / "view.png"
         numbers = write_view(args.ckpt, args.num, setup_device(args.device), out, args.tokenizer, args.data)
         print0(json.dumps(numbers, indent=1))
