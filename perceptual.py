@@ -612,7 +612,7 @@ def reference_statistics(features, subset=10_000):
     from torch_fidelity.metric_fid import fid_features_to_statistics
 
     statistics = fid_features_to_statistics(features)
-    chosen = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:subset]
+    chosen = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:subset].sort().values
     return dict(mu=torch.from_numpy(statistics["mu"]), sigma=torch.from_numpy(statistics["sigma"]),
                 features=features[chosen].clone())
 
@@ -630,15 +630,15 @@ def ssim(x, x_hat):
     window = window / window.sum()
 
     def blur(y):
-        y = F.conv2d(y.flatten(0, 1)[:, None], window.view(1, 1, 11, 1))
-        return F.conv2d(y, window.view(1, 1, 1, 11)).unflatten(0, x.shape[:2])
+        y = F.conv2d(y.flatten(0, 1)[:, None], window.view(1, 1, 11, 1))  # (B * 3, 1, H - 10, W)
+        return F.conv2d(y, window.view(1, 1, 1, 11)).view(*y.shape[:1], -1).unflatten(0, x.shape[:2])
 
     a, b = x.double(), x_hat.double()
     mean_a, mean_b = blur(a), blur(b)
     var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
     covariance, c1, c2 = blur(a * b) - mean_a * mean_b, (0.01 * 255) ** 2, (0.03 * 255) ** 2
     similarity = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
-    return (similarity / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean((1, 2, 3))
+    return (similarity / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean((1, 2))
 
 
 def build_lpips(vgg):

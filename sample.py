@@ -810,7 +810,7 @@ def image_chunks(prior, tokenizer, num, labels, seed, settings, batch=32, progre
     labels: list of `num` class indices, or None for an unconditional prior;  done(indices): skip them?
     The work is split over processes in aligned chunks of `batch`, and a last chunk is filled up and cut
     again, so that image i is bit-equal for any `num` and any number of processes. Another `batch` changes
-    the rounding of matrix products and nothing else.
+    the rounding of the prior's matrix products; that rarely turns a token, and else nothing.
     """
     device = next(prior.parameters()).device
     starts = range(rank() * batch, num, world() * batch)
@@ -823,7 +823,7 @@ def image_chunks(prior, tokenizer, num, labels, seed, settings, batch=32, progre
         if labels is not None:
             chunk_labels = torch.tensor([labels[i % num] for i in indices], device=device)
         tokens = generate_tokens(prior, chunk_labels, seed, indices, settings)
-        yield start, to_uint8(decode(tokenizer, tokens))[: num - start]
+        yield start, to_uint8(decode(tokenizer, tokens[: num - start]))
 
 
 def generate_images(*args, **kwargs):
@@ -832,9 +832,16 @@ def generate_images(*args, **kwargs):
 
 
 @torch.no_grad()
+def in_slices(function, x, size=8):
+    """function(x) over slices of exactly `size` rows, the last one filled up: the result for a row, to the
+    last bit, then does not depend on how many rows there are."""
+    filled = torch.cat([x, x[:1].expand(-len(x) % size, *x.shape[1:])])
+    return torch.cat([function(part) for part in filled.split(size)])[: len(x)]
+
+
 def decode(tokenizer, tokens):
-    """raises: UserError if a pixel is not finite"""
-    x = tokenizer.decode(tokens)
+    """Tokens (B, N) to images (B, 3, S, S), about [-1, 1]; raises UserError if a pixel is not finite."""
+    x = in_slices(tokenizer.decode, tokens)
     if not x.isfinite().all():
         raise UserError("the decoder's images hold values that are not finite; is the tokenizer damaged, or "
                         "was it trained with too high a rate?", shared=False)
@@ -908,13 +915,15 @@ class Extractor:
             on_rank0(lambda: load_inception(source) and None)  # downloads it where it is missing
             self.network, layer, resize = load_inception(source), "2048", "tf1-bilinear-299"
         self.network.to(device)
+        one = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8, device=device)
+        self.num_features = self.network(one)[0].shape[1]
         self.info = dict(extractor=str(source), extractor_hash=weights_hash(self.network), resize=resize,
                          feature_layer=layer, extractor_note=note)
 
-    @torch.no_grad()
     def __call__(self, images):
         """(B, 3, S, S) uint8 -> dict of features (B, F), logits (B, C), digests (B, 8) on the CPU."""
-        features, logits = self.network(images.to(self.device))
+        both = in_slices(lambda part: torch.cat(self.network(part), 1), images.to(self.device))
+        features, logits = both.tensor_split([self.num_features], dim=1)
         digests = [hashlib.blake2b(image.numpy().tobytes(), digest_size=8).digest() for image in images]
         digests = torch.tensor([list(digest) for digest in digests], dtype=torch.uint8)
         return dict(features=features.float().cpu(), logits=logits.float().cpu(), digests=digests)
@@ -1267,7 +1276,7 @@ def reconstructions(tokenizer, data, num, batch, device, done=None):
         indices = range(start, min(start + batch, num))
         if not (done and done(indices)):
             x = torch.stack([data.view(i) for i in indices])
-            tokens = tokenizer.encode(to_float(x, device))
+            tokens = in_slices(tokenizer.encode, to_float(x, device))
             yield start, x, to_uint8(decode(tokenizer, tokens)), tokens
 
 

@@ -1,0 +1,559 @@
+"""Claims about sample.py --metrics and its parts in perceptual.py: the numbers, and how they are told."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch_fidelity
+from helpers import ROOT, call, command
+from PIL import Image
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+import perceptual
+import sample
+import visualize
+from perceptual import fidelity, reference_statistics, ssim
+from sample import Shapes, UserError
+
+
+@pytest.fixture(scope="session")
+def scorer(tmp_path_factory, data):
+    """A tiny resnet.pt: 16 features, so that 20 validation images are enough for a Frechet distance."""
+    out = tmp_path_factory.mktemp("scorer")
+    call("vgg", out, data, "--arch", "resnet", judge__width=2)
+    return out / "resnet.pt"
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """The checkpoints of the tiny run in a folder of their own."""
+    for stage in ("vgg", "phase1", "phase2", "ar", "nar"):
+        os.link(trained / f"{stage}.pt", tmp_path / f"{stage}.pt")
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def references(tmp_path_factory):
+    return tmp_path_factory.mktemp("references")
+
+
+def measure(run, name, scorer, references, *words):
+    """sample.py --metrics in this process; the JSON that it writes."""
+    out = run / "result.json"
+    words = ["--ckpt", run / name, "--metrics", "--extractor", scorer, "--references", references,
+             "--lpips", "none", "--device", "cpu", "--out", out, *words]
+    sample.main(sample.parse_args(list(map(str, words))))
+    return json.loads(out.read_text())
+
+
+def pictures(count, seed, side=32):
+    return torch.randint(0, 256, (count, 3, side, side), generator=torch.Generator().manual_seed(seed)).byte()
+
+
+# The distances themselves ---------------------------------------------------------------------------------
+
+
+def test_our_path_through_torch_fidelity_equals_its_own_on_two_folders_of_png_files(scorer, tmp_path):
+    sets = {"fake": torch.stack([Shapes("train", 60, 32).view(i) // 2 for i in range(60)]),
+            "real": torch.stack([Shapes("val", 70, 32).view(i) for i in range(70)])}
+    for name, images in sets.items():
+        (tmp_path / name).mkdir()
+        for i, image in enumerate(images):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / name / f"{i:03d}.png")
+    extractor = sample.Extractor(scorer, 32, torch.device("cpu"))
+    fake, real = (extractor(images) for images in sets.values())
+    ours = fidelity(fake["features"], fake["logits"], reference_statistics(real["features"]))
+    theirs = torch_fidelity.calculate_metrics(
+        input1=str(tmp_path / "fake"), input2=str(tmp_path / "real"), feature_extractor="classifier",
+        cuda=False, isc=True, fid=True, kid=True, prc=True, kid_subset_size=60, cache=False, verbose=False,
+        save_cpu_ram=True)
+    names = dict(fid="frechet_inception_distance", inception_score="inception_score_mean",
+                 kid="kernel_inception_distance_mean", precision="precision", recall="recall")
+    for name, key in names.items():
+        assert ours[name] == pytest.approx(theirs[key], rel=1e-6), name
+    assert ours["fid"] > 0.001 and ours["kid"] > 0 and ours["inception_score"] > 1
+
+
+def test_kid_equals_torch_fidelity_s_on_the_same_features():
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    draw = torch.Generator().manual_seed(0)
+    fake, real = torch.randn(50, 4, generator=draw), torch.randn(80, 4, generator=draw) + 1
+    reference = reference_statistics(real)
+    expected = kid_features_to_metric(fake, reference["features"], kid_subset_size=50, verbose=False)
+    found = fidelity(fake, torch.randn(50, 3, generator=draw), reference)["kid"]
+    assert found == expected["kernel_inception_distance_mean"] > 0
+
+
+def test_the_frechet_distance_of_a_shifted_set_is_the_squared_shift():
+    features = torch.randn(400, 5, generator=torch.Generator().manual_seed(0))
+    found = fidelity(features + torch.tensor([3.0, 4, 0, 0, 0]), features, reference_statistics(features))
+    assert found["fid"] == pytest.approx(25, rel=1e-5)
+    assert fidelity(features, features, reference_statistics(features))["fid"] == pytest.approx(0, abs=1e-5)
+
+
+def test_precision_and_recall_have_their_known_values_where_samples_leave_out_a_mode():
+    draw = torch.Generator().manual_seed(0)
+    left, right, nowhere = (torch.randn(100, 2, generator=draw) + x for x in (-50.0, 50.0, 500.0))
+    real = reference_statistics(torch.cat([left, right]))
+    found = fidelity(left + 0, left, real)  # one of two modes: all samples are real, half of the real is met
+    assert (found["precision"], found["recall"]) == (1, 0.5)
+    found = fidelity(torch.cat([left, right, nowhere, nowhere]), torch.zeros(400, 3), real)
+    assert (found["precision"], found["recall"]) == (0.5, 1)  # and half of the samples are of no mode
+
+
+def test_the_inception_score_is_one_for_undecided_and_the_number_of_classes_for_even_sure_logits():
+    features = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0))
+    sure = 100 * torch.nn.functional.one_hot(torch.arange(1000) % 5, 5).float()
+    reference = reference_statistics(features)
+    values = [fidelity(features, logits, reference)["inception_score"] for logits in (0 * sure, sure)]
+    assert values[0] == pytest.approx(1) and values[1] == pytest.approx(5, rel=0.05)
+
+
+def test_reference_statistics_are_of_all_images_and_keep_a_subset_that_the_seed_fixes():
+    features = torch.randn(300, 3, generator=torch.Generator().manual_seed(0))
+    found = reference_statistics(features, subset=50)
+    assert torch.allclose(found["mu"], features.mean(0), atol=1e-6)
+    assert torch.allclose(found["sigma"], torch.cov(features.T).double(), atol=1e-6)
+    assert found["features"].shape == (50, 3) and not torch.equal(found["features"], features[:50])
+    assert torch.equal(found["features"], reference_statistics(features, subset=50)["features"])
+
+
+def test_ssim_has_its_closed_form_on_constant_images_and_is_one_for_equal_ones():
+    x = pictures(3, 0)
+    assert torch.allclose(ssim(x, x), torch.ones(3).double())
+    a, b = torch.full((2, 3, 16, 16), 100).byte(), torch.full((2, 3, 16, 16), 200).byte()
+    c1 = (0.01 * 255) ** 2
+    expected = (2 * 100 * 200 + c1) / (100**2 + 200**2 + c1)
+    assert torch.allclose(ssim(a, b), torch.full((2,), expected, dtype=torch.float64))
+    with pytest.raises(ValueError, match="11x11"):
+        ssim(x[..., :10], x[..., :10])
+
+
+def test_ssim_equals_an_independent_implementation():
+    from scipy.ndimage import gaussian_filter
+
+    x = torch.stack([Shapes("val", 3, 32).view(i) for i in range(3)])
+    y = (x.int() + pictures(3, 1).int() // 4).clamp(0, 255).byte()
+
+    def blur(channel):  # truncate 3.5 of deviation 1.5 is a window of 11
+        return gaussian_filter(channel, 1.5, truncate=3.5)[5:-5, 5:-5]
+
+    for i, value in enumerate(ssim(x, y).tolist()):
+        maps = []
+        for a, b in zip(x[i].double().numpy(), y[i].double().numpy(), strict=True):
+            ma, mb = blur(a), blur(b)
+            va, vb, cov = blur(a * a) - ma**2, blur(b * b) - mb**2, blur(a * b) - ma * mb
+            maps.append(np.mean((2 * ma * mb + 6.5025) * (2 * cov + 58.5225)
+                        / ((ma**2 + mb**2 + 6.5025) * (va + vb + 58.5225))))
+        assert value == pytest.approx(np.mean(maps), abs=1e-9) and value < 0.95
+
+
+def test_lpips_takes_the_vgg_it_is_given_and_its_own_linear_weights():
+    import lpips
+
+    vgg = perceptual.load_vgg16("random")
+    ours = perceptual.build_lpips(vgg)
+    x, y = torch.rand(2, 3, 32, 32) * 2 - 1, torch.rand(2, 3, 32, 32) * 2 - 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval()
+    for name, layer in zip(("conv1_1", "conv5_3"), (0, 28), strict=True):
+        part = getattr(ours.net, "slice1" if layer == 0 else "slice5")
+        assert torch.equal(getattr(part, str(layer)).weight, vgg.features[layer].weight), name
+    pairs = list(zip(ours.lins.parameters(), theirs.lins.parameters(), strict=True))
+    assert all(torch.equal(a, b) and a.abs().sum() > 0 for a, b in pairs) and not ours.training
+    with torch.no_grad():
+        assert ours(x, x).abs().max() == 0 and (ours(x, y) > 0).all()
+    assert not any(p.requires_grad for p in ours.parameters())
+
+
+# Extractors -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def inception_file(tmp_path_factory):
+    """Random Inception weights in the real file format."""
+    path = tmp_path_factory.mktemp("inception") / "inception.pth"
+
+    class Empty(FeatureExtractorInceptionV3):
+        def load_state_dict(self, state):
+            pass
+
+    torch.save({}, path.with_name("empty.pth"))
+    torch.manual_seed(0)
+    empty = dict(feature_extractor_weights_path=path.with_name("empty.pth"))
+    network = Empty("inception-v3-compat", ["2048"], **empty)
+    torch.save(network.state_dict(), path)
+    return path
+
+
+def test_inception_is_torch_fidelity_s_with_the_weights_of_a_local_file(inception_file):
+    extractor, images = sample.Extractor(inception_file, 32, torch.device("cpu")), pictures(2, 0)
+    theirs = FeatureExtractorInceptionV3(
+        "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=inception_file)
+    features, logits = theirs(images.repeat(4, 1, 1, 1))  # 8 images, as ours fills a slice up
+    found = extractor(images)
+    assert torch.equal(found["features"], features[:2]) and torch.equal(found["logits"], logits[:2])
+    features = features[:2]
+    assert features.shape == (2, 2048) and features.std() > 0
+    assert extractor.info["resize"] == "tf1-bilinear-299" and extractor.info["feature_layer"] == "2048"
+
+
+def test_inception_files_that_are_missing_damaged_or_foreign_are_refused(
+        inception_file, tmp_path, monkeypatch):
+    official = tmp_path / "weights-inception-2015-12-05-6726825d.pth"
+    shutil.copy(inception_file, official)
+    with pytest.raises(UserError, match="its hash is wrong"):
+        sample.load_inception(str(official))
+    foreign = tmp_path / "foreign.pth"
+    torch.save({"a": torch.zeros(2)}, foreign)
+    code = tmp_path / "code.pth"
+    torch.save(os.system, code)
+    for path in (tmp_path / "nowhere.pth", foreign, code):
+        with pytest.raises(UserError, match="no Inception weights.*pass --extractor FILE"):
+            sample.load_inception(str(path))
+    monkeypatch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url",
+                        lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
+    with pytest.raises(UserError, match="no network"):
+        sample.load_inception("inception")
+
+
+def test_a_judge_and_a_scorer_both_serve_and_give_their_own_logits(trained, scorer, data):
+    images = torch.stack([Shapes("val", 5, 32).view(i) for i in range(5)])
+    x = perceptual.normalize_images(sample.to_float(images, "cpu"))
+    for path, width, stage in ((trained / "vgg.pt", 32, "vgg"), (scorer, 16, "resnet")):
+        found = sample.Extractor(path, 32, torch.device("cpu"))(images)
+        model, _ = sample.load_model(path, (stage,))
+        with torch.no_grad():
+            expected = getattr(model, "vgg", model)(x)
+        assert found["features"].shape == (5, width)
+        assert torch.allclose(found["logits"], expected, atol=1e-4)
+
+
+def test_the_scorer_is_a_residual_network_of_another_family_with_the_members_of_a_vgg():
+    network = perceptual.ResNet(32, 10)
+    assert sum(p.numel() for p in network.parameters()) == 1_228_970
+    assert network.features(torch.zeros(2, 3, 32, 32)).shape == (2, 256, 4, 4)
+    assert network.eval()(torch.zeros(2, 3, 64, 64)).shape == (2, 10)
+
+
+# The command ----------------------------------------------------------------------------------------------
+
+
+def test_a_result_of_reconstructions_holds_the_numbers_and_how_they_were_measured(run, scorer, references):
+    result = measure(run, "phase2.pt", scorer, references)
+    assert result["protocol"] == "rfid-val" and result["num_images"] == 20 == result["reference_images"]
+    assert {*sample.HOW, "extractor", "tokenizer", "decoder", "batch", "command", "seconds",
+            "images_hash", "torch_fidelity", "threads"} <= result.keys()
+    tokenizer, ckpt = sample.load_model(run / "phase2.pt", ("phase2",))
+    val = sample.load_data(ckpt["config"])[1]
+    x = torch.stack([val.view(i) for i in range(20)])
+    tokens = tokenizer.encode(sample.to_float(x, "cpu"))
+    x_hat = sample.to_uint8(sample.decode(tokenizer, tokens))
+    numbers = result["results"]
+    assert numbers["usage"] == len(tokens.unique()) / 32
+    assert numbers["l1"] == pytest.approx((x.double() - x_hat.double()).abs().mean().item() / 127.5, rel=1e-3)
+    assert numbers["ssim"] == pytest.approx(ssim(x, x_hat).mean().item(), rel=1e-3)
+    assert numbers["psnr"] == pytest.approx(
+        sample.psnr(sample.to_float(x, "cpu"), sample.to_float(x_hat, "cpu")).mean().item(), rel=1e-3)
+    extractor = sample.Extractor(scorer, 32, torch.device("cpu"))
+    real, fake = extractor(x), extractor(x_hat)
+    expected = fidelity(fake["features"], fake["logits"], reference_statistics(real["features"]))
+    assert numbers["rfid"] == pytest.approx(expected["fid"], rel=1e-2) and numbers["rfid"] > 0
+    assert 0 <= numbers["class_accuracy"] <= 1 and len(numbers["class_accuracy_by_class"]) == 10
+    assert all(math.isfinite(v) for v in numbers.values() if isinstance(v, float))
+
+
+@pytest.mark.parametrize("name", ["ar.pt", "nar.pt"])
+def test_samples_measured_in_other_batches_are_the_same_pictures_with_the_same_numbers(
+        run, scorer, references, name):
+    results = [measure(run, name, scorer, references, "--num", 40, "--batch", batch) for batch in (8, 40)]
+    assert results[0]["images_hash"] == results[1]["images_hash"]
+    for key, value in results[0]["results"].items():
+        assert results[1]["results"][key] == pytest.approx(value, rel=1e-6), key
+    assert results[0]["protocol"] == "gfid-train" and results[0]["reference_images"] == 60
+    assert {"fid", "inception_score", "kid", "precision", "recall", "class_accuracy"} <= results[0][
+        "results"].keys()
+    assert results[0]["top_p"] == 0.8 and results[0]["seed"] == 0
+
+
+def test_an_interrupted_evaluation_makes_the_missing_images_only_and_gives_the_same_result(
+        run, scorer, references, monkeypatch):
+    whole = measure(run, "ar.pt", scorer, references, "--num", 40, "--batch", 8)
+    (run / "result.json").unlink()
+    real, drawn = sample.generate_tokens, []
+
+    def spy(prior, labels, seed, indices, settings):
+        drawn.append(indices[0])
+        if len(drawn) == 3:
+            raise KeyboardInterrupt
+        return real(prior, labels, seed, indices, settings)
+
+    monkeypatch.setattr(sample, "generate_tokens", spy)
+    with pytest.raises(KeyboardInterrupt):
+        measure(run, "ar.pt", scorer, references, "--num", 40, "--batch", 8)
+    again = measure(run, "ar.pt", scorer, references, "--num", 40, "--batch", 8)
+    assert drawn == [0, 8, 16, 16, 24, 32]
+    assert again["results"] == whole["results"] and again["images_hash"] == whole["images_hash"]
+    assert [p.name for p in run.iterdir() if p.name.startswith(".result")] == []  # the parts are gone
+    drawn.clear()
+    assert measure(run, "ar.pt", scorer, references, "--num", 40, "--batch", 8) == again and not drawn
+
+
+def test_another_result_moves_the_old_one_aside(run, scorer, references):
+    first = measure(run, "ar.pt", scorer, references, "--num", 30)
+    second = measure(run, "ar.pt", scorer, references, "--num", 30, "--seed", 1)
+    assert first["images_hash"] != second["images_hash"]
+    assert json.loads((run / "result.previous.json").read_text()) == first
+
+
+@pytest.mark.dist
+def test_two_processes_measure_the_same_samples_and_the_same_numbers(run, scorer, references):
+    one = measure(run, "nar.pt", scorer, references, "--num", 44, "--batch", 8)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    words = ["--ckpt", run / "nar.pt", "--metrics", "--extractor", scorer, "--references", run / "fresh",
+             "--num", "44", "--batch", "8", "--device", "cpu", "--out", run / "two.json"]
+    done = subprocess.run([*torchrun, "--", ROOT / "sample.py", *words], capture_output=True, text=True,
+                          env=dict(os.environ, OMP_NUM_THREADS="1"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = json.loads((run / "two.json").read_text())
+    assert two["processes"] == 2 and two["images_hash"] == one["images_hash"]
+    assert two["reference_hash"] == one["reference_hash"]
+    for key, value in one["results"].items():
+        assert two["results"][key] == pytest.approx(value, rel=1e-6), key
+
+
+def test_reference_statistics_are_made_once_and_again_when_an_image_changes(trained, scorer, data, tmp_path):
+    folder = shutil.copytree(data, tmp_path / "data")
+    config = dict(sample.read_checkpoint(trained / "ar.pt", ("ar",))["config"], data=str(folder))
+    args = sample.parse_args(["--ckpt", "x", "--references", str(tmp_path / "cache")])
+    extractor = sample.Extractor(scorer, 32, torch.device("cpu"))
+
+    def reference():
+        return sample.load_reference(args, extractor, sample.load_data(config)[0], "train")
+
+    first, files = reference(), set((tmp_path / "cache").iterdir())
+    assert reference()["reference_hash"] == first["reference_hash"]
+    assert set((tmp_path / "cache").iterdir()) == files and len(files) == 1
+    picture = next(folder.glob("train/*/*.png"))
+    Image.open(picture).rotate(180).save(picture)
+    assert reference()["reference_hash"] != first["reference_hash"]
+    assert len(set((tmp_path / "cache").iterdir())) == 2
+
+
+def test_a_sweep_measures_each_value_once_and_writes_a_csv_and_a_plot(run, scorer, references, monkeypatch):
+    words = ("--num", 20, "--sweep", "top-p=0.5,1")
+    sample.main(sample.parse_args(list(map(str, [
+        "--ckpt", run / "ar.pt", "--metrics", "--extractor", scorer, "--references", references,
+        "--device", "cpu", *words]))))
+    lines = (run / "sweep_ar_top_p.csv").read_text().splitlines()
+    assert lines[0].startswith("top_p,fid,inception_score,kid,precision,recall") and len(lines) == 3
+    results = [json.loads((run / "sweep_ar_top_p" / f"{v}.json").read_text()) for v in (0.5, 1.0)]
+    assert [r["top_p"] for r in results] == [0.5, 1.0]
+    assert results[0]["images_hash"] != results[1]["images_hash"]
+    assert lines[1].split(",")[1] == str(results[0]["results"]["fid"])
+    assert Image.open(run / "sweep_ar_top_p.png").size[0] > 1000
+    monkeypatch.setattr(sample, "generate_tokens", None)  # nothing is drawn a second time
+    sample.main(sample.parse_args(list(map(str, [
+        "--ckpt", run / "ar.pt", "--metrics", "--extractor", scorer, "--references", references,
+        "--device", "cpu", *words]))))
+
+
+def test_class_accuracy_counts_by_class_and_keeps_silent_about_other_classes(scorer):
+    extractor = sample.Extractor(scorer, 32, torch.device("cpu"))
+    names, labels = Shapes.NAMES, torch.arange(20) % 10
+    rows = dict(labels=labels, logits=torch.nn.functional.one_hot((labels + (labels == 3).long()) % 10, 10))
+    names = extractor.class_names
+    found = sample.class_accuracy(extractor, names, rows)
+    assert found["all"] == 0.9 and found[names[3]] == 0 and found[names[4]] == 1
+    assert sample.class_accuracy(extractor, ["cat", "dog"], rows) == {}
+
+
+def refused(capsys, words):
+    with pytest.raises(SystemExit) as stop:
+        sample.main(sample.parse_args(list(map(str, words))))
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and error.startswith("error: ")
+    return error
+
+
+def test_bad_input_of_metrics_ends_with_one_line_and_exit_code_2(run, scorer, references, capsys, tmp_path):
+    base = ["--metrics", "--extractor", scorer, "--references", references, "--lpips", "none"]
+    ar, phase2 = ["--ckpt", run / "ar.pt", *base], ["--ckpt", run / "phase2.pt", *base]
+    assert "too few" in refused(capsys, [*ar, "--num", 10])
+    assert "takes all 20" in refused(capsys, [*phase2, "--num", 10])
+    assert "needs vgg or resnet" in refused(capsys, [*ar, "--extractor", run / "ar.pt"])
+    assert "no checkpoint" in refused(capsys, [*ar, "--extractor", "nowhere.pt"])
+    assert "no Inception weights" in refused(capsys, [*ar, "--extractor", "nowhere.pth"])
+    assert "--lpips" in refused(capsys, ["--ckpt", run / "phase2.pt", "--metrics", "--extractor", scorer,
+                                         "--references", references, "--lpips", "nowhere.pth"])
+    assert "pass --metrics" in refused(capsys, ["--ckpt", run / "ar.pt", "--sweep", "top_p=1"])
+    assert "no setting" in refused(capsys, [*ar, "--sweep", "sharpness=1"])
+    assert "out of bounds" in refused(capsys, [*ar, "--sweep", "top_p=0.5,2"])
+    assert "NUMBER" in refused(capsys, [*ar, "--sweep", "top_p=high"])
+    # reference statistics of another protocol, and a file that is none
+    measure(run, "phase2.pt", scorer, tmp_path / "vals")
+    val = next((tmp_path / "vals").glob("val_*.pt"))
+    assert "reference val, not train" in refused(capsys, [*ar, "--num", 30, "--reference", val])
+    assert "no file of reference" in refused(capsys, [*ar, "--num", 30, "--reference", run / "ar.pt"])
+    assert "missing" in refused(capsys, [*ar, "--num", 30, "--reference", run / "nowhere.pt"])
+
+
+def test_an_extractor_of_another_image_size_is_refused(run, scorer, capsys, tmp_path):
+    ckpt = torch.load(scorer, weights_only=True)
+    ckpt["config"]["image_size"] = 64
+    torch.save(ckpt, tmp_path / "large.pt")
+    error = refused(capsys, ["--ckpt", run / "ar.pt", "--metrics", "--extractor", tmp_path / "large.pt"])
+    assert "64-pixel images" in error and "32" in error
+
+
+def test_images_that_are_not_finite_are_refused_and_not_rounded_to_black(run, scorer, references, capsys):
+    ckpt = torch.load(run / "phase2.pt", weights_only=True)
+    for weights in (ckpt["model"], ckpt["ema"] or {}):
+        if weights:
+            weights["decoder.conv_out.bias"][:] = math.nan
+    torch.save(ckpt, run / "nan.pt")
+    error = refused(capsys, ["--ckpt", run / "nan.pt", "--metrics", "--extractor", scorer, "--references",
+                             references, "--lpips", "none"])
+    assert "not finite" in error
+    error = refused(capsys, ["--ckpt", run / "ar.pt", "--tokenizer", run / "nan.pt", "--num", 4])
+    assert "not finite" in error
+
+
+# Results side by side -------------------------------------------------------------------------------------
+
+
+def fake_result(**changes):
+    how = dict(protocol="gfid-train", num_images=100, image_size=32, extractor_hash="e", resize="none",
+               feature_layer="pool", reference="train", reference_images=60, reference_hash="r")
+    return how | dict(extractor="resnet.pt", results=dict(fid=3.5, precision=0.25)) | changes
+
+
+@pytest.mark.parametrize("key", sample.HOW)
+def test_numbers_of_unlike_protocols_never_share_a_column(key, tmp_path, capsys):
+    (tmp_path / "a.json").write_text(json.dumps(fake_result()))
+    (tmp_path / "b.json").write_text(json.dumps(fake_result(**{key: 7})))
+    with pytest.raises(SystemExit) as stop:
+        visualize.main(visualize.parse_args(["metrics", str(tmp_path / "a.json"), str(tmp_path / "b.json")]))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
+    assert "cannot share a column" in error and key in error and "7 in the other" in error
+
+
+def test_like_results_stand_side_by_side(tmp_path, capsys):
+    for name, fid in (("a", 3.5), ("b", 4.25)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(fake_result(results=dict(fid=fid, precision=0.25))))
+    visualize.main(visualize.parse_args(["metrics", str(tmp_path / "a.json"), str(tmp_path / "b.json")]))
+    out = capsys.readouterr().out
+    assert "gfid-train" in out and "3.5" in out and "4.25" in out and "precision" in out
+    (tmp_path / "a.json").write_text("[]")
+    with pytest.raises(SystemExit):
+        visualize.main(visualize.parse_args(["metrics", str(tmp_path / "a.json")]))
+    assert "no result of sample.py" in capsys.readouterr().err
+
+
+# Tables ---------------------------------------------------------------------------------------------------
+
+
+def table(name, out, data, *words):
+    sets = command("phase1", out, data, **{"judge.width": 2})
+    sets = [word for pair in zip(sets, sets[1:], strict=False) if pair[0] == "--set" for word in pair]
+    words = [name, "--preset", "demo", "--data", data, "--out", out, "--samples", 20, *sets, *words]
+    return visualize.parse_args(list(map(str, words)))
+
+
+def in_process(monkeypatch, fail=()):
+    """Commands of a table run in this process, those whose words hold one of `fail` end with an error."""
+    import train
+
+    ran = []
+
+    def run(words, stdout=None, **_):
+        ran.append(words[1:])
+        code, message = 0, ""
+        if any(word in fail for word in words):
+            return subprocess.CompletedProcess(words, 1, stderr="first line\nout of luck")
+        try:
+            if words[1].endswith("train.py"):
+                train.main(*train.parse_args(words[2:]))
+            else:
+                sample.main(sample.parse_args(words[2:]))
+        except SystemExit as stop:
+            code, message = stop.code, "see above"
+        return subprocess.CompletedProcess(words, code, stderr=message)
+
+    monkeypatch.setattr(visualize.subprocess, "run", run)
+    return ran
+
+
+def test_a_table_trains_and_measures_every_row_once_and_shows_the_paper_beside(
+        data, tmp_path, monkeypatch, capsys):
+    ran = in_process(monkeypatch)
+    words = ("--stages", "phase1,ar", "--run")
+    visualize.main(table("table1", tmp_path, data, *words))
+    assert len(ran) == 2 + 4 * 4  # judge and scorer; and for each row two stages and two results
+    found = json.loads((tmp_path / "table1.json").read_text())
+    assert [row["paper"]["ar_fid"] for row in found["rows"]] == [16.97, 17.19, 17.42, 16.19]
+    assert all(row["ours"]["rfid"] > 0 and row["ours"]["ar_fid"] > 0 for row in found["rows"])
+    assert found["how"]["phase1"]["protocol"] == "rfid-val" and found["how"]["ar"]["num_images"] == 20
+    assert found["how"]["ar"]["extractor"].endswith("scorer/resnet.pt")
+    assert "paper: ar_fid" in (tmp_path / "table1.md").read_text()
+    capsys.readouterr()
+    ran.clear()
+    visualize.main(table("table1", tmp_path, data, *words))
+    assert not ran and "missing" not in capsys.readouterr().out  # all is there
+    visualize.main(table("table6", tmp_path, data, "--stages", "phase1,ar"))
+    out = capsys.readouterr().out
+    assert "missing for low" not in out and "missing for A" in out  # "low" is the baseline of Table 1
+    shown = [line.strip() for line in out.splitlines() if line.startswith("  python")]
+    assert len(shown) == 6 * 4 and all("train.py" in line or "sample.py" in line for line in shown)
+
+
+def test_a_failed_row_is_told_and_the_others_go_on(data, tmp_path, monkeypatch, capsys):
+    ran = in_process(monkeypatch, fail=["vqgan"])
+    with pytest.raises(SystemExit) as stop:
+        visualize.main(table("table5", tmp_path, data, "--stages", "phase1", "--run"))
+    captured = capsys.readouterr()
+    assert stop.value.code == 1 and "1 rows failed" in captured.err
+    assert "VQGAN: train.py ended with 1: out of luck" in captured.out
+    found = {row["label"]: row["ours"] for row in json.loads((tmp_path / "table5.json").read_text())["rows"]}
+    assert found["VQGAN"] == {} and all(found[x]["usage"] > 0 for x in ("+ F&N", "+ K-means", "+ entropy"))
+    assert "missing for VQGAN" in captured.out and len(ran) == 2 + 1 + 3 * 2
+    ran.clear()
+    in_process(monkeypatch)
+    visualize.main(table("table5", tmp_path, data, "--stages", "phase1", "--run"))
+    assert "missing" not in capsys.readouterr().out  # the failed row alone was run again
+
+
+def test_fig_5b_is_drawn_over_alpha_and_fig_7b_decodes_with_both_phases(data, tmp_path, monkeypatch):
+    ran = in_process(monkeypatch)
+    visualize.main(table("fig7b", tmp_path, data, "--stages", "phase1,ar", "--run"))
+    stages = [words[2] for words in ran if words[0].endswith("train.py")]
+    assert stages.count("phase1") == 1 and stages.count("phase2") == 1 and stages.count("ar") == 1
+    rows = json.loads((tmp_path / "fig7b.json").read_text())["rows"]
+    assert rows[0]["ours"]["ar_fid"] != rows[1]["ours"]["ar_fid"]
+    assert rows[1]["paper"]["nar_fid"] == 4.99
+    ran.clear()
+    visualize.main(table("fig5b", tmp_path, data, "--stages", "phase1", "--run"))
+    assert sum(words[2] == "phase1" for words in ran if words[0].endswith("train.py")) == 5  # 1 is there
+    assert Image.open(tmp_path / "fig5b.png").size[0] > 500
+
+
+def test_at_full_scale_the_entropy_row_is_the_baseline_and_inception_the_extractor(tmp_path):
+    def folders(preset):
+        table = visualize.Table(visualize.parse_args(["table5", "--preset", preset, "--out", str(tmp_path)]))
+        rows = [table.row(name, "phase1")[0] for _, name, _, _ in table.table["rows"]]
+        return [commands[0][0].parent.name for commands in rows], table
+
+    found, full = folders("imagenet-ablation")
+    assert found == ["vqgan", "fn", "kmeans", "baseline"]
+    assert full.extractor == "inception" and full.samples == 50_000 and full.shared() == []
+    assert folders("demo")[0] == ["vqgan", "fn", "kmeans", "entropy"]
