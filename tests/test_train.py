@@ -17,9 +17,12 @@ import pytest
 import torch
 from helpers import ROOT, SCRIPTS, STEPS, call, command, contents, differing, earlier, open_run, refusal, rows
 
+import perceptual
 import sample
 import train
+import visualize
 from sample import latent_hash, load_model, read_checkpoint
+from tokenizer import TokenizerConfig, VQTokenizer
 
 # Schedules and presets ------------------------------------------------------------------------------------
 
@@ -610,3 +613,115 @@ import {", ".join(SCRIPTS)}
     env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert done.returncode == 0 and not done.stdout, done.stderr
+
+
+# Ablations ------------------------------------------------------------------------------------------------
+
+
+def config_of(*words):
+    return train.parse_args(["--stage", "phase1", *words])[1]
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("baseline", "--alpha 0"), ("low", "--alpha 0"), ("sem", "--alpha 1"), ("alpha=0.4", "--alpha 0.4"),
+        ("+conv2", "--alpha 0 --set tokenizer.decoder_extra_blocks=2"),
+        ("+attention2", "--alpha 0 --set tokenizer.num_attention=2"),
+        ("+2x", "--alpha 0 --steps 1000000"),
+        ("vqgan", "--alpha 0 --set tokenizer.codebook=plain"),
+        ("entropy", "--alpha 0 --set tokenizer.codebook=entropy"),
+        ("fn", "--alpha 0 --set tokenizer.codebook=fn --set tokenizer.codebook_dim=32 "
+               "--set tokenizer.codebook_size=8192"),
+        ("kmeans", "--alpha 0 --set tokenizer.codebook=kmeans --set tokenizer.kmeans_warmup=10000 "
+                   "--set tokenizer.kmeans_every=2000 --set tokenizer.kmeans_last=30000"),
+        *((name, f"--alpha 0 --set phase1.layers={name}") for name in "ABCDE"),
+    ],
+)
+def test_an_ablation_is_the_plain_flags_that_the_paper_s_row_needs(name, words):
+    preset = ["--preset", "imagenet-ablation"]
+    expected = config_of(*preset, *words.split())
+    if name in train.ABLATIONS[4:8]:
+        expected["tokenizer"]["warm_start"] = 0  # which is the default
+    assert config_of(*preset, "--ablation", name) == expected
+
+
+def test_the_ablation_setting_is_the_paper_s_and_every_row_of_its_tables_has_a_name():
+    c = train.PRESETS["imagenet-ablation"]
+    assert [c[stage]["batch"] for stage in ("phase1", "ar", "nar")] == [64, 64, 64]
+    assert [c[stage]["steps"] for stage in ("phase1", "ar", "nar")] == [500_000] * 3
+    assert c["phase1"]["alpha"] == 0 and c["tokenizer"] == {}
+    assert list(train.LAYER_SETS) == list(perceptual.LAYER_SETS)
+    named = {ablation for table in visualize.TABLES.values() for _, ablation, *_ in table["rows"]}
+    assert {n for n in named if not n.startswith("alpha=")} == set(train.ABLATIONS)
+    for name in named:
+        config_of("--preset", "demo", "--ablation", name)
+
+
+def test_ablations_scale_with_a_small_preset_and_with_the_steps_it_is_given():
+    demo = ["--preset", "demo"]
+    assert config_of(*demo, "--ablation", "+2x")["phase1"]["steps"] == 1400
+    assert config_of(*demo, "--ablation", "+2x", "--set", "phase1.steps=50")["phase1"]["steps"] == 100
+    fn, kmeans = (config_of(*demo, "--ablation", name)["tokenizer"] for name in ("fn", "kmeans"))
+    assert (fn["codebook_dim"], fn["codebook_size"], fn["warm_start"]) == (32 // 8, 64 * 8, 0)
+    assert (kmeans["kmeans_warmup"], kmeans["kmeans_every"], kmeans["kmeans_last"]) == (14, 2, 42)
+
+
+@pytest.mark.parametrize(
+    "name, decoder, total",  # parameters of the decoder and of the whole tokenizer, Table 1
+    [("baseline", 27_134_851, 54_532_867), ("+conv2", 42_480_515, 69_878_531),
+     ("+attention2", 33_965_955, 61_363_971), ("+2x", 27_134_851, 54_532_867),
+     ("fn", 27_134_851 - 224 * 512, 54_532_867 - 2 * 224 * 512 - 224)],  # 1x1 convolutions to 32 channels
+)
+def test_an_ablation_has_the_modules_and_parameter_counts_of_its_row(name, decoder, total):
+    sizes = config_of("--preset", "imagenet-ablation", "--ablation", name)["tokenizer"]
+    with torch.device("meta"):
+        tokenizer = VQTokenizer(TokenizerConfig(**sizes))
+    counts = [sum(p.numel() for p in part.parameters()) for part in (tokenizer.decoder, tokenizer)]
+    assert counts == [decoder, total]
+    units = [sum(1 for _ in stage.attention.children()) for stage in tokenizer.decoder.stages]
+    assert all(unit == (4 if name == "+attention2" else 0) for unit in units), units
+
+
+@pytest.mark.parametrize("name", ["vqgan", "fn", "kmeans", "entropy"])
+def test_a_codebook_of_table_5_has_its_losses_and_its_start(name):
+    sizes = config_of("--preset", "demo", "--ablation", name)["tokenizer"]
+    tokenizer = VQTokenizer(TokenizerConfig(image_size=32, **sizes)).train()
+    tokenizer.start_step(0)
+    _, _, losses = tokenizer(torch.rand(2, 3, 32, 32))
+    assert ("loss_entropy" in losses) == (name == "entropy")
+    assert tokenizer.quantizer.bypass == (name == "kmeans")  # the only one that starts without quantization
+    norms = tokenizer.quantizer.codes.norm(dim=1)
+    assert torch.allclose(norms, torch.ones(len(norms))) == (name == "fn")
+
+
+@pytest.mark.parametrize("name", ["low", "A", "B", "C", "D", "sem", "E", "alpha=0.4"])
+def test_the_perceptual_loss_of_a_row_of_table_6_has_its_layers(trained, data, tmp_path, monkeypatch, name):
+    real, weights = train.perceptual_loss, []
+
+    def spy(judge, x, x_hat, layers):
+        weights.append(layers)
+        return real(judge, x, x_hat, layers)
+
+    monkeypatch.setattr(train, "perceptual_loss", spy)
+    call("phase1", earlier(trained, tmp_path / "run", "phase1"), data, "--ablation", name, phase1__steps=1)
+    ends = {"alpha=0.4": perceptual.layer_weights(0.4)}
+    assert weights == [ends.get(name) or perceptual.LAYER_SETS[name]]
+    assert read_checkpoint(tmp_path / "run" / "phase1.pt", ["phase1"])["config"]["phase1"]["layers"] == (
+        name if name in "ABCDE" else None)
+
+
+def test_an_ablation_tells_its_flags_and_bad_ones_are_refused(trained, data, tmp_path, capsys):
+    call("phase1", earlier(trained, tmp_path / "run", "phase1"), data, "--ablation", "+attention2",
+         phase1__steps=1)
+    assert "ablation +attention2: --set phase1.alpha=0.0 --set tokenizer.num_attention=2" in (
+        capsys.readouterr().out)
+    for words, message in [
+        ("--ablation attention", "+attention2"), ("--ablation alpha=2", "alpha must be"),
+        ("--ablation alpha=x", "alpha=NUMBER"), ("--ablation A --alpha 1", "leave --alpha out"),
+        ("--arch resnet", "belongs to --stage vgg"), ("--set phase1.layers=F", "phase1.layers"),
+    ]:
+        with pytest.raises(SystemExit) as stop:
+            config_of(*words.split())
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and message in error and error.count("\n") == 1, (words, error)
