@@ -389,17 +389,21 @@ class Table:
                 ours |= {prefix + k: v for k, v in result["results"].items() if isinstance(v, float)}
                 how.setdefault(stage, {})[f"{label} ({stage})"] = result
             seconds = [row_seconds(path) for path, _ in commands if path.exists()]
+            made = [path for path, _ in commands if path.suffix == ".pt" and path.exists()]
+            steps = {path.stem: torch.load(path, weights_only=True, mmap=True)["step"] for path in made}
             rows.append(dict(
-                label=label, ablation=ablation, paper=dict(zip(columns, paper, strict=True)), ours=ours,
-                files={k: str(p) for k, p in files.items()}, seconds=round(sum(seconds)),
+                label=label, ablation=ablation, steps=steps, ours=ours,
+                paper=dict(zip(columns, paper, strict=True)), seconds=round(sum(seconds)),
+                files={stage: str(path) for stage, path in files.items()},
                 commands=["python " + shlex.join(words) for _, words in commands]))
         for results in how.values():
             refuse_unlike(results)
         first = {stage: next(iter(results.values())) for stage, results in how.items()}
         extra = {"table5": ["perplexity"]}.get(self.name, []) + ["ar_class_accuracy", "nar_class_accuracy"]
         extra = [name for name in extra if any(name in row["ours"] for row in rows)]
+        steps = ", ".join(f"{stage} {step:,}" for stage, step in rows[0]["steps"].items())
         print0(f"\n{self.table['title']}\npaper: {PAPER_SCALE[self.name]}\nours: preset {self.args.preset}, "
-               f"features of {self.extractor}, {self.samples:,} samples\n")
+               f"steps {steps or 'none yet'}, features of {self.extractor}, {self.samples:,} samples\n")
         lines = [["", *(f"paper: {c}" for c in columns), *(f"ours: {c}" for c in (*columns, *extra))]]
         for row in rows:
             lines.append([row["label"], *(number(row["paper"][c]) for c in columns),
@@ -435,7 +439,9 @@ def finished(path, words):
     if path.suffix == ".pt":
         ckpt = torch.load(path, weights_only=True, mmap=True)
         section = "judge" if ckpt["stage"] in ("vgg", "resnet") else ckpt["stage"]
-        return ckpt["step"] >= ckpt["config"][section]["steps"]
+        steps = [item for before, item in zip(words, words[1:], strict=False)
+                 if before == "--set" and item.startswith(f"{section}.steps=") and "+2x" not in words]
+        return ckpt["step"] >= int(steps[-1].partition("=")[2] if steps else ckpt["config"][section]["steps"])
     num = int(words[words.index("--num") + 1]) if "--num" in words else None
     sources = [Path(words[i + 1]) for i, word in enumerate(words) if word in ("--ckpt", "--tokenizer")]
     fresh = all(p.exists() and p.stat().st_mtime < path.stat().st_mtime for p in sources)
@@ -723,7 +729,8 @@ def explain(config, processes=8):
         row("judge, a narrow VGG-16", vgg, "trainable", judge)
     for name, tokenizer in (("phase1", first), ("phase2", second)):
         c, frozen = config[name], "frozen" if name == "phase2" else "trainable"
-        stage(f"{name}, alpha {c['alpha']:g}", c)
+        loss = f"layers {c['layers']} of Table 6" if c["layers"] else f"alpha {c['alpha']:g}"
+        stage(f"{name}, {loss}", c)
         row("encoder", tokenizer.encoder, frozen, c)
         row("codebook", tokenizer.quantizer, frozen, c)
         row("decoder", tokenizer.decoder, "trainable", c)
