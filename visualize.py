@@ -50,6 +50,17 @@ TABLES = {
         rows=[("phase 1", "sem", "phase1", (None, 7.83, 5.31)),
               ("phase 1 + 2", "sem", "phase2", (1.99, 7.55, 4.99))]),
 }
+FIGURES = dict(
+    view="input, reconstruction, prediction and hits of one or several ar.pt (Fig. 3)",
+    fig1b="AR predictions of several ar.pt", fig3="one image step by step, of an ar.pt",
+    fig4="reconstructions and AR predictions, a row for each ar.pt", fig5a="AR predictions, by alpha",
+    fig7a="samples of a nar.pt or ar.pt decoded by phase 1 and phase 2",
+    fig8="tokens with and without noise, of several phase1.pt",
+    fig9="as fig7a, of several priors, enlarged", fig10="validation losses of several ar.pt or nar.pt",
+    fig11="reconstructions and AR predictions of several ar.pt, image by image",
+    metrics="results of sample.py --metrics side by side",
+    compare="a probe of tokenizers, phase1.pt or phase2.pt",
+    report="one HTML page of a run folder")
 PAPER_SCALE = dict.fromkeys(TABLES, "ImageNet 256x256, batch 64, 500,000 steps each, Inception FID, 50,000")
 PAPER_SCALE["fig7b"] = "ImageNet 256x256, Tables 9 and 10 in full, Inception FID, 50,000"
 
@@ -59,35 +70,40 @@ def parse_args(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")
     add = parser.add_argument
-    add("figure", choices=["view", "metrics", *TABLES], help="view: input, reconstruction, top-1 prediction "
-        "and hit map (Fig. 3); metrics: results of sample.py --metrics side by side; else that table")
-    add("files", type=Path, nargs="*", help="of metrics: the JSON files")
-    add("--ckpt", type=Path, nargs="+", help="of view: one or several ar.pt")
-    add("--tokenizer", type=Path, nargs="+", default=[], help="one per CKPT (default: found beside each)")
+    add("figure", choices=[*FIGURES, *TABLES], metavar="FIGURE", help="; ".join(
+        [f"{name}: {text}" for name, text in FIGURES.items()] + [f"{', '.join(TABLES)}: that table"]))
+    add("files", type=Path, nargs="*", help="metrics: JSON files; compare: tokenizers; report: a run folder")
+    add("--ckpt", type=Path, nargs="+", default=[], help="checkpoints of the figure")
+    add("--tokenizer", type=Path, nargs="+", default=[], help="one per CKPT (default: found beside each); "
+        "fig7a, fig9: that of phase 1 and that of phase 2")
     add("--data", help="folder of images (default: the validation images of the first run)")
-    add("--num", type=int, default=64, help="images for the numbers; the first 8 are drawn (default 64)")
+    add("--num", type=int, default=64, help="images for the numbers; the first few are drawn (default 64)")
+    add("--pdf", action="store_true", help="figures: write a PDF too")
+    add("--steps", type=int, default=400, help="of compare: training steps of the probe (default 400)")
     add("--preset", default="demo", help="of tables: the preset that all rows vary (default demo)")
     add("--run", action="store_true", help="of tables: train and measure what is missing, row by row")
     add("--stages", default="phase1,ar,nar", help="of tables: what --run makes (default phase1,ar,nar)")
-    add("--samples", type=int, help="of tables: images a prior draws (default 2,000; cifar10 10,000; 50,000)")
-    add("--extractor", help="of tables: see sample.py (default: a scorer that --run trains; else inception)")
+    add("--samples", type=int, help="of tables: images a prior draws (default: demo 2,000, cifar10 10,000, "
+        "else 50,000); of compare: training images of the probe (default 5,000)")
+    add("--extractor", help="of tables and compare: see sample.py (tables: a scorer that --run trains)")
     add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="of tables: for train.py")
-    add("--out", type=Path, help="view: PNG to write, numbers go beside it (default: view.png beside CKPT); "
-        "tables: folder of all rows (default: runs/PRESET-tables)")
+    add("--out", type=Path, help="PNG to write, numbers go beside it (default: FIGURE.png beside CKPT); "
+        "tables: folder of all rows (default: runs/PRESET-tables); report: the HTML file")
     add("--device", default="auto", help="cuda, cpu or auto")
     args = parser.parse_args(argv)
-    if args.figure == "view" and not args.ckpt:
-        parser.error("view needs --ckpt FILE, one or several ar.pt")
-    if args.figure == "metrics" and not args.files:
-        parser.error("metrics needs files: the JSON files of sample.py --metrics")
-    if args.files and args.figure != "metrics":
-        parser.error(f"{args.figure} takes no files, got {args.files[0]}")
+    listed = args.figure in ("metrics", "compare", "report")
+    if not listed and args.files:
+        parser.error(f"{args.figure} takes no files, got {args.files[0]}; pass them with --ckpt")
+    if listed and not args.files or not listed and args.figure in FIGURES and not args.ckpt:
+        parser.error(f"{args.figure} needs {'files' if listed else '--ckpt'}: {FIGURES[args.figure]}")
     if not args.stages or not set(args.stages.split(",")) <= {"phase1", "ar", "nar"}:
         parser.error(f"--stages takes phase1, ar, nar, separated by commas, got {args.stages!r}")
     if args.samples is not None and args.samples < 1:
         parser.error(f"--samples must be at least 1, got {args.samples}")
-    if args.num < 1 or (args.tokenizer and len(args.tokenizer) != len(args.ckpt)):
-        parser.error("--num must be at least 1, and --tokenizer needs one file per --ckpt")
+    wanted = 2 if args.figure in ("fig7a", "fig9") else len(args.ckpt)
+    if args.num < 1 or args.steps < 1 or (args.tokenizer and len(args.tokenizer) != wanted):
+        parser.error("--num and --steps must be at least 1, and --tokenizer needs one file per --ckpt "
+                     "(fig7a and fig9: two)")
     return args
 
 
@@ -95,7 +111,10 @@ if __name__ == "__main__":
     ARGUMENTS = parse_args()  # before torch is imported: --help and a wrong flag answer at once
 
 # ruff: noqa: E402
+import base64
 import contextlib
+import html
+import io
 import json
 import math
 import resource
@@ -104,8 +123,10 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from tqdm import tqdm
 
 from perceptual import (
@@ -114,9 +135,11 @@ from perceptual import (
 from prior_ar import ARPrior, PriorConfig
 from prior_nar import mask_tokens
 from sample import (
-    HOW, UserError, generate_images, latent_hash, load_data, load_model, load_tokenizer_of, mix,
-    one_line_errors, print0, psnr, rank, save_atomic, seeded_rand, setup_device, to_float, to_uint8, world,
+    HOW, Shapes, UserError, decode, evaluate, generate_images, generate_tokens, latent_hash, load_data,
+    load_model, load_tokenizer_of, make_sheet, mix, one_line_errors, print0, psnr, rank, read_checkpoint,
+    save_atomic, seeded_rand, setup_device, to_float, to_uint8, world,
 )
+from sample import parse_args as sample_args
 from tokenizer import TokenizerConfig, VQTokenizer, all_reduce_mean, codebook_usage
 
 
@@ -139,90 +162,642 @@ def teacher_forced_view(tokenizer, prior, x, labels=None):
     )
 
 
-def view_numbers(x, view):
-    """The discrepancy of a view in numbers: means over images; PSNR in dB after rounding to 8 bits."""
-    return dict(
+@torch.no_grad()
+def view_numbers(x, view, judge=None):
+    """The discrepancy of a view in numbers: means over images; PSNR in dB after rounding to 8 bits.
+
+    judge: VGGTaps or None; with one, the LPIPS-like distances, and the share of images that keep the class
+           which the judge sees in the input
+    """
+    reconstruction, prediction = view["reconstruction"], view["prediction"]
+    side = math.isqrt(view["nats"].shape[1])
+    numbers = dict(
         top1=view["hits"].float().mean().item(),
         nats_per_token=view["nats"].mean().item(),
-        psnr_reconstruction=psnr(x, view["reconstruction"]).mean().item(),
-        psnr_prediction=psnr(x, view["prediction"]).mean().item(),
-        psnr_prediction_to_reconstruction=psnr(view["reconstruction"], view["prediction"]).mean().item(),
+        psnr_reconstruction=psnr(x, reconstruction).mean().item(),
+        psnr_prediction=psnr(x, prediction).mean().item(),
+        psnr_prediction_to_reconstruction=psnr(reconstruction, prediction).mean().item(),
+        nats_by_position=[[round(v, 4) for v in row] for row in view["nats"].mean(0).view(side, -1).tolist()],
     )
+    if judge:
+        classes = [judge(image.clamp(-1, 1), [LOGIT])[LOGIT].argmax(1)
+                   for image in (x, reconstruction, prediction)]
+        numbers |= dict(
+            lpips_like_reconstruction=lpips_like(judge, x, reconstruction).mean().item(),
+            lpips_like_prediction_to_reconstruction=(
+                lpips_like(judge, reconstruction, prediction).mean().item()),
+            class_kept_by_reconstruction=(classes[1] == classes[0]).float().mean().item(),
+            class_kept_by_prediction=(classes[2] == classes[0]).float().mean().item())
+    return numbers
 
 
-def draw_view(x, views, names, path, note=""):
-    """One row per image: input, then reconstruction, top-1 prediction and hit map of each prior."""
-    import matplotlib
+@torch.no_grad()
+def survival(shapes, indices, x_hat):
+    """How much of what `Shapes` drew is left in x_hat (B, 3, S, S): the paper's two objectives as numbers.
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows, columns = len(x), 1 + 3 * len(views)
-    fig, axes = plt.subplots(rows, columns, figsize=(1.25 * columns, 1.25 * rows + 0.75), squeeze=False)
-    for i in range(rows):
-        panels = [("input", to_uint8(x[i]).permute(1, 2, 0).numpy(), None)]
-        for name, view in zip(names, views, strict=True):
-            side = math.isqrt(view["hits"].shape[1])
-            hits = view["hits"][i].view(side, side).cpu().numpy()
-            for key, title in (("reconstruction", "reconstruction"), ("prediction", "top-1 prediction")):
-                panels.append((f"{name}\n{title}", to_uint8(view[key][i]).permute(1, 2, 0).numpy(), None))
-            panels.append((f"{name}\nhit map", hits, f"{hits.mean():.0%}"))
-        for axis, (title, picture, text) in zip(axes[i], panels, strict=True):
-            if picture.ndim == 2:
-                axis.imshow(picture, cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
-            else:
-                axis.imshow(picture, interpolation="nearest")
-            axis.set_xticks([])
-            axis.set_yticks([])
-            if i == 0:
-                axis.set_title(title, fontsize=7)
-            if text:
-                axis.set_xlabel(text, fontsize=6, labelpad=1)
-    fig.text(0.5, 0.005, "hit map: yellow where the prediction is the true token  " + note,
-             ha="center", fontsize=6)
-    fig.tight_layout(rect=(0, 0.02, 1, 1), pad=0.3)
-    save_atomic(lambda p: fig.savefig(p, format="png", dpi=200), path)
-    plt.close(fig)
-
-
-def write_view(ckpts, num, device, out, tokenizers=(), data=None):
-    """Draws the view of one or several (tokenizer, AR prior) pairs on the same validation images.
-
-    ckpts: paths of ar.pt files;  out: the PNG, numbers go to the JSON beside it;  returns: the numbers
+    structure:      intersection over union of the true shape (what and where) and one of the two colours of
+                    x_hat, whichever fits better; which colours they are does not matter
+    detail:         the mean of the next two
+    detail_colour:  R^2 over the images of the mean colours inside and outside the true shape
+    detail_texture: correlation of what a 5x5 blur removes, away from edges, over images with a texture
     """
-    views, numbers, images = [], [], None
+    x = to_float(torch.stack([shapes.view(i) for i in indices]), x_hat.device)
+    mask = torch.stack([shapes.mask(i) for i in indices]).to(x)[:, None]  # (B, 1, S, S)
+    places = []
+    for image, true in zip(x_hat.flatten(2), mask.flatten(1) > 0.5, strict=True):
+        centred = image - image.mean(1, keepdim=True)
+        axis = torch.linalg.svd(centred, full_matrices=False)[0][:, 0]
+        values = axis @ centred
+        light = values > (values.min() + values.max()) / 2
+        for _ in range(10):  # two means along the axis
+            means = values[light].mean(), values[~light].mean()
+            light = (values - means[0]).abs() < (values - means[1]).abs()
+        fits = [(part & true).sum() / (part | true).sum() for part in (light, ~light)]
+        places.append(max(fits).nan_to_num())
+    inside, outside = (mask > 0.99).float(), (mask < 0.01).float()
+    colours = [torch.stack([(image * part).sum((2, 3)) / part.sum((2, 3)).clamp(min=1)
+                            for part in (inside, outside)], 1) for image in (x, x_hat)]  # (B, 2, 3)
+    error, spread = (colours[1] - colours[0]).square().sum(), (colours[0] - colours[0].mean(0)).square().sum()
+
+    def fine(image):
+        return image - F.avg_pool2d(F.pad(image, (2,) * 4, mode="replicate"), 5, 1)
+
+    flat = 1 - F.max_pool2d(((mask > 0.01) & (mask < 0.99)).float(), 5, 1, 2)
+    a, b = (fine(image) * flat for image in (x, x_hat))
+    both = F.cosine_similarity(a.flatten(1), b.flatten(1))
+    textured = torch.tensor([shapes.factors(i)["texture"] != "plain" for i in indices], device=x.device)
+    colour, texture = (1 - error / spread).item(), both[textured].mean().nan_to_num().item()
+    return dict(structure=torch.stack(places).mean().item(), detail=(colour + texture) / 2,
+                detail_colour=colour, detail_texture=texture)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Figures of the paper. Each takes checkpoints and writes a PNG, and a JSON with every number in it
+# ----------------------------------------------------------------------------------------------------------
+
+VIEWS = dict(  # what each figure shows of every pair of tokenizer and prior, beside the input
+    view=("reconstruction", "prediction", "hits"), fig1b=("prediction",), fig5a=("prediction",),
+    fig4=("reconstruction", "prediction"), fig11=("reconstruction", "prediction"))
+LABELS = dict(reconstruction="reconstruction", prediction="AR prediction", hits="hits", input="input")
+
+
+def find_judge(path, ckpt, device):
+    """The judge of the run that a checkpoint belongs to, or None."""
+    places = [Path(path).with_name("vgg.pt"), Path(ckpt["config"]["vgg"])]
+    found = next((p for p in places if p.suffix == ".pt" and p.is_file()), None)
+    return load_model(found, ("vgg",), device)[0] if found else None
+
+
+def same_size(path, ckpt, config, other):
+    if ckpt["config"]["image_size"] != config["image_size"]:
+        raise UserError(f"{path} is for {ckpt['config']['image_size']}-pixel images, {other} for others")
+
+
+def load_images(config, num, data):
+    """The first `num` validation images of a run, or images of a folder: (ImageData, x (num, 3, S, S))."""
+    images = load_data(dict(config, **({"data": data, "val": data} if data else {})))[1]
+    if num > len(images):
+        raise UserError(f"--num {num}, but there are only {len(images)} images")
+    return images, torch.stack([images.view(i) for i in range(num)])
+
+
+def load_pairs(ckpts, num, device, tokenizers=(), data=None):
+    """What several AR priors make of the same images.
+
+    returns: [dict(name, view, numbers, ...)], and the images x (num, 3, S, S) in [-1, 1]
+    raises:  UserError for a prior that is not autoregressive (a masked one would see what it predicts), for
+             images of different sizes, and for fewer images than `num`
+    """
+    pairs, first = [], None
     for i, path in enumerate(ckpts):
         prior, ckpt = load_model(path, ("ar",), device)
         given = tokenizers[i] if tokenizers else None
         tokenizer, tokenizer_ckpt = load_tokenizer_of(path, ckpt, given, device)
-        if images is None:
-            config = dict(ckpt["config"], **({"data": data, "val": data} if data else {}))
-            images = load_data(config)[1]
-            if num > len(images):
-                raise UserError(f"--num {num}, but there are only {len(images)} images")
-        if images.image_size != ckpt["config"]["image_size"]:
-            size = ckpt["config"]["image_size"]
-            raise UserError(f"{path} is for {size}-pixel images, {ckpts[0]} for others")
-        x = to_float(torch.stack([images.view(j) for j in range(num)]), device)
-        labels = None
-        if prior.config.num_classes:
-            if images.class_names != ckpt["class_names"]:
-                raise UserError(f"the classes of the images are not those that {path} was trained on")
-            labels = torch.tensor([images.label(j) for j in range(num)], device=device)
-        views.append(teacher_forced_view(tokenizer, prior, x, labels))
-        numbers.append(dict(
+        config, names = ckpt["config"], ckpt["class_names"] if prior.config.num_classes else None
+        if first is None:
+            first = config
+            images, x = load_images(config, num, data)
+            x = to_float(x, device)
+        same_size(path, ckpt, first, ckpts[0])
+        if names and images.class_names != names:
+            raise UserError(f"the classes of the images are not those that {path} was trained on")
+        labels = torch.tensor([images.label(j) for j in range(num)], device=device) if names else None
+        view = teacher_forced_view(tokenizer, prior, x, labels)
+        numbers = dict(
             ckpt=str(path), tokenizer_hash=ckpt["tokenizer_hash"], tokenizer_stage=tokenizer_ckpt["stage"],
-            num_images=num, alpha=ckpt["config"]["phase1"]["alpha"],
-            note=ckpt["note"] or tokenizer_ckpt["note"],
-            **view_numbers(x, views[-1]),
-        ))
-    names = [f"{Path(path).parent.name} (α = {n['alpha']:g})" for path, n in zip(ckpts, numbers, strict=True)]
-    rows, note = min(num, 8), next((n["note"] for n in numbers if n["note"]), "")
+            num_images=num, alpha=config["phase1"]["alpha"], note=ckpt["note"] or tokenizer_ckpt["note"],
+            **view_numbers(x, view, find_judge(path, ckpt, device)))
+        if isinstance(images, Shapes):
+            numbers["survival"] = {key: survival(images, range(num), view[key]) for key in list(LABELS)[:2]}
+        name = f"{Path(path).absolute().parent.name} (α = {numbers['alpha']:g})"
+        pairs.append(dict(name=name, view=view, numbers=numbers, labels=labels))
+    return pairs, x
+
+
+def new_figure(width, height, **more):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["pdf.fonttype"] = 42
+    import matplotlib.pyplot as plt
+
+    return plt.figure(figsize=(width, height), layout="constrained", **more)
+
+
+def save_figure(fig, path, numbers, pdf=False):
+    """PNG (300 dpi), PDF on request, and the numbers as JSON beside it."""
+    import matplotlib.pyplot as plt
+
+    path = Path(path)
     if rank() == 0:
-        draw_view(x[:rows], [{k: v[:rows] for k, v in view.items()} for view in views], names, out, note)
-        text = json.dumps(numbers, indent=1) + "\n"
-        save_atomic(lambda p: p.write_text(text), Path(out).with_suffix(".json"))
+        save_atomic(lambda p: fig.savefig(p, format="png", dpi=300), path)
+        if pdf:
+            save_atomic(lambda p: fig.savefig(p, format="pdf", metadata={"CreationDate": None}),
+                        path.with_suffix(".pdf"))
+        text = json.dumps(numbers, indent=1, ensure_ascii=False) + "\n"
+        save_atomic(lambda p: p.write_text(text), path.with_suffix(".json"))
+    plt.close(fig)
+
+
+def draw_grid(rows, names=(), note="", cell=1.15):
+    """A figure of rows of panels (title, picture, caption), `names` at the left of the rows.
+
+    picture: (3, S, S) in [-1, 1] or uint8; a map (h, w), drawn in cividis; None for an empty place.
+    A title is written where it differs from the one above.
+    """
+    columns = max(map(len, rows))
+    fig = new_figure(cell * columns + 0.2 * bool(names), (cell + 0.12) * len(rows) + 0.35)
+    axes = fig.subplots(len(rows), columns, squeeze=False)
+    for i, row in enumerate(rows):
+        for j, axis in enumerate(axes[i]):
+            title, picture, caption = row[j] if j < len(row) else ("", None, "")
+            axis.set(xticks=[], yticks=[])
+            if picture is None:
+                axis.axis("off")
+            elif picture.ndim == 2:
+                axis.imshow(picture.cpu().float().numpy(), cmap="cividis", interpolation="nearest",
+                            **(dict(vmin=0, vmax=1) if picture.dtype == torch.bool else {}))
+            else:
+                picture = picture if picture.dtype == torch.uint8 else to_uint8(picture)
+                axis.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
+            if title and (i == 0 or len(rows[i - 1]) <= j or rows[i - 1][j][0] != title):
+                axis.set_title(title, fontsize=6.5)
+            if caption:
+                axis.set_xlabel(caption, fontsize=6, labelpad=1)
+            if names and j == 0:
+                axis.set_ylabel(names[i], fontsize=6.5)
+    if note:
+        fig.supxlabel(note, fontsize=6)
+    return fig
+
+
+def figure_views(figure, args, device):
+    """Input beside reconstruction and AR prediction of each pair (Fig. 1b, 4, 5a, 11, and `view`)."""
+    pairs, x = load_pairs(args.ckpt, args.num, device, args.tokenizer, args.data)
+    return views_grid(figure, pairs, x), [pair["numbers"] for pair in pairs]
+
+
+def views_grid(figure, pairs, x):
+    keys, side = VIEWS[figure], math.isqrt(pairs[0]["view"]["hits"].shape[1])
+    if figure == "fig5a":
+        pairs = sorted(pairs, key=lambda pair: pair["numbers"]["alpha"])
+
+    def panels(pair, i, above):
+        for key in keys:
+            picture, caption = pair["view"][key][i], ""
+            if key == "hits":
+                picture, caption = picture.view(side, side), f"{picture.float().mean():.0%}"
+            yield f"{above}{LABELS[key]}", picture, caption
+
+    if figure == "fig4":  # a row for each pair, all images side by side
+        rows = [sum(([("input", x[i], ""), *panels(pair, i, "")] for i in range(min(len(x), 3))), [])
+                for pair in pairs]
+        names = [pair["name"] for pair in pairs]
+    else:
+        rows = [[("input", x[i], ""), *(p for pair in pairs for p in panels(pair, i, f"{pair['name']}\n"))]
+                for i in range(min(len(x), 8 if figure == "view" else 6))]
+        names = [f"({letter})" for letter in "abcdef"[: len(rows)]] if figure == "fig11" else ()
+    notes = {pair["numbers"]["note"] for pair in pairs} - {""}
+    note = "hits: yellow where the prediction is the true token" if "hits" in keys else ""
+    return draw_grid(rows, names, "  ".join([note, *notes]).strip())
+
+
+def write_view(ckpts, num, device, out, tokenizers=(), data=None):
+    """The figure `view` of one or several (tokenizer, AR prior) pairs; returns the numbers."""
+    pairs, x = load_pairs(ckpts, num, device, tokenizers, data)
+    numbers = [pair["numbers"] for pair in pairs]
+    save_figure(views_grid("view", pairs, x), out, numbers)
     return numbers
+
+
+def figure_example(args, device):
+    """Fig. 3, one image step by step: tokens, the shifted input, the prediction, and both decoded."""
+    pairs, x = load_pairs(args.ckpt[:1], args.num, device, args.tokenizer, args.data)
+    (pair,), side = pairs, math.isqrt(pairs[0]["view"]["hits"].shape[1])
+    view, label = pair["view"], pair["labels"]
+    tokens, predicted = view["tokens"][0].tolist(), view["tokens_pred"][0].tolist()
+    shifted = ["c", *tokens[:-1]]
+    fig = new_figure(9, 4.4)
+    grid = fig.subplots(2, 4)
+
+    def picture(axis, image, title):
+        axis.imshow(to_uint8(image).permute(1, 2, 0).numpy(), interpolation="nearest")
+        axis.set(xticks=[], yticks=[])
+        axis.set_title(title, fontsize=8)
+
+    def table(axis, values, title, right=None):
+        wrong = torch.zeros(side, side) if right is None else 1.0 - right.view(side, side).cpu().float()
+        axis.imshow(wrong.numpy(), cmap="Wistia", vmin=0, vmax=2, interpolation="nearest")
+        for i, value in enumerate(values):
+            if side <= 16:
+                axis.text(i % side, i // side, value, ha="center", va="center", fontsize=max(2.5, 32 / side))
+        axis.set(xticks=[], yticks=[])
+        axis.set_title(title, fontsize=8)
+
+    picture(grid[0, 0], x[0], "input x")
+    table(grid[0, 1], tokens, "1. tokens s = encode(x)\n")
+    table(grid[0, 2], shifted, "2. input of the prior:\nc, then s without its last")
+    title = "3. prediction s′ = argmax, one pass\n(dark where it is not s)"
+    table(grid[0, 3], predicted, title, view["hits"][0])
+    grid[1, 0].axis("off")
+    text = [pair["name"], "no classes" if label is None else f"condition c: class {label[0].item()}",
+            f"top-1: {view['hits'][0].float().mean():.0%} of {side * side} tokens",
+            f"{view['nats'][0].mean():.2f} nats a token"]
+    grid[1, 0].text(0, 0.5, "\n".join(text), fontsize=8, va="center", transform=grid[1, 0].transAxes)
+    picture(grid[1, 1], view["reconstruction"][0], "4. reconstruction decode(s)")
+    grid[1, 2].imshow(view["nats"][0].view(side, side).cpu().numpy(), cmap="cividis", interpolation="nearest")
+    grid[1, 2].set(xticks=[], yticks=[])
+    grid[1, 2].set_title("nats of each token (yellow: surprising)", fontsize=8)
+    picture(grid[1, 3], view["prediction"][0], "4. AR prediction decode(s′)")
+    return fig, dict(pair["numbers"], tokens=tokens, prediction=predicted, image=0)
+
+
+def figure_phases(figure, args, device):
+    """Fig. 7a and 9: the same sampled tokens decoded by the decoders of phase 1 and of phase 2.
+
+    Fig. 7a: one prior (of --ckpt), the difference beside; Fig. 9: every prior given, with crops enlarged.
+    """
+    rows, numbers, names = [], [], []
+    for path in args.ckpt:
+        prior, ckpt = load_model(path, ("ar", "nar"), device)
+        files = args.tokenizer or [Path(path).with_name(f"{phase}.pt") for phase in ("phase1", "phase2")]
+        if len(files) != 2:
+            raise UserError("--tokenizer takes two files here, of phase 1 and of phase 2")
+        first, second = (load_tokenizer_of(path, ckpt, file, device)[0] for file in files)
+        num = min(args.num, 6 if figure == "fig7a" else 3)
+        classes = prior.config.num_classes
+        labels = torch.arange(num, device=device) % classes if classes else None
+        tokens = generate_tokens(prior, labels, ckpt["config"]["seed"], range(num), ckpt["config"]["sample"])
+        one, two = decode(first, tokens), decode(second, tokens)
+        change = (one - two).abs()
+        numbers.append(dict(
+            ckpt=str(path), stage=ckpt["stage"], tokens=tokens.tolist(), note=ckpt["note"],
+            mean_difference=change.mean().item(), largest_difference=change.max().item(),
+            psnr_between=psnr(one, two).mean().item()))
+        for i in range(num):
+            row = [("phase 1", one[i], ""), ("phase 1 + 2", two[i], "")]
+            if figure == "fig7a":
+                row.append(("difference × 4" , (change[i].mean(0) * 2).clamp(0, 1), ""))
+            else:
+                quarter = slice(one.shape[2] // 4, 3 * one.shape[2] // 4)
+                row += [(f"{title}, enlarged", image[:, quarter, quarter], "")
+                        for title, image in (("phase 1", one[i]), ("phase 1 + 2", two[i]))]
+            rows.append(row)
+            names.append(f"{ckpt['stage'].upper()} sample {i}")
+    return draw_grid(rows, names), numbers
+
+
+def disturbed(x, seed=0):
+    """{name: images} three harmless changes of x (B, 3, S, S) in [-1, 1]: Gaussian noise of deviation 0.01 on
+    the scale of [0, 1] (Fig. 8; clipped, I25), a shift by one pixel to the right, JPEG of quality 95."""
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x)
+    shifted = F.pad(x, (1, 0, 0, 0), mode="replicate")[..., :-1]
+    jpeg = []
+    for image in to_uint8(x):
+        data = io.BytesIO()
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(data, "JPEG", quality=95)
+        jpeg.append(torch.from_numpy(np.array(Image.open(data))).permute(2, 0, 1))
+    jpeg = to_float(torch.stack(jpeg), x.device)
+    return dict(noise=(x + 0.02 * noise).clamp(-1, 1), shift=shifted, jpeg=jpeg)
+
+
+def stability(tokenizer, x, batch=50):
+    """Fig. 8 as a metric: the share of tokens that change under each of `disturbed`, {name: share}."""
+    parts = {name: images.split(batch) for name, images in dict(disturbed(x), none=x).items()}
+    tokens = {name: torch.cat([tokenizer.encode(part) for part in split]) for name, split in parts.items()}
+    before = tokens.pop("none")
+    return {name: (after != before).float().mean().item() for name, after in tokens.items()}
+
+
+def figure_stability(args, device):
+    """Fig. 8: token maps of an image with and without noise that nobody sees, for every tokenizer."""
+    rows, numbers, names, x = [], [], [], None
+    for path in args.ckpt:
+        tokenizer, ckpt = load_model(path, ("phase1", "phase2"), device)
+        if x is None:
+            config = ckpt["config"]
+            x = to_float(load_images(config, args.num, args.data)[1], device)
+        same_size(path, ckpt, config, args.ckpt[0])
+        noisy, side = disturbed(x)["noise"], tokenizer.grid_size
+        for i in range(min(len(x), 2)):
+            before, after = (tokenizer.encode(image[i : i + 1]).view(side, side) for image in (x, noisy))
+            changed = before != after
+            rows.append([("x", x[i], ""), ("x + noise", noisy[i], ""), ("tokens of x", before, ""),
+                         ("tokens of x + noise", after, ""),
+                         ("changed", changed, f"{changed.float().mean():.0%} of tokens")])
+            names.append(f"{Path(path).absolute().parent.name}\nα = {ckpt['config']['phase1']['alpha']:g}")
+        numbers.append(dict(ckpt=str(path), tokenizer_hash=latent_hash(tokenizer), num_images=len(x),
+                            alpha=ckpt["config"]["phase1"]["alpha"], note=ckpt["note"],
+                            changed=stability(tokenizer, x)))
+    return draw_grid(rows, names, "changed: yellow; noise of deviation 0.01 on [0, 1]"), numbers
+
+
+def figure_losses(args, device):
+    """Fig. 10: validation loss of priors over training steps, one curve a run; at the right relative to the
+    unigram entropy of the tokens, since lower entropy alone is not better modelling."""
+    fig, numbers = new_figure(7.5, 3), []
+    axes = fig.subplots(1, 2)
+    for i, path in enumerate(args.ckpt):
+        ckpt = read_checkpoint(path, ("ar", "nar"))
+        rows = [row for row in read_metrics(Path(path).with_name("metrics.jsonl"))
+                if row["stage"] == ckpt["stage"] and "val_loss" in row]
+        if not rows:
+            raise UserError(f"no validation losses of {path} in {Path(path).with_name('metrics.jsonl')}")
+        alpha, entropy = ckpt["config"]["phase1"]["alpha"], rows[-1]["unigram_entropy"]
+        steps, losses = [row["step"] for row in rows], [row["val_loss"] for row in rows]
+        for axis, values in zip(axes, (losses, [loss / entropy for loss in losses]), strict=True):
+            axis.plot(steps, values, "osD^vPX"[i % 7] + "-", markersize=3, color=f"C{i}",
+                      label=f"{Path(path).absolute().parent.name} {ckpt['stage'].upper()} (α = {alpha:g})")
+        numbers.append(dict(ckpt=str(path), stage=ckpt["stage"], alpha=alpha, steps=steps, val_loss=losses,
+                            unigram_entropy=entropy))
+    for axis, label in zip(axes, ("nats per token", "share of the unigram entropy"), strict=True):
+        axis.set(xlabel="training step", ylabel=f"validation loss, {label}")
+    axes[0].legend(fontsize=6)
+    return fig, numbers
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The probe: is a tokenizer good for generation? Minutes instead of a large prior; not in the paper
+# ----------------------------------------------------------------------------------------------------------
+
+
+def probe(train, val, codebook_size, device="cpu", steps=400, batch=64, seed=0):
+    """Trains the same small AR prior, without classes, for the same number of steps on any codes.
+
+    train, val: (n, N) int64 tokens in [0, codebook_size)
+    returns:    dict: nats per token of `val`, bits per image; the unigram bits per image (every token
+                by its frequency in `train`, one added), and the ratio of the two. N may differ between
+                tokenizers, so bits per image are what compares.
+    """
+    N = train.shape[1]
+    torch.manual_seed(mix(seed, "probe"))
+    prior = ARPrior(PriorConfig(codebook_size, N, n_layer=4, n_head=4, n_embd=128, dropout=0.0)).to(device)
+    optimizer = torch.optim.AdamW(prior.parameters(), lr=2e-3, betas=(0.9, 0.96), weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.1)
+    draw = torch.Generator().manual_seed(mix(seed, "probe order"))
+    prior.train()
+    for _ in tqdm(range(steps), "probe", disable=None if rank() == 0 else True):
+        tokens = train[torch.randint(len(train), (batch,), generator=draw)].to(device)
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            logits = prior(tokens)
+        loss, _ = prior.loss(logits, tokens)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    prior.eval()
+    with torch.no_grad():
+        parts = [part.to(device) for part in val.split(100)]
+        nats = sum(prior.loss(prior(part), part)[0].item() * len(part) for part in parts) / len(val)
+    frequency = train.flatten().bincount(minlength=codebook_size).double() + 1
+    unigram = -(frequency / frequency.sum()).log()[val].mean().item()
+    bits = N / math.log(2)
+    return dict(nats_per_token=nats, bits_per_image=nats * bits, unigram_bits_per_image=unigram * bits,
+                relative=nats / unigram, num_tokens=N, codebook_size=codebook_size, steps=steps)
+
+
+def compare(args, device):
+    """`compare A.pt B.pt`: the probe, PSNR and code stability of tokenizers on the same images; with
+    --extractor rFID too. For a tokenizer of another kind call `probe` with its tokens."""
+    rows, images = [], None
+    for path in args.files:
+        tokenizer, ckpt = load_model(path, ("phase1", "phase2"), device)
+        if images is None:
+            config = dict(ckpt["config"], **({"data": args.data, "val": None} if args.data else {}))
+            images = [torch.stack([split.view(i) for i in range(min(limit, len(split)))])
+                      for split, limit in zip(load_data(config), (args.samples or 5000, 1000), strict=True)]
+        same_size(path, ckpt, config, args.files[0])
+        tokens = [torch.cat([tokenizer.encode(to_float(part, device)).cpu() for part in split.split(100)])
+                  for split in images]
+        x = to_float(images[1][:200], device)
+        x_hat = decode(tokenizer, tokens[1][:200].to(device))
+        row = dict(
+            ckpt=str(path), tokenizer_hash=latent_hash(tokenizer), alpha=ckpt["config"]["phase1"]["alpha"],
+            train_images=len(images[0]), val_images=len(images[1]), psnr=psnr(x, x_hat).mean().item(),
+            changed=stability(tokenizer, x), **probe(*tokens, tokenizer.codebook_size, device, args.steps))
+        if args.extractor:
+            out = Path(path).with_name(f"metrics_{Path(path).stem}_compare.json")
+            words = ["--ckpt", path, "--metrics", "--lpips", "none", "--out", out]
+            words += ["--extractor", args.extractor]
+            row["rfid"] = evaluate(sample_args([*map(str, words)]), device)["results"]["rfid"]
+        rows.append(row)
+    names = ["bits_per_image", "unigram_bits_per_image", "relative", "psnr", *["rfid"] * bool(args.extractor)]
+    print_table([["", *names], *([row["ckpt"], *(number(row[name]) for name in names)] for row in rows)])
+    return rows
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The report of a run: one HTML file that needs nothing else
+# ----------------------------------------------------------------------------------------------------------
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>%(title)s</title><style>
+:root { color-scheme: light dark; --line: #8886; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; }
+h2 { border-top: 1px solid var(--line); padding-top: 1rem; margin-top: 2rem; }
+img { max-width: 100%%; } img.pixels { image-rendering: pixelated; width: 100%%; display: block; }
+img.plot { background: white; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; }
+td, th { border: 1px solid var(--line); padding: .2rem .5rem; text-align: left; vertical-align: top; }
+.row { display: grid; grid-template-columns: repeat(%(shown)d, 1fr); gap: 3px; }
+.stack { position: relative; } .stack img + img { position: absolute; inset: 0; }
+input[type=range] { width: 100%%; } button { font: inherit; padding: .3rem .8rem; }
+:focus-visible { outline: 3px solid #06c; outline-offset: 2px; } p.note { font-size: .9rem; }
+</style></head><body><h1>%(title)s</h1>
+%(body)s
+<script>
+function toggle(button) {
+  const top = button.closest("section").querySelector(".stack img + img");
+  top.hidden = !top.hidden;
+  button.textContent = "Showing " + (top.hidden ? "phase 1" : "phase 1 + 2") + ", press to switch";
+}
+function slide(input) {
+  for (const top of input.closest("section").querySelectorAll(".stack img + img"))
+    top.style.clipPath = `inset(0 0 0 ${input.value}%%)`;
+}
+document.querySelectorAll("input[type=range]").forEach(slide);
+</script></body></html>
+"""
+
+
+def data_uri(write):
+    """What write(file) writes, a PNG, as an address that an <img> can hold."""
+    file = io.BytesIO()
+    write(file)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def picture(images, columns, alt):
+    """<img> of a sheet of images (n, 3, S, S), uint8 or in [-1, 1]; the browser enlarges its pixels."""
+    images = images if images.dtype == torch.uint8 else to_uint8(images)
+    sheet = make_sheet(images.cpu(), columns, zoom=1)
+    return f'<img class="pixels" src="{data_uri(lambda f: sheet.save(f, "PNG"))}" alt="{html.escape(alt)}">'
+
+
+def plot(fig, alt):
+    import matplotlib.pyplot as plt
+
+    source = data_uri(lambda f: fig.savefig(f, format="png", dpi=110))
+    plt.close(fig)
+    return f'<img class="plot" src="{source}" alt="{html.escape(alt)}">'
+
+
+def html_table(lines):
+    rows = ["<tr>" + "".join(f"<{tag}>{html.escape(str(word))}</{tag}>" for word in line) + "</tr>"
+            for tag, line in zip(["th", *["td"] * len(lines)], lines, strict=False)]
+    return f'<div class="scroll"><table>{"".join(rows)}</table></div>'
+
+
+def draw_curves(rows):
+    """Loss curves of all stages: what was logged in training, and validation losses as dots."""
+    stages = list(dict.fromkeys(row["stage"] for row in rows))
+    fig = new_figure(9, 2.1 * math.ceil(len(stages) / 2))
+    for i, stage in enumerate(stages):
+        axis = fig.add_subplot(math.ceil(len(stages) / 2), 2, i + 1)
+        mine = [row for row in rows if row["stage"] == stage]
+        for j, name in enumerate(("loss", "loss_rec", "loss_per", "loss_disc", "val_loss")):
+            points = [(row["step"], row[name]) for row in mine if row.get(name) is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), ("-", "--", ":", "-.", "o-")[j], label=name,
+                          linewidth=1, markersize=3)
+        axis.set_title(stage, fontsize=9)
+        axis.set_yscale("log")
+        axis.legend(fontsize=6)
+    return fig
+
+
+@torch.no_grad()
+def report(args, device):
+    """One self-contained HTML page of a run folder: no network, images inside; returns what is on it."""
+    run, sections = args.files[0], []
+    found = {s: run / f"{s}.pt" for s in ("phase1", "phase2", "ar", "nar") if (run / f"{s}.pt").is_file()}
+    if "phase1" not in found and "phase2" not in found:
+        raise UserError(f"{run} holds no phase1.pt or phase2.pt; name the folder of a run")
+    tokenizers = {s: load_model(found[s], (s,), device)[0] for s in ("phase1", "phase2") if s in found}
+    config = read_checkpoint(next(iter(found.values())), tuple(found))["config"]
+    note = next((c["note"] for c in (read_checkpoint(p, (s,)) for s, p in found.items()) if c["note"]), "")
+    last, numbers = list(tokenizers.values())[-1], dict(run=str(run), note=note)
+
+    def section(title, *parts):
+        sections.append(f"<section><h2>{html.escape(title)}</h2>\n" + "\n".join(parts) + "</section>")
+
+    metrics = {path.stem: read_result(path) for path in sorted(run.glob("metrics_*.json"))
+               if not path.stem.endswith(".previous")}
+    if metrics:
+        lines = [["file", "protocol", "images", "extractor", "results"]]
+        for name, result in metrics.items():
+            values = "; ".join(f"{k} {v:.4g}" for k, v in result["results"].items() if isinstance(v, float))
+            lines.append([name, result["protocol"], result["num_images"], result["extractor"], values])
+        section("Metrics", html_table(lines), '<p class="note">Rows of different protocols or extractors do '
+                "not compare.</p>")
+    rows = read_metrics(run / "metrics.jsonl")
+    if rows:
+        section("Loss curves", plot(draw_curves(rows), "loss curves of all stages"))
+
+    num = min(args.num, 200)
+    images, x = load_images(config, min(num, len(load_data(config)[1])), args.data)
+    x, shown = to_float(x, device), min(8, len(x))
+    tokens = torch.cat([last.encode(part) for part in x.split(50)])
+    counts = tokens.cpu().flatten().bincount(minlength=last.codebook_size)
+    usage, perplexity = codebook_usage(counts)
+    fig = new_figure(9, 2)
+    axis = fig.subplots()
+    axis.bar(range(len(counts)), counts.sort(descending=True).values.numpy(), width=1)
+    axis.set(xlabel="codes, the most frequent first", ylabel="times chosen")
+    section("Codebook", f"<p>{usage:.1%} of {len(counts)} codes are chosen for {len(x)} validation images; "
+            f"perplexity {perplexity:.1f}.</p>", plot(fig, "histogram of the codes"))
+    numbers |= dict(usage=usage, perplexity=perplexity, num_images=len(x))
+
+    decoded = {s: decode(t, tokens[:shown]) for s, t in tokenizers.items()}
+    button = '<p><button onclick="toggle(this)">Showing phase 1 + 2, press to switch</button></p>'
+    stack = "".join(picture(image, shown, s) for s, image in decoded.items())
+    section("Reconstructions", "<p>Inputs:</p>", picture(x[:shown], shown, "inputs"),
+            "<p>Decoded from the same tokens:</p>", f'<div class="stack">{stack}</div>',
+            button if len(decoded) > 1 else "")
+    numbers |= {f"psnr_{s}": psnr(x[:shown], image).mean().item() for s, image in decoded.items()}
+
+    if "ar" in found:
+        pairs, _ = load_pairs([found["ar"]], len(x), device, (), args.data)
+        view, told = pairs[0]["view"], pairs[0]["numbers"]
+        rows = [[picture(view[key][i : i + 1], 1, f"{key} {i}") for key in ("reconstruction", "prediction")]
+                for i in range(shown)]
+        both = "".join(f'<div class="stack">{"".join(row)}</div>' for row in rows)
+        slider = ('<label>Slide from the prediction (left) to the reconstruction (right): '
+                  '<input type="range" min="0" max="100" value="50" oninput="slide(this)"></label>')
+        section("Teacher-forced view", "<p>Reconstruction, and over it what the AR prior predicts for every "
+                f"token given the true ones before: {told['top1']:.1%} of tokens are right, "
+                f"{told['nats_per_token']:.3f} nats a token. Inputs, then the two:</p>",
+                picture(x[:shown], shown, "inputs"),
+                f'<div class="row">{both}</div>', slider)
+        numbers["view"] = told
+    for stage in ("ar", "nar"):
+        if stage in found:
+            prior, ckpt = load_model(found[stage], (stage,), device)
+            tokenizer, _ = load_tokenizer_of(found[stage], ckpt, None, device)
+            settings = ckpt["config"]["sample"]
+            classes = prior.config.num_classes
+            labels = [i % classes for i in range(4 * min(classes, 10))] if classes else None
+            sheet = generate_images(prior, tokenizer, len(labels or range(32)), labels, 0, settings)
+            names = f"<p>Columns: {html.escape(', '.join(ckpt['class_names'][:10]))}.</p>" if classes else ""
+            section(f"Samples of the {stage.upper()} prior", names,
+                    picture(sheet, min(classes or 8, 10), f"samples of {stage}"))
+            if stage == "nar":
+                strip = decoding_strip(prior, tokenizer, settings, classes, device)
+                section("NAR decoding, step by step", *strip)
+    section("Configuration", html_table([["section", "values"], *(
+        [key, ", ".join(f"{k} = {v}" for k, v in value.items()) if isinstance(value, dict) else value]
+        for key, value in config.items())]))
+    out = args.out or run / "report.html"
+    title = f"SeQ-GAN run: {run.absolute().name}" + f" ({note})" * bool(note)
+    page = PAGE % dict(title=html.escape(title), shown=shown, body="\n".join(sections))
+    save_atomic(lambda p: p.write_text(page), out)
+    print0(f"wrote {out} ({len(page) / 2**20:.1f} MB)")
+    return numbers
+
+
+def decoding_strip(prior, tokenizer, settings, classes, device, num=4):
+    """HTML parts: samples after each step, what is not yet fixed in grey, and the step of each token."""
+    N, steps = prior.config.num_tokens, settings["nar_steps"]
+    noise = torch.stack([seeded_rand(steps, 2, N, seed=mix(0, "sample", i)) for i in range(num)]).to(device)
+    labels = torch.arange(num, device=device) % classes if classes else None
+    tokens, fixed_at = prior.generate(
+        labels, noise, steps, settings["token_temperature"], settings["choice_temperature"],
+        settings["confidence_space"], return_steps=True)
+    images, side, rounds = decode(tokenizer, tokens), math.isqrt(N), int(fixed_at.max()) + 1
+    block = images.shape[2] // side
+    frames = []
+    for image, fixed in zip(images, fixed_at.view(num, side, side), strict=True):
+        for t in range(rounds):
+            seen = (fixed <= t).repeat_interleave(block, 0).repeat_interleave(block, 1)
+            frames.append(torch.where(seen, image, torch.full_like(image, 0.6)))
+    maps = "".join(html_table([[f"sample {i}"], *((fixed + 1).view(side, side).tolist())])
+                   for i, fixed in enumerate(fixed_at)) if side <= 8 else ""
+    return (f"<p>{num} samples after each of {rounds} steps; tokens that are not fixed yet are grey.</p>",
+            picture(torch.stack(frames), rounds, "decoding steps"),
+            "<p>The step that fixed each token:</p>" * bool(maps),
+            f'<div style="display: flex; flex-wrap: wrap; gap: 1rem">{maps}</div>' * bool(maps))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -761,10 +1336,29 @@ def main(args):
             if failed:
                 raise UserError(f"{len(failed)} rows failed, see above and log.txt in their folders", code=1)
             return
-        out = args.out or args.ckpt[0].parent / "view.png"
-        numbers = write_view(args.ckpt, args.num, setup_device(args.device), out, args.tokenizer, args.data)
-        print0(json.dumps(numbers, indent=1))
-        print0(f"wrote {out}")
+        device = setup_device(args.device)
+        if args.figure == "report":
+            report(args, device)
+        elif args.figure == "compare":
+            text = json.dumps(compare(args, device), indent=1) + "\n"
+            out = args.out or args.files[0].with_name("compare.json")
+            save_atomic(lambda p: p.write_text(text), out)
+            print0(f"wrote {out}")
+        else:
+            out = args.out or args.ckpt[0].parent / f"{args.figure}.png"
+            fig, numbers = draw(args, device)
+            save_figure(fig, out, numbers, args.pdf)
+            print0(f"wrote {out} and the numbers in {out.with_suffix('.json').name}")
+
+
+def draw(args, device):
+    """(figure, numbers) of a figure of the paper"""
+    if args.figure in VIEWS:
+        return figure_views(args.figure, args, device)
+    if args.figure in ("fig7a", "fig9"):
+        return figure_phases(args.figure, args, device)
+    figures = {"fig3": figure_example, "fig8": figure_stability, "fig10": figure_losses}
+    return figures[args.figure](args, device)
 
 
 if __name__ == "__main__":

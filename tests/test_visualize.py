@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -256,3 +257,191 @@ def test_sample_with_two_processes_equals_one_bit_for_bit(run):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert written(run / "one.npz") == written(run / "two.npz")
+
+
+# Figures --------------------------------------------------------------------------------------------------
+
+
+def draw(figure, *words):
+    visualize.main(visualize.parse_args([figure, *map(str, words), "--device", "cpu"]))
+
+
+def all_finite(value):
+    if isinstance(value, dict | list):
+        return all(map(all_finite, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+FIGURES = [("view", ["ar.pt"]), ("fig1b", ["ar.pt", "ar.pt"]), ("fig3", ["ar.pt"]),
+           ("fig4", ["ar.pt", "ar.pt"]), ("fig5a", ["ar.pt", "ar.pt"]), ("fig7a", ["nar.pt"]),
+           ("fig8", ["phase1.pt", "phase2.pt"]),
+           ("fig9", ["ar.pt", "nar.pt"]), ("fig10", ["ar.pt", "nar.pt"]), ("fig11", ["ar.pt", "ar.pt"])]
+
+
+@pytest.mark.parametrize("figure, names", FIGURES, ids=[name for name, _ in FIGURES])
+def test_every_figure_runs_on_tiny_checkpoints_twice_the_same_with_finite_numbers(run, figure, names):
+    found = []
+    for i in range(2):
+        draw(figure, "--ckpt", *(run / name for name in names), "--num", 4, "--out", run / f"{i}.png",
+             *["--pdf"] * i)
+        found.append((run / f"{i}.json").read_bytes())
+        picture = Image.open(run / f"{i}.png")
+        assert min(picture.size) > 250 and picture.info["dpi"][0] == pytest.approx(300, abs=0.1)
+    numbers = json.loads(found[0])
+    assert found[0] == found[1] and all_finite(numbers) and len(str(numbers)) > 100
+    assert (run / "1.pdf").read_bytes().startswith(b"%PDF") and not (run / "0.pdf").exists()
+
+
+def test_every_figure_of_the_help_is_tested_and_the_paper_s_numbers_are_all_there():
+    drawn = {name for name, _ in FIGURES}
+    assert drawn == set(visualize.FIGURES) - {"metrics", "compare", "report"}
+    assert drawn | set(visualize.TABLES) >= {f"fig{n}" for n in "1b 3 4 5a 5b 7a 7b 8 9 10 11".split()}
+
+
+@pytest.mark.parametrize("figure, name", [("fig7a", "nar.pt"), ("fig9", "ar.pt")])
+def test_both_phases_decode_identical_tokens(run, monkeypatch, figure, name):
+    real, seen = visualize.decode, []
+
+    def spy(tokenizer, tokens):
+        seen.append((sample.weights_hash(tokenizer), tokens))
+        return real(tokenizer, tokens)
+
+    monkeypatch.setattr(visualize, "decode", spy)
+    draw(figure, "--ckpt", run / name, "--num", 3, "--out", run / "x.png")
+    (first, one), (second, two) = seen
+    assert first != second and torch.equal(one, two)
+    numbers = json.loads((run / "x.json").read_text())[0]
+    assert numbers["tokens"] == one.tolist() and numbers["mean_difference"] > 0
+
+
+def test_the_numbers_of_a_view_tell_the_class_kept_the_distances_and_each_position(run):
+    draw("view", "--ckpt", run / "ar.pt", "--num", 6, "--out", run / "v.png")
+    numbers = json.loads((run / "v.json").read_text())[0]
+    assert np.shape(numbers["nats_by_position"]) == (4, 4)
+    assert np.mean(numbers["nats_by_position"]) == pytest.approx(numbers["nats_per_token"], rel=1e-3)
+    for key in ("class_kept_by_reconstruction", "class_kept_by_prediction"):
+        assert numbers[key] * 6 == pytest.approx(round(numbers[key] * 6))
+    assert numbers["lpips_like_reconstruction"] > 0
+    tokenizer, prior = LookupTokenizer(), PerfectPrior()
+    view = visualize.teacher_forced_view(tokenizer, prior, some_images())
+    constant = visualize.view_numbers(some_images() / K, view, judge=None)
+    assert "class_kept_by_prediction" not in constant
+
+
+# Structure and detail, stability, probe -------------------------------------------------------------------
+
+
+def test_survival_tells_structure_from_detail_on_images_whose_change_is_known():
+    shapes, indices = sample.Shapes("val", 40, 32), range(40)
+    x = sample.to_float(torch.stack([shapes.view(i) for i in indices]), "cpu")
+    same = visualize.survival(shapes, indices, x)
+    assert same["structure"] > 0.9 and same["detail_colour"] == 1 == pytest.approx(same["detail_texture"])
+    other = sample.Shapes("val", 40, 32, detail_seed=1)
+    redrawn = visualize.survival(
+        shapes, indices, sample.to_float(torch.stack([other.view(i) for i in indices]), "cpu"))
+    assert redrawn["structure"] > 0.9 and redrawn["detail"] < 0.2  # another detail on the same structure
+    blurred = visualize.survival(shapes, indices, torch.nn.functional.avg_pool2d(x, 5, 1, 2))
+    assert blurred["structure"] > 0.8 and blurred["detail_colour"] > 0.8
+    assert blurred["detail_texture"] < 0.6 * same["detail_texture"]
+    moved = visualize.survival(shapes, indices, x.flip(0))
+    assert moved["structure"] < 0.6 and moved["detail"] < 0.2
+
+
+def test_stability_is_the_share_of_tokens_that_change():
+    class Brightness:
+        def encode(self, x):
+            return (x.mean(1).flatten(1) > 0).long()
+
+    x = torch.full((4, 3, 16, 16), 0.5)
+    assert visualize.stability(Brightness(), x) == dict(noise=0, shift=0, jpeg=0)
+    found = visualize.stability(Brightness(), torch.zeros(4, 3, 16, 16))
+    assert 0.4 < found["noise"] < 0.6  # at the threshold half of the tokens turn
+    columns = torch.ones(1, 3, 16, 16)
+    columns[..., ::2] = -1
+    assert visualize.stability(Brightness(), columns)["shift"] == pytest.approx(15 / 16)
+    noise = visualize.disturbed(torch.zeros(8, 3, 64, 64))["noise"]
+    assert noise.std().item() == pytest.approx(0.02, rel=0.02)  # 0.01 on the scale of [0, 1]
+
+
+def test_the_probe_finds_predictable_codes_easier_than_the_same_codes_shuffled():
+    draw = torch.Generator().manual_seed(0)
+    start = torch.randint(0, 8, (600, 1), generator=draw)
+    codes = (start + torch.arange(9)) % 8  # every token follows from the one before
+    shuffled = torch.stack([row[torch.randperm(9, generator=draw)] for row in codes])
+    easy, hard = (visualize.probe(c[:500], c[500:], 8, steps=60, batch=32) for c in (codes, shuffled))
+    assert easy["bits_per_image"] < 0.5 * hard["bits_per_image"]
+    assert easy["bits_per_image"] > 2.9  # log2 8 for the first token
+    assert easy["unigram_bits_per_image"] == pytest.approx(27, rel=0.02)
+    assert easy["relative"] == pytest.approx(easy["bits_per_image"] / easy["unigram_bits_per_image"])
+    assert visualize.probe(codes[:500], codes[500:], 8, steps=60, batch=32) == easy
+
+
+def test_compare_probes_several_tokenizers_on_the_same_images(run, capsys):
+    visualize.main(visualize.parse_args(
+        ["compare", str(run / "phase1.pt"), str(run / "phase2.pt"), "--steps", "3", "--device", "cpu"]))
+    one, two = json.loads((run / "compare.json").read_text())
+    assert one["tokenizer_hash"] == two["tokenizer_hash"] and one["bits_per_image"] == two["bits_per_image"]
+    assert one["psnr"] != two["psnr"] and all_finite(one) and one["train_images"] == 60
+    assert "bits_per_image" in capsys.readouterr().out
+
+
+# The report -----------------------------------------------------------------------------------------------
+
+
+def test_the_report_is_one_page_that_needs_no_other_file(run):
+    (run / "metrics_ar.json").write_text(json.dumps(dict(
+        protocol="gfid-train", num_images=100, image_size=32, extractor_hash="e", resize="none",
+        feature_layer="pool", reference="train", reference_images=60, reference_hash="r",
+        extractor="<b>resnet.pt</b>", results=dict(fid=3.25))))
+    visualize.main(visualize.parse_args(["report", str(run), "--num", "20", "--device", "cpu"]))
+    page = (run / "report.html").read_text()
+    assert len(page) < 8 * 2**20 and "http" not in page.replace("http-equiv", "")
+    sources = re.findall(r'(?:src|href)="([^"]{0,30})', page)
+    assert len(sources) > 15 and all(s.startswith("data:image/png;base64,") for s in sources)
+    for title in ("Metrics", "Loss curves", "Codebook", "Reconstructions", "Teacher-forced view",
+                  "Samples of the AR prior", "Samples of the NAR prior", "NAR decoding", "Configuration"):
+        assert f"<h2>{title}" in page, title
+    assert "&lt;b&gt;resnet.pt" in page and "fid 3.25" in page and "crescent" in page
+    assert page.count("<img") == page.count('alt="') and "<button" in page and 'type="range"' in page
+
+
+def test_a_report_of_a_run_that_has_only_begun_shows_what_is_there(run):
+    for name in ("phase2", "ar", "nar", "vgg"):
+        (run / f"{name}.pt").unlink()
+    visualize.main(visualize.parse_args(["report", str(run), "--device", "cpu", "--num", "4"]))
+    page = (run / "report.html").read_text()
+    assert "<h2>Reconstructions" in page and "<h2>Teacher" not in page and "<button" not in page
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("fig1b --ckpt nar.pt", "stage 'nar'; this needs ar"),
+        ("fig3 --ckpt phase1.pt", "this needs ar"),
+        ("fig8 --ckpt ar.pt", "this needs phase1 or phase2"),
+        ("fig8 --ckpt phase1.pt --num 21", "only 20 images"),
+        ("fig10 --ckpt phase1.pt", "this needs ar or nar"),
+        ("fig7a --ckpt nar.pt --tokenizer phase1.pt", "two"),
+        ("fig7a", "needs --ckpt"), ("report", "needs files"), ("compare", "needs files"),
+        ("fig4 ar.pt", "pass them with --ckpt"), ("report .", "holds no phase1.pt"),
+        ("compare phase1.pt --steps 0", "--steps"), ("fig12 --ckpt ar.pt", "fig12"),
+        ("fig1b --ckpt ar.pt big/ar.pt --num 4", "64-pixel"), ("compare phase1.pt big/phase1.pt", "64-pixel"),
+    ],
+)
+def test_bad_input_of_figures_ends_with_one_line_and_exit_code_2(run, monkeypatch, capsys, words, message):
+    (run / "big").mkdir()
+    for name in ("ar", "phase1", "phase2"):
+        ckpt = torch.load(run / f"{name}.pt", weights_only=True)
+        ckpt["config"]["image_size"] = 64
+        torch.save(ckpt, run / "big" / f"{name}.pt")
+    if words == "report .":
+        for path in run.glob("phase*.pt"):
+            path.unlink()
+    monkeypatch.chdir(run)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    with pytest.raises(SystemExit) as stop:
+        visualize.main(visualize.parse_args([*words.split(), "--device", "cpu"]))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
