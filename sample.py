@@ -916,7 +916,7 @@ class Extractor:
             self.network, layer, resize = load_inception(source), "2048", "tf1-bilinear-299"
         self.network.to(device)
         one = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8, device=device)
-        self.num_features = self.network(one)[0].shape[1]
+        self.num_features = in_slices(lambda part: self.network(part)[0], one).shape[1]
         self.info = dict(extractor=str(source), extractor_hash=weights_hash(self.network), resize=resize,
                          feature_layer=layer, extractor_note=note)
 
@@ -927,6 +927,12 @@ class Extractor:
         digests = [hashlib.blake2b(image.numpy().tobytes(), digest_size=8).digest() for image in images]
         digests = torch.tensor([list(digest) for digest in digests], dtype=torch.uint8)
         return dict(features=features.float().cpu(), logits=logits.float().cpu(), digests=digests)
+
+    def check_number(self, num, what):
+        """raises: UserError if so few images make no Frechet distance"""
+        if num <= self.num_features:
+            raise UserError(f"{num} {what} are too few for a Frechet distance in {self.num_features} "
+                            "features; it needs more images than features")
 
 
 def load_inception(source):
@@ -1002,13 +1008,14 @@ def joint_hash(digests):
     return hashlib.sha256(digests.numpy().tobytes()).hexdigest()[:16]
 
 
-def load_reference(args, extractor, data, split):
+def load_reference(args, extractor, config, split):
     """What all images of a split give, made once for each extractor; see `reference_statistics`.
 
     The cache goes by names, sizes and times of the files; the `reference_hash` of a result is that of all
     pixels. returns: the dict in the first process, None in others
     """
-    wanted = dict(reference=split, image_size=data.image_size, **extractor.info)
+    data = None if args.reference else load_data(config)[split == "val"]
+    wanted = dict(reference=split, image_size=config["image_size"], **extractor.info)
     wanted = {k: v for k, v in wanted.items() if k not in ("extractor", "extractor_note")}
 
     def name():
@@ -1027,11 +1034,11 @@ def load_reference(args, extractor, data, split):
 
     path = args.reference or on_rank0(name)
     if not args.reference and not on_rank0(lambda: intact(path)):
+        extractor.check_number(len(data), f"{split} images")
         print0(f"reference: features of {len(data):,} {split} images -> {path}")
         rows = collect(chunks, path.with_suffix(f".parts{args.batch}"), "reference", len(data))
 
         def finish():
-            enough(rows["features"], f"{split} images")
             about = dict(reference_images=len(data), reference_hash=joint_hash(rows["digests"]),
                          reference_accuracy=class_accuracy(extractor, data.class_names, rows).get("all"))
             save_torch(reference_statistics(rows["features"]) | about | wanted, path)
@@ -1047,12 +1054,6 @@ def load_reference(args, extractor, data, split):
     if wrong:
         raise UserError(f"--reference {path} was made with {', '.join(wrong)} as needed here")
     return reference
-
-
-def enough(features, what):
-    if len(features) <= features.shape[1]:
-        raise UserError(f"{len(features)} {what} are too few for a Frechet distance in {features.shape[1]} "
-                        "features; it needs more images than features")
 
 
 def class_accuracy(extractor, class_names, rows):
@@ -1071,16 +1072,18 @@ def evaluate(args, device):
     config = dict(ckpt["config"], **({"data": args.data, "val": None} if args.data else {}))
     protocol = "rfid-val" if ckpt["stage"] in ("phase1", "phase2") else "gfid-train"
     out = args.out or args.ckpt.with_name(f"metrics_{args.ckpt.stem}.json")
-    extractor, (train, val) = Extractor(args.extractor, config["image_size"], device), load_data(config)
+    extractor = Extractor(args.extractor, config["image_size"], device)
     if protocol == "rfid-val":
+        val = load_data(config)[1]
         if args.num not in (None, len(val)):
             raise UserError(f"rfid-val takes all {len(val)} validation images; leave --num out")
-        args.num, data = len(val), val
+        args.num = len(val)
         measured, info = measure_reconstructions(args, extractor, val, device)
     else:
-        args.num, data = args.num or 50_000, train
+        args.num = args.num or 50_000
         measured, info = measure_samples(args, extractor, device)
-    reference = load_reference(args, extractor, data, "val" if data is val else "train")
+    extractor.check_number(args.num, "images")
+    reference = load_reference(args, extractor, config, "val" if protocol == "rfid-val" else "train")
     how = dict(protocol=protocol, num_images=args.num, image_size=config["image_size"], **extractor.info)
     mine = how | dict(checkpoint=str(args.ckpt), **info)
 
@@ -1101,7 +1104,6 @@ def evaluate(args, device):
         rows = collect(measured, parts, protocol, args.num)
 
         def finish():
-            enough(rows["features"], "images")
             numbers = fidelity(rows["features"], rows["logits"], reference)
             if protocol == "rfid-val":
                 usage, perplexity = codebook_usage(rows["tokens"].flatten().bincount(minlength=info["K"]))

@@ -85,6 +85,8 @@ def parse_args(argv=None):
     add("--stages", default="phase1,ar,nar", help="of tables: what --run makes (default phase1,ar,nar)")
     add("--samples", type=int, help="of tables: images a prior draws (default: demo 2,000, cifar10 10,000, "
         "else 50,000); of compare: training images of the probe (default 5,000)")
+    add("--nproc", type=int, default=1, help="of tables: processes of each command, by torchrun (default 1)")
+    add("--workers", type=int, default=0, help="of tables: data loading processes, for train.py")
     add("--extractor", help="of tables and compare: see sample.py (tables: a scorer that --run trains)")
     add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="of tables: for train.py")
     add("--out", type=Path, help="PNG to write, numbers go beside it (default: FIGURE.png beside CKPT); "
@@ -98,8 +100,9 @@ def parse_args(argv=None):
         parser.error(f"{args.figure} needs {'files' if listed else '--ckpt'}: {FIGURES[args.figure]}")
     if not args.stages or not set(args.stages.split(",")) <= {"phase1", "ar", "nar"}:
         parser.error(f"--stages takes phase1, ar, nar, separated by commas, got {args.stages!r}")
-    if args.samples is not None and args.samples < 1:
-        parser.error(f"--samples must be at least 1, got {args.samples}")
+    for name in ("samples", "nproc"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     wanted = 2 if args.figure in ("fig7a", "fig9") else len(args.ckpt)
     if args.num < 1 or args.steps < 1 or (args.tokenizer and len(args.tokenizer) != wanted):
         parser.error("--num and --steps must be at least 1, and --tokenizer needs one file per --ckpt "
@@ -877,8 +880,14 @@ class Table:
         """(file that it makes, command)"""
         data = ["--data", self.args.data] if self.args.data else []
         sets = [word for item in self.args.set for word in ("--set", item)]
-        command = ["train.py", "--stage", stage, "--preset", self.args.preset, *data, *sets, *words]
+        workers = ["--workers", str(self.args.workers)] if self.args.workers else []
+        command = ["train.py", "--stage", stage, "--preset", self.args.preset, *data, *workers, *sets, *words]
         return folder / f"{stage}.pt", [*command, "--out", str(folder)]
+
+    def shown(self, words):
+        """A command as one would type it."""
+        many = f"torchrun --standalone --nproc_per_node={self.args.nproc}"
+        return f"{many if self.args.nproc > 1 else 'python'} {shlex.join(words)}"
 
     def shared(self):
         """What all rows need: the judge and the scorer."""
@@ -930,11 +939,14 @@ class Table:
         rows, spent, failed, begin = list(self.missing()), {}, [], time.time()
         for i, (label, commands) in enumerate(rows):
             for j, (path, words) in enumerate(commands):
-                print0(f"\n{label}: python {shlex.join(words)}")
+                print0(f"\n{label}: {self.shown(words)}")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 start, script = time.time(), str(Path(__file__).with_name(words[0]))
+                launch, nproc = [sys.executable], self.args.nproc
+                if nproc > 1:
+                    launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
                 with open(path.parent / "log.txt", "a") as log:
-                    done = subprocess.run([sys.executable, script, *words[1:]], stdout=log, text=True,
+                    done = subprocess.run([*launch, script, *words[1:]], stdout=log, text=True,
                                           stderr=subprocess.PIPE)
                     log.write(done.stderr)
                 if done.returncode:
@@ -970,7 +982,7 @@ class Table:
                 label=label, ablation=ablation, steps=steps, ours=ours,
                 paper=dict(zip(columns, paper, strict=True)), seconds=round(sum(seconds)),
                 files={stage: str(path) for stage, path in files.items()},
-                commands=["python " + shlex.join(words) for _, words in commands]))
+                commands=[self.shown(words) for _, words in commands]))
         for results in how.values():
             refuse_unlike(results)
         first = {stage: next(iter(results.values())) for stage, results in how.items()}
@@ -998,7 +1010,7 @@ class Table:
         for label, commands in self.missing():
             print0(f"\nmissing for {label}:")
             for _, words in commands:
-                print0(f"  python {shlex.join(words)}")
+                print0(f"  {self.shown(words)}")
         print0(f"\nwrote {self.root / self.name}.json and .md")
 
 

@@ -338,7 +338,7 @@ def test_reference_statistics_are_made_once_and_again_when_an_image_changes(trai
     extractor = sample.Extractor(scorer, 32, torch.device("cpu"))
 
     def reference():
-        return sample.load_reference(args, extractor, sample.load_data(config)[0], "train")
+        return sample.load_reference(args, extractor, config, "train")
 
     first, files = reference(), set((tmp_path / "cache").iterdir())
     assert reference()["reference_hash"] == first["reference_hash"]
@@ -347,6 +347,26 @@ def test_reference_statistics_are_made_once_and_again_when_an_image_changes(trai
     Image.open(picture).rotate(180).save(picture)
     assert reference()["reference_hash"] != first["reference_hash"]
     assert len(set((tmp_path / "cache").iterdir())) == 2
+
+
+def test_too_few_samples_are_refused_before_any_is_drawn(run, scorer, references, capsys, monkeypatch):
+    monkeypatch.setattr(sample, "generate_tokens", None)
+    error = refused(capsys, ["--ckpt", run / "ar.pt", "--metrics", "--extractor", scorer, "--num", 16,
+                             "--references", references])
+    assert "16 images are too few" in error and "16 features" in error
+
+
+def test_reference_statistics_serve_where_the_images_are_not(run, scorer, references, tmp_path):
+    first = measure(run, "ar.pt", scorer, references, "--num", 20)
+    ckpt = torch.load(run / "ar.pt", weights_only=True)
+    ckpt["config"].update(data="/nowhere", val=None)
+    (run / "ar.pt").unlink()
+    torch.save(ckpt, run / "ar.pt")
+    (run / "result.json").unlink()
+    file = next(path for path in references.glob("train_*.pt")
+                if torch.load(path, weights_only=True)["reference_hash"] == first["reference_hash"])
+    again = measure(run, "ar.pt", scorer, tmp_path / "none", "--num", 20, "--reference", file)
+    assert again["results"] == first["results"] and not (tmp_path / "none").exists()
 
 
 def test_a_sweep_measures_each_value_once_and_writes_a_csv_and_a_plot(run, scorer, references, monkeypatch):
@@ -557,3 +577,13 @@ def test_at_full_scale_the_entropy_row_is_the_baseline_and_inception_the_extract
     assert found == ["vqgan", "fn", "kmeans", "baseline"]
     assert full.extractor == "inception" and full.samples == 50_000 and full.shared() == []
     assert folders("demo")[0] == ["vqgan", "fn", "kmeans", "entropy"]
+
+
+def test_the_commands_of_a_table_go_through_torchrun_where_several_processes_are_wanted(tmp_path, capsys):
+    words = ["table5", "--preset", "imagenet-ablation", "--data", "DIR", "--out", str(tmp_path), "--nproc", "8"]
+    visualize.main(visualize.parse_args([*words, "--workers", "4", "--set", "phase1.lr=2e-4"]))
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert len(lines) == 4 * 6
+    start = "torchrun --standalone --nproc_per_node=8 train.py --stage phase1 --preset imagenet-ablation"
+    assert lines[0].startswith(f"{start} --data DIR --workers 4 --set phase1.lr=2e-4 --ablation vqgan --out")
+    assert not any("vgg.pt" in line for line in lines) and "--num 50000" in lines[-1]
