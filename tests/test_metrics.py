@@ -580,8 +580,9 @@ def test_at_full_scale_the_entropy_row_is_the_baseline_and_inception_the_extract
 
 
 def test_the_commands_of_a_table_go_through_torchrun_where_several_processes_are_wanted(tmp_path, capsys):
-    words = ["table5", "--preset", "imagenet-ablation", "--data", "DIR", "--out", str(tmp_path), "--nproc", "8"]
-    visualize.main(visualize.parse_args([*words, "--workers", "4", "--set", "phase1.lr=2e-4"]))
+    words = ["table5", "--preset", "imagenet-ablation", "--out", str(tmp_path), "--nproc", "8"]
+    words += ["--data", "DIR", "--workers", "4", "--set", "phase1.lr=2e-4"]
+    visualize.main(visualize.parse_args(words))
     lines = [line.strip() for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
     assert len(lines) == 4 * 6
     start = "torchrun --standalone --nproc_per_node=8 train.py --stage phase1 --preset imagenet-ablation"
