@@ -325,7 +325,8 @@ def save_figure(fig, path, numbers, pdf=False):
 def draw_grid(rows, names=(), note="", cell=1.15):
     """A figure of rows of panels (title, picture, caption), `names` at the left of the rows.
 
-    picture: (3, S, S) in [-1, 1] or uint8; a map (h, w), drawn in cividis; None for an empty place.
+    picture: (3, S, S) in [-1, 1] or uint8; a map (h, w) of tokens, or of bool or float in [0, 1], drawn in
+             cividis; None for an empty place.
     A title is written where it differs from the one above.
     """
     columns = max(map(len, rows))
@@ -339,7 +340,7 @@ def draw_grid(rows, names=(), note="", cell=1.15):
                 axis.axis("off")
             elif picture.ndim == 2:
                 axis.imshow(picture.cpu().float().numpy(), cmap="cividis", interpolation="nearest",
-                            **(dict(vmin=0, vmax=1) if picture.dtype == torch.bool else {}))
+                            **({} if picture.dtype == torch.int64 else dict(vmin=0, vmax=1)))
             else:
                 picture = picture if picture.dtype == torch.uint8 else to_uint8(picture)
                 axis.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
@@ -460,7 +461,7 @@ def figure_phases(figure, args, device):
         for i in range(num):
             row = [("phase 1", one[i], ""), ("phase 1 + 2", two[i], "")]
             if figure == "fig7a":
-                row.append(("difference × 4" , (change[i].mean(0) * 2).clamp(0, 1), ""))
+                row.append(("difference × 4", (change[i].mean(0) * 2).clamp(0, 1), ""))
             else:
                 quarter = slice(one.shape[2] // 4, 3 * one.shape[2] // 4)
                 row += [(f"{title}, enlarged", image[:, quarter, quarter], "")
@@ -533,8 +534,9 @@ def figure_losses(args, device):
                       label=f"{Path(path).absolute().parent.name} {ckpt['stage'].upper()} (α = {alpha:g})")
         numbers.append(dict(ckpt=str(path), stage=ckpt["stage"], alpha=alpha, steps=steps, val_loss=losses,
                             unigram_entropy=entropy))
-    for axis, label in zip(axes, ("nats per token", "share of the unigram entropy"), strict=True):
-        axis.set(xlabel="training step", ylabel=f"validation loss, {label}")
+    for axis, label in zip(axes, ("nats per token", "relative to the unigram entropy"), strict=True):
+        axis.set(xlabel="training step", ylabel=label)
+    fig.suptitle("validation loss", fontsize=9)
     axes[0].legend(fontsize=6)
     return fig, numbers
 
@@ -723,15 +725,17 @@ def report(args, device):
     images, x = load_images(config, min(num, len(load_data(config)[1])), args.data)
     x, shown = to_float(x, device), min(8, len(x))
     tokens = torch.cat([last.encode(part) for part in x.split(50)])
-    counts = tokens.cpu().flatten().bincount(minlength=last.codebook_size)
+    codes = torch.load(run / "codes.pt", weights_only=True, mmap=True) if (run / "codes.pt").is_file() else {}
+    known = codes["val"].long() if codes.get("key", [""])[0] == latent_hash(last) else tokens.cpu()
+    counts = known.flatten().bincount(minlength=last.codebook_size)
     usage, perplexity = codebook_usage(counts)
     fig = new_figure(9, 2)
     axis = fig.subplots()
     axis.bar(range(len(counts)), counts.sort(descending=True).values.numpy(), width=1)
     axis.set(xlabel="codes, the most frequent first", ylabel="times chosen")
-    section("Codebook", f"<p>{usage:.1%} of {len(counts)} codes are chosen for {len(x)} validation images; "
-            f"perplexity {perplexity:.1f}.</p>", plot(fig, "histogram of the codes"))
-    numbers |= dict(usage=usage, perplexity=perplexity, num_images=len(x))
+    section("Codebook", f"<p>{usage:.1%} of {len(counts)} codes are chosen for {len(known):,} validation "
+            f"images; perplexity {perplexity:.1f}.</p>", plot(fig, "histogram of the codes"))
+    numbers |= dict(usage=usage, perplexity=perplexity, num_images=len(known))
 
     decoded = {s: decode(t, tokens[:shown]) for s, t in tokenizers.items()}
     button = '<p><button onclick="toggle(this)">Showing phase 1 + 2, press to switch</button></p>'
