@@ -347,6 +347,10 @@ def test_reference_statistics_are_made_once_and_again_when_an_image_changes(trai
     Image.open(picture).rotate(180).save(picture)
     assert reference()["reference_hash"] != first["reference_hash"]
     assert len(set((tmp_path / "cache").iterdir())) == 2
+    size = picture.stat().st_size  # other pixels in a file of the same name and size are seen by its time
+    os.utime(picture, ns=(1, picture.stat().st_mtime_ns + 1))
+    reference()
+    assert picture.stat().st_size == size and len(set((tmp_path / "cache").iterdir())) == 3
 
 
 def test_too_few_samples_are_refused_before_any_is_drawn(run, scorer, references, capsys, monkeypatch):

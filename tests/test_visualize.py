@@ -343,6 +343,9 @@ def test_survival_tells_structure_from_detail_on_images_whose_change_is_known():
     blurred = visualize.survival(shapes, indices, torch.nn.functional.avg_pool2d(x, 5, 1, 2))
     assert blurred["structure"] > 0.8 and blurred["detail_colour"] > 0.8
     assert blurred["detail_texture"] < 0.6 * same["detail_texture"]
+    mask = torch.stack([shapes.mask(i) for i in indices])[:, None]
+    equally_bright = (2 * mask - 1) * torch.tensor([1.0, -1, 0])[:, None, None]
+    assert visualize.survival(shapes, indices, equally_bright)["structure"] > 0.9
     moved = visualize.survival(shapes, indices, x.flip(0))
     assert moved["structure"] < 0.6 and moved["detail"] < 0.2
 
