@@ -130,10 +130,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from perceptual import (
-    LOGIT, PatchDiscriminator, StyleDiscriminator, build_vgg16, lpips_like, normalize_images,
+    LAYER_SETS, LOGIT, PatchDiscriminator, StyleDiscriminator, VGGTaps, adv_loss, build_vgg16, disc_loss,
+    layer_weights, lpips_like, normalize_images, perceptual_loss,
 )
 from prior_ar import ARPrior, PriorConfig
 from prior_nar import mask_tokens
@@ -1283,8 +1286,56 @@ def load_seconds(path):
 # ----------------------------------------------------------------------------------------------------------
 
 
+GPUS = {"A100": 312e12, "H100": 989e12}  # dense bf16 FLOP/s of the data sheets
+UTILISATION = 0.4  # of them; a guess, nothing was run on a GPU
+
+
+def cost(steps, *networks):
+    """What one image costs in training, counted on fake tensors; nothing is computed.
+
+    steps:    functions that run one after the other, each with its own backward pass
+    networks: whose weights the passes save; they are not activations
+    returns:  FLOPs, a multiply-add being two; bytes that autograd keeps, at 2 bytes a number (bf16), in the
+              step that keeps most
+    """
+    weights = {p.untyped_storage()._cdata for network in networks for p in network.parameters()}
+    flops, most = 0, 0
+    for step in steps:
+        kept = {}  # by storage; holding the tensors keeps their addresses apart
+
+        def pack(tensor, kept=kept):
+            kept[tensor.untyped_storage()._cdata] = tensor
+            return tensor
+
+        with FlopCounterMode(display=False) as counter:
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                step()
+        flops += counter.get_total_flops()
+        most = max(most, 2 * sum(t.numel() for address, t in kept.items() if address not in weights))
+    return flops, most
+
+
+def to_fake(network):
+    """Replaces all weights and buffers by fake ones, inside a FakeTensorMode."""
+    for module in network.modules():
+        for name, p in module.named_parameters(recurse=False):
+            setattr(module, name, torch.nn.Parameter(torch.empty(p.shape), requires_grad=p.requires_grad))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+
+
+def print_cost(name, c, flops, kept, trainable, frozen=0, processes=8):
+    """FLOPs of a stage, memory and time on GPUs. Weights, gradients and Adam's moments are float32."""
+    per_gpu = max(1, c["batch"] // processes)
+    memory = (16 * trainable + 4 * frozen + per_gpu * kept) / 2**30
+    run = flops * c["batch"] * c["steps"]
+    hours = ", ".join(f"{run / speed / UTILISATION / 3600:.3g} {gpu}-hours" for gpu, speed in GPUS.items())
+    print(f"  cost of {name}: {flops / 1e9:,.1f} GFLOP an image, {run:.2e} FLOP in all; estimated: "
+          f"{memory:.1f} GiB a GPU at {per_gpu} images, {hours} at {UTILISATION:.0%} of the peak")
+
+
 def explain(config, processes=8):
-    """Prints modules, sizes and recipe of a preset; all networks are on the meta device, nothing runs."""
+    """Prints modules, sizes, recipe and cost of a preset; all tensors are fake, nothing is computed."""
 
     def count(module):
         return sum(p.numel() for p in module.parameters())
@@ -1315,25 +1366,55 @@ def explain(config, processes=8):
         disc = PatchDiscriminator() if kind == "patch" else StyleDiscriminator(config["image_size"], **disc)
         K, N = first.codebook_size, first.grid_size**2
         prior = {n: ARPrior(PriorConfig(K, N, n, **config["prior"])) for n in (0, 1000)}
-    if config["vgg"] == "judge":
-        stage("vgg (10 classes assumed)", judge)
-        row("judge, a narrow VGG-16", vgg, "trainable", judge)
-    for name, tokenizer in (("phase1", first), ("phase2", second)):
-        c, frozen = config[name], "frozen" if name == "phase2" else "trainable"
-        loss = f"layers {c['layers']} of Table 6" if c["layers"] else f"alpha {c['alpha']:g}"
-        stage(f"{name}, {loss}", c)
-        row("encoder", tokenizer.encoder, frozen, c)
-        row("codebook", tokenizer.quantizer, frozen, c)
-        row("decoder", tokenizer.decoder, "trainable", c)
-        print(f"  {'tokenizer':30s} {count(tokenizer):>13,}")
-        row("discriminator", disc, "trainable", c)
-        row("VGG-16", vgg, "frozen", c)
-    print(f"Table 1: +Attention x2 {count(double):,} (--set tokenizer.num_attention=2), "
-          f"+Conv x2 {count(deeper):,} (--set tokenizer.decoder_extra_blocks=2)")
-    for name in ("ar", "nar"):
-        stage(f"{name}, {first.grid_size}^2 tokens of {first.codebook_size} codes", config[name])
-        row("prior, unconditional", prior[0], "trainable", config[name])
-        row("prior, 1000 classes", prior[1000], "trainable", config[name])
+        taps = VGGTaps(build_vgg16(*own[:3]))
+    with FakeTensorMode():  # as "meta", but autocast and attention believe to be on a CPU
+        for network in (vgg, taps, first, second, disc, *prior.values()):
+            to_fake(network)
+        x, tokens = torch.zeros(1, 3, *[config["image_size"]] * 2), torch.zeros(1, N, dtype=torch.int64)
+        label = torch.zeros(1, dtype=torch.int64)
+        if config["vgg"] == "judge":
+            stage("vgg (10 classes assumed)", judge)
+            row("judge, a narrow VGG-16", vgg, "trainable", judge)
+            print_cost("vgg", judge, *cost([lambda: vgg(x).sum().backward()], vgg), count(vgg), 0, processes)
+        for name, tokenizer in (("phase1", first), ("phase2", second)):
+            c, frozen = config[name], "frozen" if name == "phase2" else "trainable"
+            loss = f"layers {c['layers']} of Table 6" if c["layers"] else f"alpha {c['alpha']:g}"
+            stage(f"{name}, {loss}", c)
+            row("encoder", tokenizer.encoder, frozen, c)
+            row("codebook", tokenizer.quantizer, frozen, c)
+            row("decoder", tokenizer.decoder, "trainable", c)
+            print(f"  {'tokenizer':30s} {count(tokenizer):>13,}")
+            row("discriminator", disc, "trainable", c)
+            row("VGG-16", taps, "frozen", c)
+            weights = LAYER_SETS[c["layers"]] if c["layers"] else layer_weights(c["alpha"])
+            if name == "phase2":
+                tokenizer.freeze_latent_space()
+
+            def autoencode(tokenizer=tokenizer, weights=weights):
+                x_hat, _, losses = tokenizer(x)
+                disc.requires_grad_(False)
+                loss = F.l1_loss(x_hat, x) + perceptual_loss(taps, x, x_hat, weights) + adv_loss(disc(x_hat))
+                sum(losses.values(), loss).backward()
+
+            def discriminate():
+                disc.requires_grad_(True)
+                disc_loss(disc(x), disc(x)).backward()
+
+            trainable = count(disc) + (count(tokenizer.decoder) if name == "phase2" else count(tokenizer))
+            flops, kept = cost([autoencode, discriminate], tokenizer, disc, taps)
+            if c["r1_gamma"]:
+                # R1 differentiates twice, which costs about as much as the discriminator's whole step
+                flops += cost([discriminate], disc)[0] // c["r1_every"]
+            frozen = count(taps) + count(disc) + count(tokenizer) - trainable
+            print_cost(name, c, flops, kept, trainable, frozen, processes)
+        print(f"Table 1: +Attention x2 {count(double):,} (--set tokenizer.num_attention=2), "
+              f"+Conv x2 {count(deeper):,} (--set tokenizer.decoder_extra_blocks=2)")
+        for name in ("ar", "nar"):
+            stage(f"{name}, {first.grid_size}^2 tokens of {first.codebook_size} codes", config[name])
+            row("prior, unconditional", prior[0], "trainable", config[name])
+            row("prior, 1000 classes", prior[1000], "trainable", config[name])
+            flops, kept = cost([lambda: prior[1000](tokens, label).sum().backward()], prior[1000])
+            print_cost(name, config[name], flops, kept, count(prior[1000]), 0, processes)
 
 
 # ----------------------------------------------------------------------------------------------------------

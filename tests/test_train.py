@@ -725,3 +725,23 @@ def test_an_ablation_tells_its_flags_and_bad_ones_are_refused(trained, data, tmp
             config_of(*words.split())
         error = capsys.readouterr().err
         assert stop.value.code == 2 and message in error and error.count("\n") == 1, (words, error)
+
+
+def test_the_cost_of_a_layer_and_of_a_prior_has_its_closed_form():
+    x, layer = torch.zeros(3, 4), torch.nn.Linear(4, 5)
+    flops, kept = visualize.cost([lambda: layer(x).sum().backward()], layer)
+    assert flops == 2 * (2 * 3 * 4 * 5)  # forwards, and backwards to the weights: x needs no gradient
+    assert kept == 2 * 3 * 4  # x in bf16, not the weights
+    twice = visualize.cost([lambda: layer(x).sum().backward()] * 2, layer)
+    assert twice == (2 * flops, kept)  # one after the other: FLOPs add up, memory does not
+
+
+def test_explain_counts_what_each_stage_costs(capsys):
+    train.main(*train.parse_args(["--explain", "--preset", "imagenet"]))
+    lines = {line.split()[2]: line for line in capsys.readouterr().out.splitlines() if "cost of" in line}
+    assert list(lines) == ["phase1:", "phase2:", "ar:", "nar:"]
+    found = {stage: re.search(r": ([\d,.]+) GFLOP", line)[1] for stage, line in lines.items()}
+    gflop = {stage: float(text.replace(",", "")) for stage, text in found.items()}
+    assert gflop["ar:"] == pytest.approx(6 * 256 * 0.1711, rel=0.1)  # 6 a parameter and token, attention
+    assert gflop["phase2:"] < gflop["phase1:"] and gflop["ar:"] == gflop["nar:"]
+    assert all("A100-hours" in line and "GiB a GPU at" in line for line in lines.values())
