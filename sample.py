@@ -23,7 +23,7 @@ def parse_args(argv=None):
     add("--count", "--num", dest="num", type=int, help="number of images (default 80; --metrics: 50,000)")
     add("--classes", help="names or numbers, separated by commas (default: all, in turn)")
     add("--reconstruct", action="store_true", help="reconstruct validation images instead of sampling")
-    add("--data", help="with --reconstruct: images to use (default: the validation images of the run)")
+    add("--data", help="with --reconstruct or --metrics: folder of images (default: those of the run)")
     add("--format", choices=("sheet", "files", "npz"), default="sheet", help="one picture, PNG files, or npz")
     add("--out", type=Path, help="file or, for --format files, folder to write (default: beside CKPT)")
     add("--metrics", action="store_true", help="measure; of phase1.pt, phase2.pt the reconstructions (rFID)")
@@ -72,6 +72,7 @@ if __name__ == "__main__":
 # ruff: noqa: E402
 import contextlib
 import datetime
+import fcntl
 import functools
 import hashlib
 import importlib.metadata
@@ -555,12 +556,12 @@ def load_data(config):
         if strangers or bool(val_names) != bool(names):
             raise UserError(f"--val {val} has classes that {folder} lacks: {', '.join(strangers[:3])}")
     else:
-        held_out = set(random.Random(mix(seed, "split")).sample(range(len(files)), max(1, len(files) // 20)))
+        held_out = set(random.Random(mix(0, "split")).sample(range(len(files)), max(1, len(files) // 20)))
         if len(files) == 1:
             print0(f"note: the only image of {folder} is both training and validation image")
         val_files = [path for i, path in enumerate(files) if i in held_out]
         files = [path for i, path in enumerate(files) if i not in held_out] or files
-    random.Random(mix(seed, "val")).shuffle(val_files)  # so that the first ones are of all classes
+    random.Random(mix(0, "val")).shuffle(val_files)  # so that the first ones are of all classes
     if not names:
         print0(f"note: {folder} has no class sub-folders, so its images carry no labels")
     if limit and limit < len(files):
@@ -620,6 +621,29 @@ def ignore_signals(worker):
 # ----------------------------------------------------------------------------------------------------------
 
 FORMAT = 2  # of the checkpoint files; train.py writes them
+
+
+def claim(folder, flag="--out"):
+    """Makes a folder and locks it. The kernel frees the lock when the returned file is closed or this process
+    ends, in any way.
+
+    raises: UserError that names the process which holds it
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "a+")
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        raise UserError(f"{folder} is in use by process {lock.read()}; wait for it, or pass another "
+                        f"{flag}") from None
+    except OSError as error:
+        raise UserError(f"{flag} {folder} cannot be written to: {error}") from None
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    sweep(folder)
+    return lock
 
 
 def save_atomic(write, path):
@@ -891,8 +915,8 @@ PROTOCOLS = {
     "rfid-val": "reconstructions of all validation images against these images",
     "gfid-train": "samples, classes in turn, against the central crops of all training images",
 }
-HOW = ("protocol", "num_images", "image_size", "extractor_hash", "resize", "feature_layer", "reference",
-       "reference_images", "reference_hash")
+HOW = ("protocol", "num_images", "image_size", "classes", "extractor_hash", "resize", "feature_layer",
+       "reference", "reference_images", "reference_hash")
 
 
 class Extractor:
@@ -977,23 +1001,23 @@ def collect(chunks, parts, what, num):
     """All rows of chunks (start, dict of tensors (n, ...)), in order, in the first process; None in others.
 
     Each chunk becomes a file in the folder `parts` at once, and one that is there is not made again: so an
-    interrupted evaluation goes on, and so processes hand over their shares.
+    interrupted evaluation goes on, and so processes hand over their shares. `seconds` are those of all calls.
     """
 
     def place(start):
         return parts / f"{start:09d}.pt"
 
     def begin():
-        parts.mkdir(parents=True, exist_ok=True)
-        sweep(parts)
+        locks.append(claim(parts))
         return sum(intact(path) or bool(path.unlink()) for path in parts.glob("*.pt"))
 
-    found, begun, told, count = on_rank0(begin), time.time(), time.time(), 0
+    locks, count = [], 0
+    found, begun, told, last = on_rank0(begin), time.time(), time.time(), time.time()
     if found:
         print0(f"{what}: going on, {found} parts are there already")
     for start, rows in chunks(lambda indices: place(indices[0]).exists()):
-        save_torch(rows, place(start))
-        count += len(rows["digests"])
+        save_torch(rows | dict(seconds=torch.tensor([(time.time() - last) / world()])), place(start))
+        last, count = time.time(), count + len(rows["digests"])
         if time.time() > told + 30:
             told, rate = time.time(), count * world() / (time.time() - begun)
             print0(f"{what}: {start:,} of {num:,}, {rate:.1f} images/s, {(num - start) / rate:.0f} s left")
@@ -1001,7 +1025,21 @@ def collect(chunks, parts, what, num):
     if rank() > 0:
         return None
     saved = [torch.load(path, weights_only=True) for path in sorted(parts.glob("*.pt"))]
-    return {name: torch.cat([part[name] for part in saved]) for name in saved[0]}
+    rows = {name: torch.cat([part[name] for part in saved]) for name in saved[0]}
+    if len(rows["digests"]) != num:
+        raise UserError(f"{parts} holds {len(rows['digests'])} images and not {num}; delete it")
+    return rows
+
+
+def read_result(path):
+    """One JSON of --metrics; raises UserError if it is none."""
+    try:
+        result = json.loads(Path(path).read_text())
+        if {*HOW, "results", "images_hash"} <= result.keys():
+            return result
+    except (OSError, ValueError, AttributeError):  # no file, no text, no JSON, no object
+        pass
+    raise UserError(f"{path} is no result of sample.py --metrics")
 
 
 def joint_hash(digests):
@@ -1045,15 +1083,22 @@ def load_reference(args, extractor, config, split):
             shutil.rmtree(path.with_suffix(f".parts{args.batch}"))
 
         on_rank0(finish)
-    if rank() > 0:
-        return None
-    reference = torch.load(path, weights_only=True) if intact(path) else None
-    if not isinstance(reference, dict) or "mu" not in reference:
-        raise UserError(f"--reference {path} is missing, damaged or no file of reference statistics")
-    wrong = [f"{k} {reference.get(k)}, not {v}" for k, v in wanted.items() if reference.get(k) != v]
-    if wrong:
-        raise UserError(f"--reference {path} was made with {', '.join(wrong)} as needed here")
-    return reference
+    found = []
+
+    def check():
+        try:
+            found.append(torch.load(path, weights_only=True) if intact(path) else {})
+            if "mu" not in found[0]:
+                raise ValueError
+        except (RuntimeError, ValueError, TypeError, EOFError, pickle.UnpicklingError):
+            raise UserError(f"--reference {path} is missing, damaged or no file of reference statistics"
+                            ) from None
+        wrong = [f"{k} {found[0].get(k)}, not {v}" for k, v in wanted.items() if found[0].get(k) != v]
+        if wrong:
+            raise UserError(f"--reference {path} was made with {', '.join(wrong)} as needed here")
+
+    on_rank0(check)
+    return found[0] if found else None
 
 
 def class_accuracy(extractor, class_names, rows):
@@ -1068,37 +1113,43 @@ def class_accuracy(extractor, class_names, rows):
 
 def evaluate(args, device):
     """--metrics: measures a checkpoint by its protocol and writes one JSON. An interrupted call goes on."""
-    begin, ckpt = time.time(), read_checkpoint(args.ckpt, ("phase1", "phase2", "ar", "nar"))
-    config = dict(ckpt["config"], **({"data": args.data, "val": None} if args.data else {}))
+    ckpt = read_checkpoint(args.ckpt, ("phase1", "phase2", "ar", "nar"))
+    config = dict(ckpt["config"], **({"data": args.data, "val": args.data} if args.data else {}))
     protocol = "rfid-val" if ckpt["stage"] in ("phase1", "phase2") else "gfid-train"
     out = args.out or args.ckpt.with_name(f"metrics_{args.ckpt.stem}.json")
+    on_rank0(lambda: out.exists() and read_result(out))
     extractor = Extractor(args.extractor, config["image_size"], device)
     if protocol == "rfid-val":
         val = load_data(config)[1]
         if args.num not in (None, len(val)):
             raise UserError(f"rfid-val takes all {len(val)} validation images; leave --num out")
-        args.num = len(val)
+        args.num, names = len(val), val.class_names
         measured, info = measure_reconstructions(args, extractor, val, device)
     else:
         args.num = args.num or 50_000
         measured, info = measure_samples(args, extractor, device)
+        names = ckpt["class_names"] if info["classes"] else []
     extractor.check_number(args.num, "images")
     reference = load_reference(args, extractor, config, "val" if protocol == "rfid-val" else "train")
     how = dict(protocol=protocol, num_images=args.num, image_size=config["image_size"], **extractor.info)
-    mine = how | dict(checkpoint=str(args.ckpt), **info)
+    mine = how | dict(classes=None) | info
 
     def known():
-        """Whether `out` holds this very result."""
+        """Whether `out` holds this very result, and the folder for its parts if not."""
         mine.update(reference=reference["reference"], reference_images=reference["reference_images"],
                     reference_hash=reference["reference_hash"])
-        old = json.loads(out.read_text()) if out.exists() else {}
-        if any(old.get(k) != v for k, v in mine.items() if old and k not in ("checkpoint", "extractor")):
-            os.replace(out, out.with_suffix(".previous.json"))
-            print0(f"note: {out} held another result, now {out.with_suffix('.previous.json').name}")
-        return out.exists()
+        old = read_result(out) if out.exists() else {}
+        if any(old.get(k) != v for k, v in mine.items() if old and k != "extractor"):
+            aside = out.with_name(f"{out.stem}.previous.{old['images_hash']}.json")
+            os.replace(out, aside)
+            print0(f"note: {out} held another result, now {aside.name}")
+        if out.exists():
+            os.utime(out)  # newer than its checkpoint, also where both were copied
+        return out.exists(), f".{out.stem}.{mix(sorted((k, str(v)) for k, v in mine.items())):016x}"
 
-    parts = out.with_name(f".{out.stem}.{mix(sorted((k, str(v)) for k, v in (how | info).items())):016x}")
-    if on_rank0(known):
+    there, parts = on_rank0(known)
+    parts = out.with_name(parts)
+    if there:
         print0(f"{out} is there already")
     else:
         rows = collect(measured, parts, protocol, args.num)
@@ -1111,21 +1162,21 @@ def evaluate(args, device):
                 numbers |= dict(usage=usage, perplexity=perplexity)
                 numbers |= {name: rows[name].double().mean().item()
                             for name in ("psnr", "ssim", "l1", "lpips") if name in rows}
-            accuracy = class_accuracy(extractor, ckpt["class_names"], rows)
+            accuracy = class_accuracy(extractor, names, rows)
             if accuracy:
                 numbers |= dict(class_accuracy=accuracy.pop("all"), class_accuracy_by_class=accuracy,
                                 class_accuracy_of_reference=reference["reference_accuracy"])
+            seconds = rows["seconds"].sum().item()
             about = dict(
-                images_hash=joint_hash(rows["digests"]), results=numbers,
-                seconds=round(time.time() - begin, 1), processes=world(), device=str(device),
+                checkpoint=str(args.ckpt), images_hash=joint_hash(rows["digests"]), results=numbers,
+                seconds=round(seconds, 1), processes=world(), device=str(device),
                 threads=torch.get_num_threads(), torch=torch.__version__,
                 torch_fidelity=importlib.metadata.version("torch-fidelity"),
                 command=" ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]))
             text = json.dumps(mine | about, indent=1) + "\n"
             save_atomic(lambda p: p.write_text(text), out)
             shutil.rmtree(parts)
-            rate = args.num / (time.time() - begin)
-            print0(f"{args.num:,} images in {time.time() - begin:.0f} s, {rate:.1f} images/s -> {out}")
+            print0(f"{args.num:,} images in {seconds:.0f} s, {args.num / seconds:.1f} images/s -> {out}")
 
         on_rank0(finish)
     result = on_rank0(lambda: json.loads(out.read_text()))
@@ -1168,14 +1219,19 @@ def measure_reconstructions(args, extractor, data, device):
         warn("--lpips random: that number means nothing")
 
     info = dict(tokenizer=latent_hash(tokenizer), decoder=weights_hash(tokenizer), batch=args.batch,
-                K=tokenizer.codebook_size, lpips=args.lpips if lpips else None, note=ckpt["note"])
+                K=tokenizer.codebook_size, lpips=weights_hash(lpips) if lpips else None, note=ckpt["note"])
     return measured, info
 
 
 def evaluate_sweep(args, device):
     """--sweep: one result for each value, a CSV of all and a plot. Values that are measured are not again."""
-    name, stem, rows = args.values[0][0], args.out or args.ckpt.with_name(f"sweep_{args.ckpt.stem}"), []
-    stem = stem.with_name(f"{stem.name}_{name}")
+    stage, name = read_checkpoint(args.ckpt, ("ar", "nar"))["stage"], args.values[0][0]
+    own = ("top_p", "temperature")
+    if stage == "nar":
+        own = ("nar_steps", "token_temperature", "choice_temperature")
+    if name not in own:
+        raise UserError(f"--sweep {name} does nothing for {stage.upper()}; it has {', '.join(own)}")
+    stem, rows = args.out or args.ckpt.with_name(f"sweep_{args.ckpt.stem}_{name}"), []
     for _, value in args.values:
         print0(f"\n{name} = {value}")
         out = stem / f"{value}.json"
@@ -1185,8 +1241,8 @@ def evaluate_sweep(args, device):
 
     def write():
         text = "\n".join(",".join(map(str, line)) for line in [rows[0], *(row.values() for row in rows)])
-        save_atomic(lambda p: p.write_text(text + "\n"), stem.with_suffix(".csv"))
-        draw_sweep(rows, name, result, stem.with_suffix(".png"))
+        save_atomic(lambda p: p.write_text(text + "\n"), stem.with_name(stem.name + ".csv"))
+        draw_sweep(rows, name, result, stem.with_name(stem.name + ".png"))
 
     on_rank0(write)
     print0(f"wrote {stem}.csv and {stem}.png")
@@ -1243,7 +1299,8 @@ def sample(args, device):
     prior, ckpt = load_model(args.ckpt, ("ar", "nar"), device)
     tokenizer, decoder_ckpt = load_tokenizer_of(args.ckpt, ckpt, args.tokenizer, device)
     settings = sample_settings(args, ckpt["config"])
-    classes = choose_classes(args.classes, ckpt["class_names"])
+    names = ckpt["class_names"] if prior.config.num_classes else []
+    classes = choose_classes(args.classes, names)
     labels = classes and [classes[i % len(classes)] for i in range(args.num)]
     info = dict(
         made_from="samples", prior=weights_hash(prior), tokenizer=ckpt["tokenizer_hash"],

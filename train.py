@@ -274,7 +274,6 @@ if __name__ == "__main__":
 
 # ruff: noqa: E402
 import contextlib
-import fcntl
 import math
 import os
 import re
@@ -302,9 +301,9 @@ from perceptual import (
 from prior_ar import ARPrior, PriorConfig
 from prior_nar import NARPrior, mask_tokens
 from sample import (
-    FORMAT, UserError, agreed, barrier, batches, intact, latent_hash, load_data, load_model, make_sheet, mix,
-    my_rows, newest_intact, on_rank0, one_line_errors, print0, rank, read_checkpoint, save_atomic,
-    save_checkpoint, save_torch, seeded_rand, setup_device, sweep, to_float, warn, weights_hash, world,
+    FORMAT, UserError, agreed, barrier, batches, claim, intact, latent_hash, load_data, load_model,
+    make_sheet, mix, my_rows, newest_intact, on_rank0, one_line_errors, print0, rank, read_checkpoint,
+    save_atomic, save_checkpoint, save_torch, seeded_rand, setup_device, to_float, warn, weights_hash, world,
 )
 from tokenizer import TokenizerConfig, VQTokenizer, all_reduce_mean, codebook_usage
 from visualize import (
@@ -454,24 +453,8 @@ class Run:
         return x.split(self.args.micro_batch or len(x))
 
     def claim(self):
-        """Makes the run folder and locks it. The kernel frees the lock when this process ends, in any way."""
-        if self.lock:
-            return
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            lock = open(self.out / ".lock", "a+")
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise UserError(f"{self.out} is in use by process {lock.read()}; wait for it, or pass another "
-                            "--out") from None
-        except OSError as error:
-            raise UserError(f"--out {self.out} cannot be written to: {error}") from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        sweep(self.out)
-        self.lock = lock
+        """Makes the run folder and locks it, once."""
+        self.lock = self.lock or claim(self.out)
 
     def start(self, stage, made_from=None, **state):
         """Goes on from <stage>.pt where there is one: loads it, cuts the log to fit, returns the steps done.

@@ -61,6 +61,8 @@ FIGURES = dict(
     metrics="results of sample.py --metrics side by side",
     compare="a probe of tokenizers, phase1.pt or phase2.pt",
     report="one HTML page of a run folder")
+PRESETS = ("imagenet", "imagenet-ablation", "ffhq", "lsun-cat", "lsun-bedroom", "lsun-church", "cifar10",
+           "demo")
 PAPER_SCALE = dict.fromkeys(TABLES, "ImageNet 256x256, batch 64, 500,000 steps each, Inception FID, 50,000")
 PAPER_SCALE["fig7b"] = "ImageNet 256x256, Tables 9 and 10 in full, Inception FID, 50,000"
 
@@ -80,7 +82,7 @@ def parse_args(argv=None):
     add("--num", type=int, default=64, help="images for the numbers; the first few are drawn (default 64)")
     add("--pdf", action="store_true", help="figures: write a PDF too")
     add("--steps", type=int, default=400, help="of compare: training steps of the probe (default 400)")
-    add("--preset", default="demo", help="of tables: the preset that all rows vary (default demo)")
+    add("--preset", default="demo", choices=PRESETS, help="of tables: what all rows vary (default demo)")
     add("--run", action="store_true", help="of tables: train and measure what is missing, row by row")
     add("--stages", default="phase1,ar,nar", help="of tables: what --run makes (default phase1,ar,nar)")
     add("--samples", type=int, help="of tables: images a prior draws (default: demo 2,000, cifar10 10,000, "
@@ -100,6 +102,8 @@ def parse_args(argv=None):
         parser.error(f"{args.figure} needs {'files' if listed else '--ckpt'}: {FIGURES[args.figure]}")
     if not args.stages or not set(args.stages.split(",")) <= {"phase1", "ar", "nar"}:
         parser.error(f"--stages takes phase1, ar, nar, separated by commas, got {args.stages!r}")
+    if args.out and args.figure in FIGURES and not listed and args.out.suffix != ".png":
+        parser.error(f"--out {args.out}: a figure's name must end in .png (JSON and PDF go beside it)")
     for name in ("samples", "nproc"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
@@ -143,7 +147,7 @@ from prior_nar import mask_tokens
 from sample import (
     HOW, Shapes, UserError, decode, evaluate, generate_images, generate_tokens, latent_hash, load_data,
     load_model, load_tokenizer_of, make_sheet, mix, one_line_errors, print0, psnr, rank, read_checkpoint,
-    save_atomic, seeded_rand, setup_device, to_float, to_uint8, world,
+    read_result, save_atomic, seeded_rand, setup_device, to_float, to_uint8, world,
 )
 from sample import parse_args as sample_args
 from tokenizer import TokenizerConfig, VQTokenizer, all_reduce_mean, codebook_usage
@@ -203,7 +207,7 @@ def survival(shapes, indices, x_hat):
 
     structure:      intersection over union of the true shape (what and where) and one of the two colours of
                     x_hat, whichever fits better; which colours they are does not matter
-    detail:         the mean of the next two
+    detail:         the mean of the next two; one image has no R^2, and images without texture no correlation
     detail_colour:  R^2 over the images of the mean colours inside and outside the true shape
     detail_texture: correlation of what a 5x5 blur removes, away from edges, over images with a texture
     """
@@ -223,7 +227,8 @@ def survival(shapes, indices, x_hat):
     inside, outside = (mask > 0.99).float(), (mask < 0.01).float()
     colours = [torch.stack([(image * part).sum((2, 3)) / part.sum((2, 3)).clamp(min=1)
                             for part in (inside, outside)], 1) for image in (x, x_hat)]  # (B, 2, 3)
-    error, spread = (colours[1] - colours[0]).square().sum(), (colours[0] - colours[0].mean(0)).square().sum()
+    error = (colours[1] - colours[0]).square().sum()
+    spread = (colours[0] - colours[0].mean(0)).square().sum()
 
     def fine(image):
         return image - F.avg_pool2d(F.pad(image, (2,) * 4, mode="replicate"), 5, 1)
@@ -232,9 +237,10 @@ def survival(shapes, indices, x_hat):
     a, b = (fine(image) * flat for image in (x, x_hat))
     both = F.cosine_similarity(a.flatten(1), b.flatten(1))
     textured = torch.tensor([shapes.factors(i)["texture"] != "plain" for i in indices], device=x.device)
-    colour, texture = (1 - error / spread).item(), both[textured].mean().nan_to_num().item()
-    return dict(structure=torch.stack(places).mean().item(), detail=(colour + texture) / 2,
-                detail_colour=colour, detail_texture=texture)
+    parts = dict(detail_colour=(1 - error / spread).item(), detail_texture=both[textured].mean().item())
+    parts = {name: value for name, value in parts.items() if math.isfinite(value)}
+    detail = dict(detail=sum(parts.values()) / len(parts)) if parts else {}
+    return dict(structure=torch.stack(places).mean().item()) | detail | parts
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -561,7 +567,8 @@ def probe(train, val, codebook_size, device="cpu", steps=400, batch=64, seed=0):
     torch.manual_seed(mix(seed, "probe"))
     prior = ARPrior(PriorConfig(codebook_size, N, n_layer=4, n_head=4, n_embd=128, dropout=0.0)).to(device)
     optimizer = torch.optim.AdamW(prior.parameters(), lr=2e-3, betas=(0.9, 0.96), weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda t: min(1, (t + 1) / (steps / 10)) * (1 + math.cos(math.pi * t / steps)) / 2)
     draw = torch.Generator().manual_seed(mix(seed, "probe order"))
     prior.train()
     for _ in tqdm(range(steps), "probe", disable=None if rank() == 0 else True):
@@ -587,11 +594,11 @@ def probe(train, val, codebook_size, device="cpu", steps=400, batch=64, seed=0):
 def compare(args, device):
     """`compare A.pt B.pt`: the probe, PSNR and code stability of tokenizers on the same images; with
     --extractor rFID too. For a tokenizer of another kind call `probe` with its tokens."""
-    rows, images = [], None
+    rows, images, measured = [], None, {}
     for path in args.files:
         tokenizer, ckpt = load_model(path, ("phase1", "phase2"), device)
         if images is None:
-            config = dict(ckpt["config"], **({"data": args.data, "val": None} if args.data else {}))
+            config = dict(ckpt["config"], **({"data": args.data, "val": args.data} if args.data else {}))
             images = [torch.stack([split.view(i) for i in range(min(limit, len(split)))])
                       for split, limit in zip(load_data(config), (args.samples or 5000, 1000), strict=True)]
         same_size(path, ckpt, config, args.files[0])
@@ -601,14 +608,18 @@ def compare(args, device):
         x_hat = decode(tokenizer, tokens[1][:200].to(device))
         row = dict(
             ckpt=str(path), tokenizer_hash=latent_hash(tokenizer), alpha=ckpt["config"]["phase1"]["alpha"],
-            train_images=len(images[0]), val_images=len(images[1]), psnr=psnr(x, x_hat).mean().item(),
+            train_images=len(images[0]), val_images=len(images[1]), psnr_images=len(x),
+            psnr=psnr(x, x_hat).mean().item(),
             changed=stability(tokenizer, x), **probe(*tokens, tokenizer.codebook_size, device, args.steps))
         if args.extractor:
             out = Path(path).with_name(f"metrics_{Path(path).stem}_compare.json")
             words = ["--ckpt", path, "--metrics", "--lpips", "none", "--out", out]
-            words += ["--extractor", args.extractor]
-            row["rfid"] = evaluate(sample_args([*map(str, words)]), device)["results"]["rfid"]
+            words += ["--extractor", args.extractor, *(["--data", args.data] if args.data else [])]
+            measured[str(path)] = evaluate(sample_args([*map(str, words)]), device)
+            row["rfid"] = measured[str(path)]["results"]["rfid"]
         rows.append(row)
+    if measured:
+        refuse_unlike(measured)
     names = ["bits_per_image", "unigram_bits_per_image", "relative", "psnr", *["rfid"] * bool(args.extractor)]
     print_table([["", *names], *([row["ckpt"], *(number(row[name]) for name in names)] for row in rows)])
     return rows
@@ -629,6 +640,7 @@ img { max-width: 100%%; } img.pixels { image-rendering: pixelated; width: 100%%;
 img.plot { background: white; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; }
 td, th { border: 1px solid var(--line); padding: .2rem .5rem; text-align: left; vertical-align: top; }
+[hidden] { display: none !important; }
 .row { display: grid; grid-template-columns: repeat(%(shown)d, 1fr); gap: 3px; }
 .stack { position: relative; } .stack img + img { position: absolute; inset: 0; }
 input[type=range] { width: 100%%; } button { font: inherit; padding: .3rem .8rem; }
@@ -712,7 +724,7 @@ def report(args, device):
         sections.append(f"<section><h2>{html.escape(title)}</h2>\n" + "\n".join(parts) + "</section>")
 
     metrics = {path.stem: read_result(path) for path in sorted(run.glob("metrics_*.json"))
-               if not path.stem.endswith(".previous")}
+               if ".previous" not in path.stem}
     if metrics:
         lines = [["file", "protocol", "images", "extractor", "results"]]
         for name, result in metrics.items():
@@ -724,8 +736,8 @@ def report(args, device):
     if rows:
         section("Loss curves", plot(draw_curves(rows), "loss curves of all stages"))
 
-    num = min(args.num, 200)
-    images, x = load_images(config, min(num, len(load_data(config)[1])), args.data)
+    config |= dict(data=args.data, val=args.data) if args.data else {}
+    images, x = load_images(config, min(args.num, 200, len(load_data(config)[1])), None)
     x, shown = to_float(x, device), min(8, len(x))
     tokens = torch.cat([last.encode(part) for part in x.split(50)])
     codes = torch.load(run / "codes.pt", weights_only=True, mmap=True) if (run / "codes.pt").is_file() else {}
@@ -768,7 +780,7 @@ def report(args, device):
             tokenizer, _ = load_tokenizer_of(found[stage], ckpt, None, device)
             settings = ckpt["config"]["sample"]
             classes = prior.config.num_classes
-            labels = [i % classes for i in range(4 * min(classes, 10))] if classes else None
+            labels = [i % min(classes, 10) for i in range(4 * min(classes, 10))] if classes else None
             sheet = generate_images(prior, tokenizer, len(labels or range(32)), labels, 0, settings)
             names = f"<p>Columns: {html.escape(', '.join(ckpt['class_names'][:10]))}.</p>" if classes else ""
             section(f"Samples of the {stage.upper()} prior", names,
@@ -813,16 +825,6 @@ def decoding_strip(prior, tokenizer, settings, classes, device, num=4):
 # ----------------------------------------------------------------------------------------------------------
 # Results side by side: the paper's Tables 1, 5, 6 and Fig. 5b, 7b, each row a run of its own
 # ----------------------------------------------------------------------------------------------------------
-
-
-def read_result(path):
-    """One JSON of sample.py --metrics; raises UserError if it is none."""
-    try:
-        result = json.loads(Path(path).read_text())
-        assert {*HOW, "results"} <= result.keys()
-        return result
-    except (ValueError, AssertionError, AttributeError, UnicodeDecodeError):
-        raise UserError(f"{path} is no result of sample.py --metrics") from None
 
 
 def refuse_unlike(results):
@@ -880,6 +882,12 @@ class Table:
         self.small = args.preset in ("demo", "cifar10")  # these train a judge and a scorer of their own
         self.samples = args.samples or {"demo": 2000, "cifar10": 10_000}.get(args.preset, 50_000)
         self.stages = args.stages.split(",")
+        self.device = ["--device", args.device] if args.device != "auto" else []
+        self.settings = dict(preset=args.preset, data=args.data, set=args.set)
+        note = self.root / "settings.json"
+        if note.exists() and json.loads(note.read_text()) != self.settings:
+            raise UserError(f"{note} tells of other settings ({note.read_text()}) than "
+                            f"{json.dumps(self.settings)}; use the same, or another --out")
         scorer = str(self.root / "scorer" / "resnet.pt") if self.small else "inception"
         self.extractor = args.extractor or scorer
 
@@ -888,7 +896,8 @@ class Table:
         data = ["--data", self.args.data] if self.args.data else []
         sets = [word for item in self.args.set for word in ("--set", item)]
         workers = ["--workers", str(self.args.workers)] if self.args.workers else []
-        command = ["train.py", "--stage", stage, "--preset", self.args.preset, *data, *workers, *sets, *words]
+        words = [*data, *workers, *self.device, *sets, *words]
+        command = ["train.py", "--stage", stage, "--preset", self.args.preset, *words]
         return folder / f"{stage}.pt", [*command, "--out", str(folder)]
 
     def shown(self, words):
@@ -923,7 +932,8 @@ class Table:
             checkpoint = folder / f"{decoder if stage == 'phase1' else stage}.pt"
             result[stage] = folder / f"metrics_{checkpoint.stem}_{decoder}.json"
             command = ["sample.py", "--ckpt", str(checkpoint), "--metrics", "--extractor", self.extractor,
-                       "--references", str(self.root / "references"), "--out", str(result[stage])]
+                       "--references", str(self.root / "references"), *self.device,
+                       "--out", str(result[stage])]
             if stage == "phase1":
                 command += ["--lpips", "none"] * self.small
             else:
@@ -943,6 +953,8 @@ class Table:
 
     def run(self):
         """Runs what is missing, one command after the other; a row that fails is left, the others go on."""
+        text = json.dumps(self.settings)
+        save_atomic(lambda p: p.write_text(text), self.root / "settings.json")
         rows, spent, failed, begin = list(self.missing()), {}, [], time.time()
         for i, (label, commands) in enumerate(rows):
             for j, (path, words) in enumerate(commands):
@@ -957,7 +969,9 @@ class Table:
                                           stderr=subprocess.PIPE)
                     log.write(done.stderr)
                 if done.returncode:
-                    reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+                    lines = done.stderr.strip().splitlines() or ["no message"]
+                    reason = [line for line in lines if line.startswith("error: ")][-1:] or lines[-1:]
+                    reason = reason[0].removeprefix("error: ")
                     failed.append(f"{label}: {words[0]} ended with {done.returncode}: {reason}")
                     print0(f"failed ({reason}); the next row goes on")
                     break
@@ -996,8 +1010,10 @@ class Table:
         extra = {"table5": ["perplexity"]}.get(self.name, []) + ["ar_class_accuracy", "nar_class_accuracy"]
         extra = [name for name in extra if any(name in row["ours"] for row in rows)]
         steps = ", ".join(f"{stage} {step:,}" for stage, step in rows[0]["steps"].items())
+        told = "; ".join(f"{stage}: {result['protocol']}, {result['num_images']:,} images, features of "
+                         f"{result['extractor']}" for stage, result in first.items())
         print0(f"\n{self.table['title']}\npaper: {PAPER_SCALE[self.name]}\nours: preset {self.args.preset}, "
-               f"steps {steps or 'none yet'}, features of {self.extractor}, {self.samples:,} samples\n")
+               f"steps {steps or 'none yet'}; {told or 'nothing measured yet'}\n")
         lines = [["", *(f"paper: {c}" for c in columns), *(f"ours: {c}" for c in (*columns, *extra))]]
         for row in rows:
             lines.append([row["label"], *(number(row["paper"][c]) for c in columns),
@@ -1013,7 +1029,7 @@ class Table:
         for suffix, content in (("json", json.dumps(about, indent=1)), ("md", text)):
             save_atomic(lambda p, c=content: p.write_text(c + "\n"), self.root / f"{self.name}.{suffix}")
         if self.name == "fig5b" and all("rfid" in row["ours"] for row in rows):
-            draw_alpha(rows, self.extractor, self.root / "fig5b.png")
+            draw_alpha(rows, first["phase1"]["extractor"], self.root / "fig5b.png")
         for label, commands in self.missing():
             print0(f"\nmissing for {label}:")
             for _, words in commands:
@@ -1027,19 +1043,20 @@ def kind(words):
 
 
 def finished(path, words):
-    """Whether a command need not be run again."""
+    """Whether a command need not be run again: its checkpoint has all its steps, or its result is newer than
+    what was measured and of the same extractor and number. Settings are those of settings.json."""
     if not path.exists():
         return False
     if path.suffix == ".pt":
         ckpt = torch.load(path, weights_only=True, mmap=True)
         section = "judge" if ckpt["stage"] in ("vgg", "resnet") else ckpt["stage"]
-        steps = [item for before, item in zip(words, words[1:], strict=False)
-                 if before == "--set" and item.startswith(f"{section}.steps=") and "+2x" not in words]
-        return ckpt["step"] >= int(steps[-1].partition("=")[2] if steps else ckpt["config"][section]["steps"])
+        return ckpt["step"] >= ckpt["config"][section]["steps"]
     num = int(words[words.index("--num") + 1]) if "--num" in words else None
     sources = [Path(words[i + 1]) for i, word in enumerate(words) if word in ("--ckpt", "--tokenizer")]
     fresh = all(p.exists() and p.stat().st_mtime < path.stat().st_mtime for p in sources)
-    return fresh and num in (None, read_result(path)["num_images"])
+    result = read_result(path)
+    alike = result["extractor"] == words[words.index("--extractor") + 1]
+    return fresh and alike and num in (None, result["num_images"])
 
 
 def row_seconds(path):

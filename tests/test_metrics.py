@@ -312,7 +312,10 @@ def test_another_result_moves_the_old_one_aside(run, scorer, references):
     first = measure(run, "ar.pt", scorer, references, "--num", 30)
     second = measure(run, "ar.pt", scorer, references, "--num", 30, "--seed", 1)
     assert first["images_hash"] != second["images_hash"]
-    assert json.loads((run / "result.previous.json").read_text()) == first
+    third = measure(run, "ar.pt", scorer, references, "--num", 30, "--seed", 2)
+    for old in (first, second):  # none is lost
+        assert json.loads((run / f"result.previous.{old['images_hash']}.json").read_text()) == old
+    assert third["seed"] == 2
 
 
 @pytest.mark.dist
@@ -373,6 +376,62 @@ def test_reference_statistics_serve_where_the_images_are_not(run, scorer, refere
     assert again["results"] == first["results"] and not (tmp_path / "none").exists()
 
 
+def test_an_evaluation_that_another_process_is_making_is_refused(run, scorer, references, monkeypatch):
+    real, errors = sample.generate_tokens, []
+
+    def meanwhile(*words):
+        if not errors:  # the same command once more, as another process: locks are between processes
+            child = os.fork()
+            if not child:
+                code = 0
+                try:
+                    measure(run, "ar.pt", scorer, references, "--num", 40)
+                except SystemExit as stop:
+                    code = stop.code
+                finally:
+                    os._exit(code)
+            errors.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        return real(*words)
+
+    monkeypatch.setattr(sample, "generate_tokens", meanwhile)
+    assert measure(run, "ar.pt", scorer, references, "--num", 40)["results"]["fid"] > 0
+    assert errors == [2]
+
+
+def test_parts_of_other_images_are_not_taken_for_these(run, scorer, references, data, tmp_path, monkeypatch):
+    other = tmp_path / "other"
+    for i, path in enumerate(sorted((data / "val").glob("*/*.png"))):
+        (other / path.parent.name).mkdir(parents=True, exist_ok=True)
+        Image.open(path).rotate(180).save(other / path.parent.name / f"{i}.png")
+    words = ("phase2.pt", scorer, references, "--batch", 8)
+    whole = measure(run, *words, "--data", other)
+    (run / "result.json").unlink()
+    real, seen = sample.to_uint8, []
+
+    def stop(x):
+        seen.append(len(x))
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return real(x)
+
+    monkeypatch.setattr(sample, "to_uint8", stop)
+    with pytest.raises(KeyboardInterrupt):
+        measure(run, *words)  # of the run's own images, interrupted
+    monkeypatch.setattr(sample, "to_uint8", real)
+    again = measure(run, *words, "--data", other)
+    assert again["images_hash"] == whole["images_hash"] and again["results"] == whole["results"]
+    assert whole["num_images"] == 20  # all of the folder, none held out
+
+
+def test_an_unconditional_prior_of_labelled_images_is_measured(trained, data, scorer, references, tmp_path):
+    for name in ("phase1", "phase2", "codes"):
+        shutil.copy(trained / f"{name}.pt", tmp_path)
+    call("ar", tmp_path, data, conditional=False)
+    result = measure(tmp_path, "ar.pt", scorer, references, "--num", 20)
+    assert result["classes"] is None and result["results"]["fid"] > 0
+    assert "class_accuracy" not in result["results"]
+
+
 def test_a_sweep_measures_each_value_once_and_writes_a_csv_and_a_plot(run, scorer, references, monkeypatch):
     words = ("--num", 20, "--sweep", "top-p=0.5,1")
     sample.main(sample.parse_args(list(map(str, [
@@ -420,6 +479,15 @@ def test_bad_input_of_metrics_ends_with_one_line_and_exit_code_2(run, scorer, re
     assert "--lpips" in refused(capsys, ["--ckpt", run / "phase2.pt", "--metrics", "--extractor", scorer,
                                          "--references", references, "--lpips", "nowhere.pth"])
     assert "pass --metrics" in refused(capsys, ["--ckpt", run / "ar.pt", "--sweep", "top_p=1"])
+    assert "does nothing for AR" in refused(capsys, [*ar, "--num", 30, "--sweep", "steps=4"])
+    assert "this needs ar or nar" in refused(capsys, [*phase2, "--sweep", "top_p=0.5"])
+    for name, content in (("text.json", b"\xff\x00"), ("empty.json", b"{}"), ("list.json", b"[]")):
+        (run / name).write_bytes(content)
+        assert "no result of sample.py" in refused(capsys, [*ar, "--num", 30, "--out", run / name])
+        assert (run / name).read_bytes() == content
+    assert "no result" in refused(capsys, [*ar, "--num", 30, "--out", run])
+    np.savez(run / "stats.npz", mu=np.zeros(3))
+    assert "no file of reference" in refused(capsys, [*ar, "--num", 30, "--reference", run / "stats.npz"])
     assert "no setting" in refused(capsys, [*ar, "--sweep", "sharpness=1"])
     assert "out of bounds" in refused(capsys, [*ar, "--sweep", "top_p=0.5,2"])
     assert "NUMBER" in refused(capsys, [*ar, "--sweep", "top_p=high"])
@@ -456,7 +524,8 @@ def test_images_that_are_not_finite_are_refused_and_not_rounded_to_black(run, sc
 
 
 def fake_result(**changes):
-    how = dict(protocol="gfid-train", num_images=100, image_size=32, extractor_hash="e", resize="none",
+    how = dict(protocol="gfid-train", num_images=100, image_size=32, images_hash="i", classes=[0, 1],
+               extractor_hash="e", resize="none",
                feature_layer="pool", reference="train", reference_images=60, reference_hash="r")
     return how | dict(extractor="resnet.pt", results=dict(fid=3.5, precision=0.25)) | changes
 
@@ -482,6 +551,9 @@ def test_like_results_stand_side_by_side(tmp_path, capsys):
     with pytest.raises(SystemExit):
         visualize.main(visualize.parse_args(["metrics", str(tmp_path / "a.json")]))
     assert "no result of sample.py" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        visualize.main(visualize.parse_args(["metrics", str(tmp_path / "nowhere.json")]))
+    assert stop.value.code == 2
 
 
 # Tables ---------------------------------------------------------------------------------------------------
@@ -541,6 +613,22 @@ def test_a_table_trains_and_measures_every_row_once_and_shows_the_paper_beside(
     assert len(shown) == 6 * 4 and all("train.py" in line or "sample.py" in line for line in shown)
 
 
+def test_rows_of_other_settings_never_stand_in_one_table(data, tmp_path, monkeypatch, capsys):
+    in_process(monkeypatch)
+    words = ("table5", tmp_path, data, "--stages", "phase1")
+    visualize.main(table(*words, "--run"))
+    before = (tmp_path / "table5.json").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        visualize.main(table(*words, "--run", "--set", "phase1.lr=1e-3"))
+    assert stop.value.code == 2 and "other settings" in capsys.readouterr().err
+    assert (tmp_path / "table5.json").read_bytes() == before
+    # another extractor measures anew instead of standing above the old numbers
+    visualize.main(table(*words, "--extractor", tmp_path / "judge" / "vgg.pt"))
+    out = capsys.readouterr().out
+    assert "features of " + str(tmp_path / "scorer" / "resnet.pt") in out
+    assert out.count("missing for") == 4 and "train.py" not in out
+
+
 def test_a_failed_row_is_told_and_the_others_go_on(data, tmp_path, monkeypatch, capsys):
     ran = in_process(monkeypatch, fail=["vqgan"])
     with pytest.raises(SystemExit) as stop:
@@ -569,6 +657,12 @@ def test_fig_5b_is_drawn_over_alpha_and_fig_7b_decodes_with_both_phases(data, tm
     visualize.main(table("fig5b", tmp_path, data, "--stages", "phase1", "--run"))
     assert sum(words[2] == "phase1" for words in ran if words[0].endswith("train.py")) == 5  # 1 is there
     assert Image.open(tmp_path / "fig5b.png").size[0] > 500
+
+
+def test_the_presets_of_tables_are_those_of_train():
+    import train
+
+    assert set(visualize.PRESETS) == set(train.PRESETS)
 
 
 def test_at_full_scale_the_entropy_row_is_the_baseline_and_inception_the_extractor(tmp_path):

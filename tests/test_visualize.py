@@ -346,6 +346,8 @@ def test_survival_tells_structure_from_detail_on_images_whose_change_is_known():
     mask = torch.stack([shapes.mask(i) for i in indices])[:, None]
     equally_bright = (2 * mask - 1) * torch.tensor([1.0, -1, 0])[:, None, None]
     assert visualize.survival(shapes, indices, equally_bright)["structure"] > 0.9
+    alone = visualize.survival(shapes, [0], x[:1])  # of one image there is no R^2
+    assert alone["structure"] > 0.9 and "detail_colour" not in alone and all_finite(alone)
     moved = visualize.survival(shapes, indices, x.flip(0))
     assert moved["structure"] < 0.6 and moved["detail"] < 0.2
 
@@ -377,6 +379,7 @@ def test_the_probe_finds_predictable_codes_easier_than_the_same_codes_shuffled()
     assert easy["unigram_bits_per_image"] == pytest.approx(27, rel=0.02)
     assert easy["relative"] == pytest.approx(easy["bits_per_image"] / easy["unigram_bits_per_image"])
     assert visualize.probe(codes[:500], codes[500:], 8, steps=60, batch=32) == easy
+    assert all_finite([visualize.probe(codes[:9], codes[9:12], 8, steps=n, batch=2) for n in (1, 10)])
 
 
 def test_compare_probes_several_tokenizers_on_the_same_images(run, capsys):
@@ -393,7 +396,8 @@ def test_compare_probes_several_tokenizers_on_the_same_images(run, capsys):
 
 def test_the_report_is_one_page_that_needs_no_other_file(run):
     (run / "metrics_ar.json").write_text(json.dumps(dict(
-        protocol="gfid-train", num_images=100, image_size=32, extractor_hash="e", resize="none",
+        protocol="gfid-train", num_images=100, image_size=32, classes=None, images_hash="i",
+        extractor_hash="e", resize="none",
         feature_layer="pool", reference="train", reference_images=60, reference_hash="r",
         extractor="<b>resnet.pt</b>", results=dict(fid=3.25))))
     visualize.main(visualize.parse_args(["report", str(run), "--num", "20", "--device", "cpu"]))
@@ -427,6 +431,7 @@ def test_a_report_of_a_run_that_has_only_begun_shows_what_is_there(run):
         ("fig7a --ckpt nar.pt --tokenizer phase1.pt", "two"),
         ("fig7a", "needs --ckpt"), ("report", "needs files"), ("compare", "needs files"),
         ("fig4 ar.pt", "pass them with --ckpt"), ("report .", "holds no phase1.pt"),
+        ("fig3 --ckpt ar.pt --out x.json", ".png"), ("table1 --preset imagenette", "imagenette"),
         ("compare phase1.pt --steps 0", "--steps"), ("fig12 --ckpt ar.pt", "fig12"),
         ("fig1b --ckpt ar.pt big/ar.pt --num 4", "64-pixel"), ("compare phase1.pt big/phase1.pt", "64-pixel"),
     ],
