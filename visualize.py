@@ -594,14 +594,14 @@ def probe(train, val, codebook_size, device="cpu", steps=400, batch=64, seed=0):
 def compare(args, device):
     """`compare A.pt B.pt`: the probe, PSNR and code stability of tokenizers on the same images; with
     --extractor rFID too. For a tokenizer of another kind call `probe` with its tokens."""
-    rows, images, measured = [], None, {}
+    rows, measured, ckpts = [], {}, [read_checkpoint(path, ("phase1", "phase2")) for path in args.files]
+    for path, ckpt in zip(args.files, ckpts, strict=True):
+        same_size(path, ckpt, ckpts[0]["config"], args.files[0])
+    config = ckpts[0]["config"] | (dict(data=args.data, val=args.data) if args.data else {})
+    images = [torch.stack([split.view(i) for i in range(min(limit, len(split)))])
+              for split, limit in zip(load_data(config), (args.samples or 5000, 1000), strict=True)]
     for path in args.files:
         tokenizer, ckpt = load_model(path, ("phase1", "phase2"), device)
-        if images is None:
-            config = dict(ckpt["config"], **({"data": args.data, "val": args.data} if args.data else {}))
-            images = [torch.stack([split.view(i) for i in range(min(limit, len(split)))])
-                      for split, limit in zip(load_data(config), (args.samples or 5000, 1000), strict=True)]
-        same_size(path, ckpt, config, args.files[0])
         tokens = [torch.cat([tokenizer.encode(to_float(part, device)).cpu() for part in split.split(100)])
                   for split in images]
         x = to_float(images[1][:200], device)
