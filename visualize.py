@@ -639,7 +639,7 @@ h2 { border-top: 1px solid var(--line); padding-top: 1rem; margin-top: 2rem; }
 img { max-width: 100%%; } img.pixels { image-rendering: pixelated; width: 100%%; display: block; }
 img.plot { background: white; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; }
-td, th { border: 1px solid var(--line); padding: .2rem .5rem; text-align: left; vertical-align: top; }
+td:last-child { min-width: 12rem; } td, th { border: 1px solid var(--line); padding: .2rem .5rem; text-align: left; vertical-align: top; }
 [hidden] { display: none !important; }
 .row { display: grid; grid-template-columns: repeat(%(shown)d, 1fr); gap: 3px; }
 .stack { position: relative; } .stack img + img { position: absolute; inset: 0; }
@@ -723,8 +723,12 @@ def report(args, device):
     def section(title, *parts):
         sections.append(f"<section><h2>{html.escape(title)}</h2>\n" + "\n".join(parts) + "</section>")
 
-    metrics = {path.stem: read_result(path) for path in sorted(run.glob("metrics_*.json"))
-               if ".previous" not in path.stem}
+    metrics = {}
+    for path in sorted(run.glob("metrics_*.json")):
+        try:
+            metrics |= {path.stem: read_result(path)} if ".previous" not in path.stem else {}
+        except UserError as error:
+            print0(f"note: {error}; it is left out")
     if metrics:
         lines = [["file", "protocol", "images", "extractor", "results"]]
         for name, result in metrics.items():
