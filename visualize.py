@@ -639,7 +639,8 @@ h2 { border-top: 1px solid var(--line); padding-top: 1rem; margin-top: 2rem; }
 img { max-width: 100%%; } img.pixels { image-rendering: pixelated; width: 100%%; display: block; }
 img.plot { background: white; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; }
-td:last-child { min-width: 12rem; } td, th { border: 1px solid var(--line); padding: .2rem .5rem; text-align: left; vertical-align: top; }
+td:last-child { min-width: 12rem; }
+td, th { border: 1px solid var(--line); padding: .2rem .5rem; text-align: left; vertical-align: top; }
 [hidden] { display: none !important; }
 .row { display: grid; grid-template-columns: repeat(%(shown)d, 1fr); gap: 3px; }
 .stack { position: relative; } .stack img + img { position: absolute; inset: 0; }

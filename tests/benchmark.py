@@ -1,18 +1,40 @@
 """Benchmarks, run by hand and never by pytest.
 
     PYTHONPATH=. python tests/benchmark.py safety     # what the checks of train.py add to a training step
+    PYTHONPATH=. python tests/benchmark.py speed --out speed.jsonl    # every case beside its floor
+    PYTHONPATH=. python tests/benchmark.py speed --only quantizer,sample
+    PYTHONPATH=. python tests/benchmark.py growth     # time and memory against sizes
+
+`speed` measures the ceilings of this machine (matrix products and 3x3 convolutions in float32 and bf16,
+reading memory) and our own work in one run, alternating, so that a noisy hour hits both. Each case is told as
+a share of its floor: its FLOPs (torch.utils.flop_counter) over the best ceiling of its kind, or for
+token-by-token sampling the bytes of the weights over the bandwidth. Medians over --repeats; one JSON line a
+case.
 """
 
+import argparse
+import json
+import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from sample import read_checkpoint, save_checkpoint
+from perceptual import (
+    StyleDiscriminator, VGGTaps, adv_loss, build_vgg16, disc_loss, layer_weights, perceptual_loss,
+)
+from prior_ar import ARPrior, PriorConfig
+from prior_nar import NARPrior, mask_tokens
+from sample import FolderData, read_checkpoint, save_checkpoint, scan_folder
+from tokenizer import TokenizerConfig, VectorQuantizer, VQTokenizer
 from visualize import read_metrics
 
 
@@ -24,6 +46,294 @@ def median_time(function, repeats=30):
         function()
         times.append(time.perf_counter() - begin)
     return statistics.median(times)
+
+
+def peak_mb():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+# Ceilings -------------------------------------------------------------------------------------------------
+
+
+def ceilings(repeats):
+    """{kind: best FLOP/s or bytes/s}: what this machine gives to one large operation of each kind."""
+    found = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        a, b = torch.randn(2048, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
+        x, w = torch.randn(4, 256, 64, 64).to(dtype), torch.randn(256, 256, 3, 3).to(dtype)
+        layouts = [(x, w), tuple(t.to(memory_format=torch.channels_last) for t in (x, w))]
+        with torch.no_grad():
+            times = [best_time(lambda a=a, b=b: a @ b, repeats)]
+            convs = [best_time(lambda x=x, w=w: F.conv2d(x, w, padding=1), repeats) for x, w in layouts]
+        found[f"gemm_{name}"] = 2 * 2048**3 / times[0]
+        found[f"conv_{name}"] = 2 * 4 * 64 * 64 * 256 * 256 * 9 / min(convs)
+    block = torch.randn(2**27)
+    found["read"] = block.numel() * 4 / best_time(lambda: block.sum(), repeats)
+    return found
+
+
+def best_time(function, repeats):
+    times = []
+    for _ in range(repeats + 1):  # the first one warms up
+        begin = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - begin)
+    return min(times[1:])
+
+
+# Cases: (name, function, kind of its floor, amount of that kind; None counts FLOPs) ------------------------
+
+
+def bf16():
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def quantizer_cases():
+    for K in (1024, 16_384, 65_536):
+        quantizer = VectorQuantizer(TokenizerConfig(codebook="plain", codebook_size=K)).train()
+        z = torch.randn(16, 256, 16, 16, requires_grad=True)  # 16 x 256 vectors of width 256
+
+        def forward(quantizer=quantizer, z=z):
+            with torch.no_grad():
+                quantizer.quantize(z)
+
+        def both(quantizer=quantizer, z=z):
+            sum(quantizer(z)[2].values()).backward()
+
+        flops = 2 * 16 * 256 * 256 * K  # the products alone
+        yield f"quantizer K={K} forward", forward, "gemm_fp32", flops
+        yield f"quantizer K={K} forward+backward", both, "gemm_fp32", flops
+
+
+def autoencoder_cases(side=256, batch=2):
+    tokenizer = VQTokenizer(TokenizerConfig(image_size=side))
+    x = torch.randn(batch, 3, side, side)
+    with torch.no_grad(), bf16():
+        tokens = tokenizer.encode(x)
+
+    def encode():
+        with torch.no_grad(), bf16():
+            tokenizer.encode(x)
+
+    def decode():
+        with torch.no_grad(), bf16():
+            tokenizer.decode(tokens)
+
+    def step():
+        tokenizer.zero_grad(set_to_none=True)
+        with bf16():
+            x_hat, _, losses = tokenizer(x)
+        (F.l1_loss(x_hat.float(), x) + sum(losses.values())).backward()
+
+    yield f"encode {batch}x{side}^2 bf16", encode, "conv_bf16", None
+    yield f"decode {batch}x{side}^2 bf16", decode, "conv_bf16", None
+    yield f"autoencoder step {batch}x{side}^2 bf16", step, "conv_bf16", None
+
+
+def phase_cases(side=256, batch=2):
+    """A whole step of both phases as in train.py, and each part of it."""
+    judge = VGGTaps(build_vgg16()).to(memory_format=torch.channels_last)
+    disc = StyleDiscriminator(side)
+    x = torch.randn(batch, 3, side, side).clamp(-1, 1)
+    for phase in (1, 2):
+        tokenizer = VQTokenizer(TokenizerConfig(image_size=side))
+        if phase == 2:
+            tokenizer.add_attention()
+            tokenizer.freeze_latent_space()
+        params = [p for p in tokenizer.parameters() if p.requires_grad]
+        opt_g, opt_d = torch.optim.Adam(params), torch.optim.Adam(disc.parameters())
+        weights = layer_weights(1.0 if phase == 1 else 0.0)
+
+        def generator(tokenizer=tokenizer, weights=weights, opt_g=opt_g):
+            disc.requires_grad_(False)
+            opt_g.zero_grad(set_to_none=True)
+            with bf16():
+                x_hat, _, losses = tokenizer(x)
+                loss = F.l1_loss(x_hat.float(), x) + perceptual_loss(judge, x, x_hat, weights)
+                loss = loss + adv_loss(disc(x_hat)) + sum(losses.values())
+            loss.backward()
+            opt_g.step()
+            return x_hat.detach()
+
+        def discriminator(fake=x, opt_d=opt_d):
+            disc.requires_grad_(True)
+            opt_d.zero_grad(set_to_none=True)
+            with bf16():
+                loss = disc_loss(disc(x), disc(fake))
+            loss.backward()
+            opt_d.step()
+
+        def look(weights=weights):
+            x_hat = x.clone().requires_grad_(True)
+            with bf16():
+                loss = perceptual_loss(judge, x, x_hat, weights)
+            loss.backward()
+
+        def step(generator=generator, discriminator=discriminator):
+            discriminator(generator())
+
+        yield f"phase {phase} step {batch}x{side}^2 bf16", step, "conv_bf16", None
+        yield f"phase {phase}, judge alone", look, "conv_bf16", None
+        yield f"phase {phase}, discriminator's step alone", discriminator, "conv_bf16", None
+
+
+def prior_sizes(N=256):
+    return PriorConfig(1024, N, 1000, n_layer=24, n_head=16, n_embd=768, dropout=0.1)
+
+
+def prior_cases(batch=4):
+    for name, kind in (("AR", ARPrior), ("NAR", NARPrior)):
+        prior = kind(prior_sizes()).train()
+        optimizer = torch.optim.AdamW(prior.parameters())
+        tokens, labels = torch.randint(0, 1024, (batch, 256)), torch.zeros(batch, dtype=torch.int64)
+
+        def step(prior=prior, optimizer=optimizer, tokens=tokens, labels=labels, name=name):
+            optimizer.zero_grad(set_to_none=True)
+            inputs, mask = tokens, None
+            if name == "NAR":
+                inputs, mask = mask_tokens(tokens, 1024, torch.rand(len(tokens), 257))
+            with bf16():
+                logits = prior(inputs, labels)
+            loss, _ = prior.loss(logits, tokens, *([mask] if name == "NAR" else []))
+            loss.backward()
+            optimizer.step()
+
+        yield f"{name} training step {batch}x256 bf16", step, "gemm_bf16", None
+
+
+def sampling_cases():
+    for batch in (1, 8, 32):
+        prior = ARPrior(prior_sizes()).eval().bfloat16()
+        size = sum(p.numel() * p.element_size() for p in prior.transformer.blocks.parameters())
+        noise, labels = torch.rand(batch, 256), torch.zeros(batch, dtype=torch.int64)
+
+        def draw(prior=prior, noise=noise, labels=labels):
+            prior.generate(labels, noise, top_p=0.92)
+
+        kind, amount = ("read", 256 * size) if batch == 1 else ("gemm_bf16", 256 * batch * size)
+        yield f"ar_sample batch {batch}, 256 tokens, bf16 weights", draw, kind, amount
+    for batch in (1, 8):
+        prior = NARPrior(prior_sizes()).eval().bfloat16()
+        noise, labels = torch.rand(batch, 12, 2, 256), torch.zeros(batch, dtype=torch.int64)
+        yield (f"nar_sample batch {batch}, 12 steps, bf16 weights",
+               lambda prior=prior, noise=noise, labels=labels: prior.generate(labels, noise),
+               "gemm_bf16", None)
+
+
+def loading_cases(folder, count=64):
+    """500x375 JPEGs of smooth noise to 256^2 crops, in this process."""
+    (folder / "a").mkdir(parents=True)
+    draw = torch.Generator().manual_seed(0)
+    for i in range(count):
+        noise = F.interpolate(torch.rand(1, 3, 24, 32, generator=draw), size=(375, 500), mode="bicubic")
+        pixels = (noise[0].permute(1, 2, 0).clamp(0, 1) * 255).byte().contiguous().numpy()
+        Image.fromarray(pixels).save(folder / "a" / f"{i}.jpg", quality=90)
+    files, names = scan_folder(folder)
+
+    def load():
+        data = FolderData(files, names, 256, 0)  # a new one, whose memory is empty
+        for i in range(count):
+            data[i]
+
+    yield f"load {count} crops of 256^2 from 500-pixel JPEG", load, None, count
+
+
+def startup_cases():
+    for script in ("train.py --help", "sample.py --help", "-c 'import train'"):
+        words = ["-c", "import train"] if script.startswith("-c") else script.split()
+        yield (f"start-up: python {script}",
+               lambda words=words: subprocess.run([sys.executable, *words], capture_output=True, check=True),
+               None, 1)
+
+
+def speed(args):
+    torch.set_num_threads(args.threads)
+    top, lines = {}, []
+    with tempfile.TemporaryDirectory() as name:
+        groups = dict(quantizer=quantizer_cases, autoencoder=autoencoder_cases, phase=phase_cases,
+                      prior=prior_cases, sample=sampling_cases, start=startup_cases,
+                      load=lambda: loading_cases(Path(name) / "jpeg"))
+        for group, cases in groups.items():
+            if args.only and group not in args.only.split(","):
+                continue
+            for case, function, kind, amount in cases():
+                for key, value in ceilings(3).items():  # between the cases, so that noise hits both
+                    top[key] = max(top.get(key, 0), value)
+                function()
+                flops = amount
+                if kind and amount is None:
+                    with FlopCounterMode(display=False) as counter:
+                        function()
+                    flops = counter.get_total_flops()
+                times = []
+                for _ in range(args.repeats):
+                    begin = time.perf_counter()
+                    function()
+                    times.append(time.perf_counter() - begin)
+                line = dict(case=case, seconds=statistics.median(times), fastest=min(times),
+                            slowest=max(times), kind=kind, amount=flops, peak_mb=round(peak_mb()),
+                            threads=args.threads, repeats=args.repeats, torch=torch.__version__,
+                            time=time.strftime("%F %T"))
+                lines.append(line)
+                print(f"{case:48s} {line['seconds'] * 1e3:10.1f} ms", flush=True)
+    print("\nceilings: " + ", ".join(f"{k} {v / 1e9:.0f} G/s" for k, v in top.items()))
+    for line in lines:
+        line["ceilings"] = top
+        told = f"{line['amount'] / line['seconds']:.1f}/s"
+        if line["kind"]:
+            line["share"] = line["amount"] / top[line["kind"]] / line["seconds"]
+            told = f"{line['share']:6.1%} of {line['kind']}"
+        print(f"{line['case']:48s} {line['seconds'] * 1e3:10.1f} ms  {told}")
+        if args.out:
+            with open(args.out, "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+# Growth: how time and memory grow with a size; each point in a process of its own, for its memory -----------
+
+
+def growth_point(what, size):
+    if what == "side":
+        tokenizer, x = VQTokenizer(TokenizerConfig(image_size=size)).eval(), torch.randn(1, 3, size, size)
+        function = torch.no_grad()(lambda: tokenizer.decode(tokenizer.encode(x)))
+    elif what == "K":
+        quantizer = VectorQuantizer(TokenizerConfig(codebook="plain", codebook_size=size))
+        z = torch.randn(16, 256, 16, 16)
+        function = torch.no_grad()(lambda: quantizer.quantize(z))
+    elif what == "batch":
+        tokenizer, x = VQTokenizer(TokenizerConfig(image_size=64)).eval(), torch.randn(size, 3, 64, 64)
+        function = torch.no_grad()(lambda: tokenizer.decode(tokenizer.encode(x)))
+    elif what == "tokens":
+        prior, noise = ARPrior(prior_sizes(size)).eval(), torch.rand(1, size)
+        function = lambda: prior.generate(torch.zeros(1, dtype=torch.int64), noise)  # noqa: E731
+    else:  # files
+        folder = Path(tempfile.mkdtemp())
+        for i in range(size):
+            path = folder / f"{i % 100:03d}" / f"{i}.jpg"
+            path.parent.mkdir(exist_ok=True)
+            path.touch()
+        function = lambda: scan_folder(folder)  # noqa: E731
+    before = peak_mb()
+    function()
+    print(json.dumps(dict(growth=what, size=size, seconds=median_time(function, 3), peak_mb=round(peak_mb()),
+                          added_mb=round(peak_mb() - before))))
+
+
+def growth(args):
+    sizes = dict(side=(64, 128, 256, 512), K=tuple(2**i for i in range(8, 17, 2)), batch=(1, 4, 16, 64),
+                 tokens=(64, 256, 1024), files=(1000, 10_000, 100_000))
+    for what, points in sizes.items():
+        for size in points:
+            words = [sys.executable, __file__, "point", "--only", f"{what},{size}"]
+            words += ["--threads", str(args.threads)]
+            line = subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+            print(line, flush=True)
+            if args.out:
+                with open(args.out, "a") as file:
+                    file.write(line + "\n")
+
+
+# What safety costs ---------------------------------------------------------------------------------------
 
 
 def safety(stage, folder):
@@ -56,8 +366,20 @@ def safety(stage, folder):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] != ["safety"]:
-        sys.exit(__doc__)
-    with tempfile.TemporaryDirectory() as name:
-        safety("phase1", Path(name))
-        safety("ar", Path(name))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["safety", "speed", "growth", "point"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", help="of quantizer,autoencoder,phase,prior,sample,start,load")
+    parser.add_argument("--out", help="file to append JSON lines to")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.what == "safety":
+        with tempfile.TemporaryDirectory() as name:
+            safety("phase1", Path(name))
+            safety("ar", Path(name))
+    elif arguments.what == "point":
+        growth_point(arguments.only.split(",")[0], int(arguments.only.split(",")[1]))
+    else:
+        dict(speed=speed, growth=growth)[arguments.what](arguments)
