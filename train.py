@@ -106,8 +106,8 @@ PRESETS = {
     "cifar10": CIFAR10,
     "demo": DEMO,
 }
-LAYER_SETS = ("low", "A", "B", "C", "D", "sem", "E")  # the rows of Table 6, by perceptual.LAYER_SETS
-ABLATIONS = ("baseline", "+conv2", "+attention2", "+2x", "vqgan", "fn", "kmeans", "entropy", *LAYER_SETS)
+LAYER_NAMES = ("low", "A", "B", "C", "D", "sem", "E")  # the rows of Table 6: perceptual.LAYER_SETS
+ABLATIONS = ("baseline", "+conv2", "+attention2", "+2x", "vqgan", "fn", "kmeans", "entropy", *LAYER_NAMES)
 
 
 def expand_ablation(name, config):
@@ -135,7 +135,7 @@ def expand_ablation(name, config):
         "entropy": codebook | {"tokenizer.codebook": "entropy"},
     }
     # "low" and "sem" are alpha = 0 and 1, so they are the same runs
-    rows |= {layers: {"phase1.layers": layers} for layers in LAYER_SETS}
+    rows |= {layers: {"phase1.layers": layers} for layers in LAYER_NAMES}
     rows |= {"low": {"phase1.alpha": 0.0}, "sem": {"phase1.alpha": 1.0}}
     if name.startswith("alpha="):
         try:
@@ -198,7 +198,7 @@ KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "
 CHOICES = dict(
     precision=("bf16", "fp32"), kind=("style", "patch"), gan=("logistic", "hinge"),
     schedule=("cosine", "exponential", "linear", "constant"), confidence_space=("prob", "log"),
-    layers=LAYER_SETS)
+    layers=LAYER_NAMES)
 BOUNDS = dict(  # of flags and of values of a preset, wherever a name occurs; VGG-16 needs 32 pixels
     steps=(0, 1e12), batch=(1, 1e9), micro_batch=(1, 1e9), workers=(0, 1e4), timeout=(0.1, 1e9),
     log_every=(1, 1e12), eval_every=(0, 1e12), save_every=(1, 1e12), seed=(0, 2**63 - 1), limit=(1, 1e12),
@@ -293,9 +293,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-import perceptual
 from perceptual import (
-    PatchDiscriminator, ResNet, StyleDiscriminator, VGGTaps, adaptive_weight, adv_loss, build_vgg16,
+    LAYER_SETS, PatchDiscriminator, ResNet, StyleDiscriminator, VGGTaps, adaptive_weight, adv_loss, build_vgg16,
     disc_loss, layer_weights, load_vgg16, normalize_images, perceptual_loss, r1_penalty,
 )
 from prior_ar import ARPrior, PriorConfig
@@ -815,7 +814,7 @@ def train_tokenizer(run, stage):
     c, device = run.config[stage], run.device
     tokenizer, disc_weights = build_tokenizer(run, stage)
     disc, judge = build_discriminator(run), run.judge
-    weights = perceptual.LAYER_SETS[c["layers"]] if c["layers"] else layer_weights(c["alpha"])
+    weights = LAYER_SETS[c["layers"]] if c["layers"] else layer_weights(c["alpha"])
     if disc_weights:  # I21: phase 2 continues the discriminator with a fresh optimizer
         disc.load_state_dict(disc_weights)
     opt_g, opt_d = build_optimizer(tokenizer, c), build_optimizer(disc, c)

@@ -651,7 +651,7 @@ def test_the_ablation_setting_is_the_paper_s_and_every_row_of_its_tables_has_a_n
     assert [c[stage]["batch"] for stage in ("phase1", "ar", "nar")] == [64, 64, 64]
     assert [c[stage]["steps"] for stage in ("phase1", "ar", "nar")] == [500_000] * 3
     assert c["phase1"]["alpha"] == 0 and c["tokenizer"] == {}
-    assert list(train.LAYER_SETS) == list(perceptual.LAYER_SETS)
+    assert list(train.LAYER_NAMES) == list(perceptual.LAYER_SETS)
     named = {ablation for table in visualize.TABLES.values() for _, ablation, *_ in table["rows"]}
     assert {n for n in named if not n.startswith("alpha=")} == set(train.ABLATIONS)
     for name in named:
