@@ -294,8 +294,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from perceptual import (
-    LAYER_SETS, PatchDiscriminator, ResNet, StyleDiscriminator, VGGTaps, adaptive_weight, adv_loss, build_vgg16,
-    disc_loss, layer_weights, load_vgg16, normalize_images, perceptual_loss, r1_penalty,
+    LAYER_SETS, PatchDiscriminator, ResNet, StyleDiscriminator, VGGTaps, adaptive_weight, adv_loss,
+    build_vgg16, disc_loss, layer_weights, load_vgg16, normalize_images, perceptual_loss, r1_penalty,
 )
 from prior_ar import ARPrior, PriorConfig
 from prior_nar import NARPrior, mask_tokens

@@ -1034,7 +1034,7 @@ class Table:
         for suffix, content in (("json", json.dumps(about, indent=1)), ("md", text)):
             save_atomic(lambda p, c=content: p.write_text(c + "\n"), self.root / f"{self.name}.{suffix}")
         if self.name == "fig5b" and all("rfid" in row["ours"] for row in rows):
-            draw_alpha(rows, first["phase1"]["extractor"], self.root / "fig5b.png")
+            draw_alpha(rows, first["phase1"]["extractor"], self.root / "fig5b_curves.png")
         for label, commands in self.missing():
             print0(f"\nmissing for {label}:")
             for _, words in commands:
@@ -1070,13 +1070,9 @@ def row_seconds(path):
 
 def draw_alpha(rows, extractor, path):
     """Fig. 5b: rFID, and FID of both priors' samples, over alpha; ours alone."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     alphas = [float(row["ablation"].removeprefix("alpha=")) for row in rows]
-    fig, left = plt.subplots(figsize=(5, 3.4), layout="constrained")
+    fig = new_figure(5, 3.4)
+    left = fig.subplots()
     right = left.twinx()
     left.plot(alphas, [row["ours"]["rfid"] for row in rows], "ko-", label="reconstructions (rFID)")
     for key, style, label in (("ar_fid", "C0s--", "AR samples"), ("nar_fid", "C1^:", "NAR samples")):
@@ -1086,8 +1082,8 @@ def draw_alpha(rows, extractor, path):
     lines = left.get_lines() + right.get_lines()
     left.legend(lines, [line.get_label() for line in lines], fontsize=7)
     fig.suptitle(f"features of {extractor}", fontsize=7)
-    save_atomic(lambda p: fig.savefig(p, format="png", dpi=200), path)
-    plt.close(fig)
+    numbers = [dict(alpha=a, **row["ours"]) for a, row in zip(alphas, rows, strict=True)]
+    save_figure(fig, path, numbers)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -656,7 +656,7 @@ def test_fig_5b_is_drawn_over_alpha_and_fig_7b_decodes_with_both_phases(data, tm
     ran.clear()
     visualize.main(table("fig5b", tmp_path, data, "--stages", "phase1", "--run"))
     assert sum(words[2] == "phase1" for words in ran if words[0].endswith("train.py")) == 5  # 1 is there
-    assert Image.open(tmp_path / "fig5b.png").size[0] > 500
+    assert Image.open(tmp_path / "fig5b_curves.png").size[0] > 500
 
 
 def test_the_presets_of_tables_are_those_of_train():
