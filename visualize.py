@@ -413,7 +413,7 @@ def figure_example(args, device):
     fig = new_figure(9, 4.4)
     grid = fig.subplots(2, 4)
 
-    def picture(axis, image, title):
+    def show(axis, image, title):
         axis.imshow(to_uint8(image).permute(1, 2, 0).numpy(), interpolation="nearest")
         axis.set(xticks=[], yticks=[])
         axis.set_title(title, fontsize=8)
@@ -427,7 +427,7 @@ def figure_example(args, device):
         axis.set(xticks=[], yticks=[])
         axis.set_title(title, fontsize=8)
 
-    picture(grid[0, 0], x[0], "input x")
+    show(grid[0, 0], x[0], "input x")
     table(grid[0, 1], tokens, "1. tokens s = encode(x)\n")
     table(grid[0, 2], shifted, "2. input of the prior:\nc, then s without its last")
     title = "3. prediction s′ = argmax, one pass\n(dark where it is not s)"
@@ -437,11 +437,11 @@ def figure_example(args, device):
             f"top-1: {view['hits'][0].float().mean():.0%} of {side * side} tokens",
             f"{view['nats'][0].mean():.2f} nats a token"]
     grid[1, 0].text(0, 0.5, "\n".join(text), fontsize=8, va="center", transform=grid[1, 0].transAxes)
-    picture(grid[1, 1], view["reconstruction"][0], "4. reconstruction decode(s)")
+    show(grid[1, 1], view["reconstruction"][0], "4. reconstruction decode(s)")
     grid[1, 2].imshow(view["nats"][0].view(side, side).cpu().numpy(), cmap="cividis", interpolation="nearest")
     grid[1, 2].set(xticks=[], yticks=[])
     grid[1, 2].set_title("nats of each token (yellow: surprising)", fontsize=8)
-    picture(grid[1, 3], view["prediction"][0], "4. AR prediction decode(s′)")
+    show(grid[1, 3], view["prediction"][0], "4. AR prediction decode(s′)")
     return fig, dict(pair["numbers"], tokens=tokens, prediction=predicted, image=0)
 
 
