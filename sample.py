@@ -41,6 +41,8 @@ def parse_args(argv=None):
     add("--choice-temperature", type=float, help="NAR: noise of the choice (Table 10; decision I18)")
     add("--confidence-space", choices=("prob", "log"), help="NAR: score is the probability or its logarithm")
     add("--batch", type=int, default=32, help="images per forward pass (default 32)")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the weights that sample; bf16 is "
+        "twice as fast (default: fp32)")
     add("--device", default="auto", help="cuda, cpu or auto")
     args = parser.parse_args(argv)
     args.values = []
@@ -71,6 +73,7 @@ if __name__ == "__main__":
 
 # ruff: noqa: E402
 import contextlib
+import ctypes
 import datetime
 import fcntl
 import functools
@@ -203,6 +206,8 @@ def setup_device(name, timeout=1800):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    else:
+        keep_freed_memory()
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         # After a restart (torchrun --max-restarts) the store still holds the addresses of the dead workers:
         # every attempt gets a prefix of its own (pytorch issue 135712).
@@ -212,6 +217,17 @@ def setup_device(name, timeout=1800):
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=number,
             world_size=size, timeout=datetime.timedelta(seconds=timeout))
     return device
+
+
+def keep_freed_memory():
+    """Tells glibc to keep freed memory for the next tensor, on a CPU. By default it returns each large one to
+    the kernel, and the page faults of the next cost more than the arithmetic of an activation: a training
+    step takes 1.3 times as long. The variable MALLOC_TRIM_THRESHOLD_ in the environment switches this off."""
+    if sys.platform == "linux" and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
+        with contextlib.suppress(AttributeError):  # another C library
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large tensor
+            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give back nothing below 2 GiB
 
 
 def mix(*parts):
@@ -369,13 +385,13 @@ class FolderData(ImageData):
         super().__init__(image_size, seed, class_names)
         self.files = files
         number = {name: label for label, name in enumerate(class_names)}
-        self.labels = [number[path.parent.name] if class_names else 0 for path in files]
+        self.labels = [number[path.rsplit(os.sep, 2)[1]] if class_names else 0 for path in files]
 
     def __len__(self):
         return len(self.files)
 
     def name(self, index):
-        return str(self.files[index])
+        return self.files[index]
 
     def render(self, index):  # far too small images would be blown up to a blur
         return to_square(load_rgb(self.files[index], min_side=self.image_size / 4), self.image_size)
@@ -385,8 +401,9 @@ class FolderData(ImageData):
         """Changes when a file is added, removed, renamed or of another size. [number of images, hash]"""
         digest = hashlib.sha256()
         for path in self.files:
-            size = path.stat().st_size if path.exists() else 0
-            digest.update(f"{path.parent.name}/{path.name} {size}\n".encode(errors="surrogateescape"))
+            with contextlib.suppress(OSError):  # a dangling link has no size
+                name = os.sep.join(path.rsplit(os.sep, 2)[1:])
+                digest.update(f"{name} {os.stat(path).st_size}\n".encode(errors="surrogateescape"))
         return [len(self), digest.hexdigest()[:16]]
 
 
@@ -512,12 +529,14 @@ def shape_distance(label, u, v):
 
 
 def images_in(folder):
-    files = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in EXTENSIONS and p.is_file()]
-    return [p for p in files if not p.name.startswith(".")]
+    """Paths of the images in a folder, sorted: strings, as a million Path objects take ten times as long."""
+    with os.scandir(folder) as entries:
+        return sorted(e.path for e in entries
+                      if e.name.lower().endswith(EXTENSIONS) and not e.name.startswith(".") and e.is_file())
 
 
 def scan_folder(folder, flag="--data"):
-    """(files, class names) of a folder of images, sorted; hidden files and folders are left out."""
+    """(paths, class names) of a folder of images, sorted; hidden files and folders are left out."""
     folder = Path(folder).expanduser()
     if not folder.exists():
         raise UserError(f"{flag} {folder} does not exist. Try --data shapes (built in) or another folder")
@@ -583,6 +602,11 @@ def look_at_some(data, num=20):
         raise UserError(f"{len(bad)} of {len(chosen)} images looked at cannot be read, for instance {bad[0]}")
 
 
+def to_device(x, device):
+    """x on the device; the host goes on at once, which needs memory that is pinned."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 def to_float(pixels, device):
     """(B, 3, S, S) uint8 -> float32 in [-1, 1] on the device."""
     return pixels.to(device, non_blocking=True).float().div(127.5).sub(1)
@@ -620,7 +644,7 @@ def ignore_signals(worker):
 # Files: what is written appears complete or not at all, and what is read was checked
 # ----------------------------------------------------------------------------------------------------------
 
-FORMAT = 2  # of the checkpoint files; train.py writes them
+FORMAT = 3  # of the checkpoint files; train.py writes them
 
 
 def claim(folder, flag="--out"):
@@ -774,7 +798,8 @@ def load_model(path, stages, device="cpu"):
         else:
             model = (ARPrior if ckpt["stage"] == "ar" else NARPrior)(PriorConfig(**sizes))
         model.load_state_dict(weights, strict=True)
-    return model.to(device).eval(), ckpt
+    # channels_last: a quarter faster on a CPU too, as long as nothing goes backward
+    return model.to(device, memory_format=torch.channels_last).eval(), ckpt
 
 
 def weights_hash(*modules, skip=None):
@@ -1305,7 +1330,10 @@ def sample(args, device):
     info = dict(
         made_from="samples", prior=weights_hash(prior), tokenizer=ckpt["tokenizer_hash"],
         decoder=weights_hash(tokenizer), seed=args.seed, classes=classes, batch=args.batch,
-        note=ckpt["note"] or decoder_ckpt["note"], **settings)
+        precision=args.precision, note=ckpt["note"] or decoder_ckpt["note"], **settings)
+    if args.precision == "bf16":  # the weights themselves: autocast would convert them again for each token
+        prior.bfloat16()
+        tokenizer.decoder.bfloat16()
     if ckpt["stage"] == "nar" and settings["nar_steps"] > prior.config.num_tokens:
         print0(f"note: {prior.config.num_tokens} tokens take {prior.config.num_tokens} steps at most")
     words = (prior, tokenizer, args.num, labels, args.seed, settings, args.batch, True)

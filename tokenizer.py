@@ -356,7 +356,7 @@ class VectorQuantizer(nn.Module):
         if self.reestimations:
             self.register_buffer("reservoir", torch.zeros(self.RESERVOIR, config.codebook_dim))
             self.register_buffer("reservoir_keys", torch.full((self.RESERVOIR,), -1.0))
-            self.register_buffer("num_seen", torch.zeros((), dtype=torch.int64))
+        self.key_seed = 0  # of the next random keys: a function of the step and the micro-batch
 
     def normalize(self, x):
         return F.normalize(x, dim=-1) if self.config.codebook == "fn" else x
@@ -436,24 +436,24 @@ class VectorQuantizer(nn.Module):
         that the caller resets its optimizer moments. Without K-means nothing happens."""
         self.bypass = bool(self.reestimations) and step < self.reestimations[0]
         self.collecting = bool(self.reestimations) and step < self.reestimations[-1]
+        self.key_seed = step << 20
         return step in self.reestimations and self.reestimate(seed=step)
 
     @torch.no_grad()
     def _fill_reservoir(self, z):
         """Keeps the vectors with the largest random keys, a uniform sample of all seen since the last
-        re-estimation. The keys depend on the number of vectors seen, so all processes agree."""
+        re-estimation. The keys depend on the step alone, so all processes agree."""
         if dist.is_available() and dist.is_initialized():
             parts = [torch.empty_like(z) for _ in range(dist.get_world_size())]
             dist.all_gather(parts, z.contiguous())
             z = torch.cat(parts)
-        generator = torch.Generator().manual_seed(int(self.num_seen))
-        keys = torch.rand(len(z), generator=generator).to(z.device)
+        keys = torch.rand(len(z), generator=torch.Generator().manual_seed(self.key_seed)).to(z.device)
         fine = z.isfinite().all(1)  # one bad step must not end up in the codebook
         z, keys = z.where(fine[:, None], 0), keys.where(fine, -1)
         keys, keep = torch.cat([self.reservoir_keys, keys]).topk(self.RESERVOIR)
         self.reservoir.copy_(torch.cat([self.reservoir, z])[keep])
         self.reservoir_keys.copy_(keys)
-        self.num_seen += len(z)
+        self.key_seed += 1
 
     @torch.no_grad()
     def reestimate(self, seed):
@@ -541,7 +541,8 @@ class VQTokenizer(nn.Module):
         side = math.isqrt(tokens.shape[-1])
         if tokens.dim() != 2 or side * side != tokens.shape[1]:
             raise ValueError(f"tokens must be (B, N) with a square N, got {tuple(tokens.shape)}")
-        return self.decoder(self.quantizer.lookup(tokens.view(-1, side, side)))
+        z_q = self.quantizer.lookup(tokens.view(-1, side, side))
+        return self.decoder(z_q.to(self.decoder.conv_in.weight.dtype))  # which may be bf16 for sampling
 
     def forward(self, x, global_probs=None):
         """Reconstruction for training: x_hat (B, 3, H, W), tokens (B, N), dict of latent losses (Eq. 2).

@@ -302,7 +302,8 @@ from prior_nar import NARPrior, mask_tokens
 from sample import (
     FORMAT, UserError, agreed, barrier, batches, claim, intact, latent_hash, load_data, load_model,
     make_sheet, mix, my_rows, newest_intact, on_rank0, one_line_errors, print0, rank, read_checkpoint,
-    save_atomic, save_checkpoint, save_torch, seeded_rand, setup_device, to_float, warn, weights_hash, world,
+    save_atomic, save_checkpoint, save_torch, seeded_rand, setup_device, to_device, to_float, warn,
+    weights_hash, world,
 )
 from tokenizer import TokenizerConfig, VQTokenizer, all_reduce_mean, codebook_usage
 from visualize import (
@@ -337,13 +338,13 @@ def build_optimizer(model, c):
     """Adam, or AdamW where there is weight decay: on matrices of linear layers and convolutions only."""
     params = [p for p in model.parameters() if p.requires_grad]
     if not c["weight_decay"]:
-        return torch.optim.Adam(params, lr=c["lr"], betas=c["betas"])
+        return torch.optim.Adam(params, lr=c["lr"], betas=c["betas"], fused=True)
     layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)]
     decay = {id(m.weight) for m in layers}
     groups = [[p for p in params if (id(p) in decay) == wanted] for wanted in (True, False)]
     return torch.optim.AdamW(
         [dict(params=groups[0], weight_decay=c["weight_decay"]), dict(params=groups[1], weight_decay=0.0)],
-        lr=c["lr"], betas=c["betas"],
+        lr=c["lr"], betas=c["betas"], fused=True,
     )
 
 
@@ -463,7 +464,7 @@ class Run:
         path, c = self.out / f"{stage}.pt", self.config[SECTION[stage]]
         on_rank0(self.claim)
         self.fingerprint = on_rank0(lambda: [self.train.fingerprint, self.val.fingerprint])
-        step, seconds, self.skips = 0, 0.0, {}
+        step, seconds, self.skips, self.skips_told = 0, 0.0, {}, {}
         file = on_rank0(lambda: newest_intact(path))
         if file:
             ckpt = read_checkpoint(file, [stage])
@@ -481,7 +482,9 @@ class Run:
             for name, thing in state.items():
                 if thing is not None:
                     thing.load_state_dict(ckpt["model"] if name == "model" else ckpt["train"][name])
-            step, seconds, self.skips = ckpt["step"], ckpt["seconds"], ckpt["skips"]
+            step, seconds = ckpt["step"], ckpt["seconds"]
+            self.skips = {name: torch.tensor(n, device=self.device) for name, n in ckpt["skips"].items()}
+            self.skips_told = {name: skipped for name, (_, skipped) in ckpt["skips"].items()}
         share = f"{c['batch']} images" + (f" = {world()} processes x {c['batch'] // world()}" * (world() > 1))
         print0(f"\n{stage}: step {step} of {c['steps']}, {share} a step, lr {c['lr']}, "
                f"{self.config['precision']} -> {path}")
@@ -567,24 +570,34 @@ class Run:
         return (step + 1) % every == 0 or step + 1 == steps
 
     def update(self, optimizer, name):
-        """optimizer.step(), skipped if a gradient is not finite. Returns whether it stepped.
+        """optimizer.step(), which changes nothing if a gradient is not finite. The host does not wait to know
+        that: `found_inf` is how fused optimizers are told, and `skips` counts on the device.
 
-        Gradients are equal in all processes, so all skip or none. Skips are counted by the optimizer's name.
-        raises: UserError, code 1, after MAX_SKIPS skips in a row
+        Gradients are equal in all processes, so all skip or none.
         """
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        finite = torch.nn.utils.get_total_norm(grads).isfinite().item()
-        in_a_row, skipped = self.skips.get(name, (0, 0))
-        self.skips[name] = (0, skipped) if finite else (in_a_row + 1, skipped + 1)
-        if finite:
-            optimizer.step()
-            return True
-        if rank() == 0:
-            warn(f"{self.place}: a gradient of the {name} is not finite; its update was skipped")
-        if in_a_row + 1 == MAX_SKIPS:
-            raise UserError(f"{self.place}: {MAX_SKIPS} updates of the {name} in a row were skipped; the "
-                            "last save is intact. Try a lower lr, or --precision fp32", code=1, shared=True)
-        return False
+        bad = 1 - torch.nn.utils.get_total_norm(grads).isfinite().long()
+        in_a_row, skipped = self.skips.setdefault(name, torch.zeros(2, dtype=torch.int64, device=self.device))
+        self.skips[name] = torch.stack([(in_a_row + 1) * bad, skipped + bad])
+        optimizer.found_inf = bad.float()
+        optimizer.step()
+
+    def count_skips(self):
+        """{optimizer: updates skipped so far}, read at log lines and saves, with a warning for new ones.
+
+        raises: UserError, code 1, if the last MAX_SKIPS or more in a row were skipped
+        """
+        counts = {name: pair.tolist() for name, pair in self.skips.items()}
+        for name, (in_a_row, skipped) in counts.items():
+            if rank() == 0 and skipped > self.skips_told.get(name, 0):
+                warn(f"{self.place}: a gradient of the {name} was not finite, so the update was skipped; "
+                     f"{skipped} so far")
+            self.skips_told[name] = skipped
+            if in_a_row >= MAX_SKIPS:
+                raise UserError(f"{self.place}: the last {in_a_row} updates of the {name} were skipped, as a "
+                                "gradient was not finite; the last save is intact. Try a lower lr, or "
+                                "--precision fp32", code=1, shared=True)
+        return {name: skipped for name, (_, skipped) in counts.items()}
 
     def log(self, stage, step, **values):
         """One line of metrics.jsonl, means over processes; tensors are read here and nowhere else."""
@@ -593,7 +606,7 @@ class Run:
             means = all_reduce_mean(torch.stack([values[n].detach().float() for n in names])).tolist()
             values.update(zip(names, means, strict=True))
         values = {k: float(f"{v:.6g}") if math.isfinite(v) else None for k, v in values.items()}
-        values |= {f"skipped_{name}": skipped for name, (_, skipped) in self.skips.items() if skipped}
+        values |= {f"skipped_{name}": skipped for name, skipped in self.count_skips().items() if skipped}
         row = dict(stage=stage, step=step + 1, **values, seconds=round(time.time() - self.clock, 1))
         self.rows = [r for r in self.rows[:-5] if "lr" not in r] + self.rows[-5:] + [row]  # for the warnings
 
@@ -614,6 +627,7 @@ class Run:
 
     def save(self, stage, step, model, ema=None, tokenizer_hash=None, **train):
         """Writes <stage>.pt after `step` + 1 updates, once all processes are found to hold equal weights."""
+        self.count_skips()
         if world() > 1:
             hashes = [None] * world()
             modules = [thing for thing in (model, ema, *train.values()) if isinstance(thing, torch.nn.Module)]
@@ -626,7 +640,8 @@ class Run:
             format=FORMAT, stage=stage, step=step + 1, config=self.config, model_config=config,
             model=model.state_dict(), ema=ema and ema.module.state_dict(),
             class_names=self.train.class_names, fingerprint=self.fingerprint, tokenizer_hash=tokenizer_hash,
-            note=self.note, world=world(), skips=self.skips, seconds=time.time() - self.clock,
+            note=self.note, world=world(), seconds=time.time() - self.clock,
+            skips={name: pair.tolist() for name, pair in self.skips.items()},
             train={name: thing.state_dict() for name, thing in dict(train, ema=ema).items() if thing})
         bad = not_finite(ckpt)
         if bad:
@@ -705,7 +720,7 @@ def train_judge(run, stage):
     for step in run.loop(stage, start):
         set_lr(optimizer, lr_at(step, c))
         pixels, labels = next(stream)
-        x, labels = to_float(pixels, device), labels.to(device)
+        x, labels = to_float(pixels, device), to_device(labels, device)
         x = random_shift(x, run.config["seed"], step, c["batch"])
         judge.train()
         optimizer.zero_grad(set_to_none=True)
@@ -713,7 +728,8 @@ def train_judge(run, stage):
             logits = net(normalize_images(x))
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=c["label_smoothing"])
         loss.backward()
-        if run.update(optimizer, "judge") and ema:
+        run.update(optimizer, "judge")
+        if ema:
             ema.update_parameters(judge)
         if run.due("log", stage, step):
             run.log(stage, step, lr=lr_at(step, c), loss=loss)
@@ -727,11 +743,12 @@ def random_shift(x, seed, step, batch):
     """Shifts each image by up to an eighth of its side (edges reflected); a function of (seed, step, row)."""
     reach = x.shape[-1] // 8
     rows = seeded_rand(batch, 2, seed=mix(seed, "shift", step))[my_rows(batch)]
-    offsets = (rows * (2 * reach + 1)).long().tolist()
-    padded, S = F.pad(x, (reach,) * 4, mode="reflect"), x.shape[-1]
-    return torch.stack(
-        [image[:, t : t + S, left : left + S] for image, (t, left) in zip(padded, offsets, strict=True)]
-    )
+    offsets = to_device((rows * (2 * reach + 1)).long(), x.device)
+    side = torch.arange(x.shape[-1], device=x.device)
+    top, left = offsets[:, :1] + side, offsets[:, 1:] + side  # (B, S): the pixels of each image
+    padded = F.pad(x, (reach,) * 4, mode="reflect").permute(0, 2, 3, 1)  # (B, H, W, 3)
+    image = torch.arange(len(x), device=x.device)[:, None, None]
+    return padded[image, top[:, :, None], left[:, None, :]].permute(0, 3, 1, 2)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -853,7 +870,7 @@ def train_tokenizer(run, stage):
             terms |= dict(loss_adv=loss_adv) if adv else {}
             terms |= dict(adaptive_weight=scale / adv) if adv and c["adaptive"] else {}
             add_means(logs, terms, len(part) / len(x))
-        updated = run.update(opt_g, "tokenizer")
+        run.update(opt_g, "tokenizer")
 
         if adv:
             disc.requires_grad_(True)
@@ -867,7 +884,7 @@ def train_tokenizer(run, stage):
                 (loss * (len(part) / len(x))).backward()
                 add_means(logs, dict(loss_disc=loss_disc), len(part) / len(x))
             run.update(opt_d, "discriminator")
-        if ema and updated:
+        if ema:
             ema.update_parameters(tokenizer)
 
         if run.due("log", stage, step):
@@ -969,10 +986,10 @@ def train_prior(run, stage):
     for step in run.loop(stage, start):
         set_lr(optimizer, lr_at(step, c))
         tokens, labels = code_batch(run, codes, step, c["batch"])
-        noise = seeded_rand(c["batch"], N + 1, seed=mix(seed, "mask", step))[my_rows(c["batch"])].to(device)
+        noise = seeded_rand(c["batch"], N + 1, seed=mix(seed, "mask", step))[my_rows(c["batch"])]
         inputs, mask = tokens, torch.ones_like(tokens, dtype=torch.bool)
         if stage == "nar":
-            inputs, mask = mask_tokens(tokens, K, noise)
+            inputs, mask = mask_tokens(tokens, K, to_device(noise, device))
         masked = all_reduce_mean(mask.sum().float())
         optimizer.zero_grad(set_to_none=True)
         means = torch.zeros(2, device=device)
@@ -987,7 +1004,8 @@ def train_prior(run, stage):
             share = part_mask.sum() / masked  # of the global batch's loss terms
             (loss * share).backward()
             means += torch.stack([loss.detach(), accuracy]) * share
-        if run.update(optimizer, "prior") and ema:
+        run.update(optimizer, "prior")
+        if ema:
             ema.update_parameters(prior)
         if run.due("log", stage, step):
             run.log(stage, step, lr=lr_at(step, c), loss=means[0], top1=means[1])
@@ -1004,7 +1022,8 @@ def code_batch(run, codes, step, batch):
     positions = range(step * batch + rows.start, step * batch + rows.stop)
     index = [run.train.shuffled(p) for p in positions]
     variants = [mix(run.config["seed"], "variant", p) % len(codes["train"]) for p in positions]
-    return codes["train"][variants, index].long().to(run.device), codes["labels"][index].to(run.device)
+    tokens, labels = codes["train"][variants, index].long(), codes["labels"][index]
+    return to_device(tokens, run.device), to_device(labels, run.device)
 
 
 # ----------------------------------------------------------------------------------------------------------

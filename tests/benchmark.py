@@ -8,11 +8,13 @@
 `speed` measures the ceilings of this machine (matrix products and 3x3 convolutions in float32 and bf16,
 reading memory) and our own work in one run, alternating, so that a noisy hour hits both. Each case is told as
 a share of its floor: its FLOPs (torch.utils.flop_counter) over the best ceiling of its kind, or for
-token-by-token sampling the bytes of the weights over the bandwidth. Medians over --repeats; one JSON line a
-case.
+token-by-token sampling the bytes of the weights over the bandwidth. Medians over --repeats, and the most
+memory that the tensors of one call hold; one JSON line a case.
 """
 
 import argparse
+import copy
+import itertools
 import json
 import resource
 import statistics
@@ -33,7 +35,7 @@ from perceptual import (
 )
 from prior_ar import ARPrior, PriorConfig
 from prior_nar import NARPrior, mask_tokens
-from sample import FolderData, read_checkpoint, save_checkpoint, scan_folder
+from sample import FolderData, keep_freed_memory, read_checkpoint, save_checkpoint, scan_folder
 from tokenizer import TokenizerConfig, VectorQuantizer, VQTokenizer
 from visualize import read_metrics
 
@@ -49,7 +51,17 @@ def median_time(function, repeats=30):
 
 
 def peak_mb():
+    """Most memory that this process ever had, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def tensor_peak_mb(function):
+    """Most memory in MiB that tensors made by one call held at a time, from the profiler's record."""
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        function()
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(itertools.accumulate((size for _, size in changes), initial=0)) / 2**20
 
 
 # Ceilings -------------------------------------------------------------------------------------------------
@@ -108,16 +120,17 @@ def quantizer_cases():
 def autoencoder_cases(side=256, batch=2):
     tokenizer = VQTokenizer(TokenizerConfig(image_size=side))
     x = torch.randn(batch, 3, side, side)
+    loaded = copy.deepcopy(tokenizer).to(memory_format=torch.channels_last).eval()  # as load_model gives it
     with torch.no_grad(), bf16():
-        tokens = tokenizer.encode(x)
+        tokens = loaded.encode(x)
 
-    def encode():
+    def encode():  # as train.py encodes a data set
         with torch.no_grad(), bf16():
-            tokenizer.encode(x)
+            loaded.encode(x)
 
-    def decode():
-        with torch.no_grad(), bf16():
-            tokenizer.decode(tokens)
+    def decode():  # as sample.py --precision bf16
+        with torch.no_grad():
+            loaded.decode(tokens)
 
     def step():
         tokenizer.zero_grad(set_to_none=True)
@@ -126,6 +139,7 @@ def autoencoder_cases(side=256, batch=2):
         (F.l1_loss(x_hat.float(), x) + sum(losses.values())).backward()
 
     yield f"encode {batch}x{side}^2 bf16", encode, "conv_bf16", None
+    loaded.decoder.bfloat16()
     yield f"decode {batch}x{side}^2 bf16", decode, "conv_bf16", None
     yield f"autoencoder step {batch}x{side}^2 bf16", step, "conv_bf16", None
 
@@ -141,7 +155,7 @@ def phase_cases(side=256, batch=2):
             tokenizer.add_attention()
             tokenizer.freeze_latent_space()
         params = [p for p in tokenizer.parameters() if p.requires_grad]
-        opt_g, opt_d = torch.optim.Adam(params), torch.optim.Adam(disc.parameters())
+        opt_g, opt_d = (torch.optim.Adam(p, fused=True) for p in (params, list(disc.parameters())))
         weights = layer_weights(1.0 if phase == 1 else 0.0)
 
         def generator(tokenizer=tokenizer, weights=weights, opt_g=opt_g):
@@ -184,7 +198,7 @@ def prior_sizes(N=256):
 def prior_cases(batch=4):
     for name, kind in (("AR", ARPrior), ("NAR", NARPrior)):
         prior = kind(prior_sizes()).train()
-        optimizer = torch.optim.AdamW(prior.parameters())
+        optimizer = torch.optim.AdamW(prior.parameters(), fused=True)
         tokens, labels = torch.randint(0, 1024, (batch, 256)), torch.zeros(batch, dtype=torch.int64)
 
         def step(prior=prior, optimizer=optimizer, tokens=tokens, labels=labels, name=name):
@@ -247,7 +261,7 @@ def startup_cases():
 
 
 def speed(args):
-    torch.set_num_threads(args.threads)
+    keep_freed_memory()
     top, lines = {}, []
     with tempfile.TemporaryDirectory() as name:
         groups = dict(quantizer=quantizer_cases, autoencoder=autoencoder_cases, phase=phase_cases,
@@ -271,11 +285,12 @@ def speed(args):
                     function()
                     times.append(time.perf_counter() - begin)
                 line = dict(case=case, seconds=statistics.median(times), fastest=min(times),
-                            slowest=max(times), kind=kind, amount=flops, peak_mb=round(peak_mb()),
+                            slowest=max(times), kind=kind, amount=flops,
+                            peak_mb=round(tensor_peak_mb(function)) if kind else None,
                             threads=args.threads, repeats=args.repeats, torch=torch.__version__,
                             time=time.strftime("%F %T"))
                 lines.append(line)
-                print(f"{case:48s} {line['seconds'] * 1e3:10.1f} ms", flush=True)
+                print(f"{case:48s} {line['seconds'] * 1e3:10.1f} ms  {line['peak_mb']} MiB", flush=True)
     print("\nceilings: " + ", ".join(f"{k} {v / 1e9:.0f} G/s" for k, v in top.items()))
     for line in lines:
         line["ceilings"] = top
