@@ -1082,7 +1082,7 @@ def load_reference(args, extractor, config, split):
     wanted = {k: v for k, v in wanted.items() if k not in ("extractor", "extractor_note")}
 
     def name():
-        times = [path.stat().st_mtime_ns for path in getattr(data, "files", [])]
+        times = [os.stat(path).st_mtime_ns for path in getattr(data, "files", [])]
         return args.references / f"{split}_{mix(data.fingerprint, times, sorted(wanted.items())):016x}.pt"
 
     def chunks(done):

@@ -380,6 +380,8 @@ class Run:
         if not there.is_dir() or not os.access(there, os.W_OK) or self.out.absolute() == Path("/"):
             raise UserError(f"--out {self.out}: {there} is no folder that can be written to")
         self.device, self.parent = setup_device(args.device, args.timeout), os.getppid()
+        if self.device.type == "cpu":
+            print0("note: on a CPU freed memory is kept for the next step (README, Speed)")
         if args.workers > 4 * os.cpu_count() and rank() == 0:
             warn(f"--workers {args.workers} on {os.cpu_count()} cores")
         self.train, self.val = load_data(config)
