@@ -838,6 +838,28 @@ def load_tokenizer_of(prior_path, prior_ckpt, given=None, device="cpu"):
 # ----------------------------------------------------------------------------------------------------------
 
 
+class PackedLinear(torch.nn.Module):
+    """A linear layer whose bf16 weights lie in memory as oneDNN wants them. A CPU would lay them out anew for
+    every token otherwise; so AR sampling takes half the time at batch 1. Inference only."""
+
+    def __init__(self, linear, batch):
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.data, batch)
+        self.bias = linear.bias.data if linear.bias is not None else None
+
+    def forward(self, x):
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+def pack_linears(module, batch):
+    """Replaces the linear layers of a bf16 network on a CPU by packed ones, where torch has them."""
+    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        for name, child in module.named_children():
+            linear = isinstance(child, torch.nn.Linear)
+            setattr(module, name, PackedLinear(child, batch) if linear else pack_linears(child, batch))
+    return module
+
+
 def generate_tokens(prior, labels, seed, indices, settings):
     """Tokens (B, N) of the images `indices`, whose random numbers depend on (seed, index) only.
 
@@ -1334,6 +1356,8 @@ def sample(args, device):
     if args.precision == "bf16":  # the weights themselves: autocast would convert them again for each token
         prior.bfloat16()
         tokenizer.decoder.bfloat16()
+        if device.type == "cpu" and ckpt["stage"] == "ar":
+            pack_linears(prior, args.batch)
     if ckpt["stage"] == "nar" and settings["nar_steps"] > prior.config.num_tokens:
         print0(f"note: {prior.config.num_tokens} tokens take {prior.config.num_tokens} steps at most")
     words = (prior, tokenizer, args.num, labels, args.seed, settings, args.batch, True)

@@ -6,10 +6,10 @@
     PYTHONPATH=. python tests/benchmark.py growth     # time and memory against sizes
 
 `speed` measures the ceilings of this machine (matrix products and 3x3 convolutions in float32 and bf16,
-reading memory) and our own work in one run, alternating, so that a noisy hour hits both. Each case is told as
-a share of its floor: its FLOPs (torch.utils.flop_counter) over the best ceiling of its kind, or for
-token-by-token sampling the bytes of the weights over the bandwidth. Medians over --repeats, and the most
-memory that the tensors of one call hold; one JSON line a case.
+reading memory) and our own work in turns, so that a noisy moment hits both. Each case is told as a share of
+its floor: its FLOPs (torch.utils.flop_counter) over the ceiling of its kind, for token-by-token sampling the
+bytes of the weights over the bandwidth, for the quantizer the product of vectors and codes alone. Medians
+over --repeats, and the most memory that the tensors of one call hold; one JSON line a case.
 """
 
 import argparse
@@ -35,7 +35,9 @@ from perceptual import (
 )
 from prior_ar import ARPrior, PriorConfig
 from prior_nar import NARPrior, mask_tokens
-from sample import FolderData, keep_freed_memory, read_checkpoint, save_checkpoint, scan_folder
+from sample import (
+    FolderData, keep_freed_memory, pack_linears, read_checkpoint, save_checkpoint, scan_folder,
+)
 from tokenizer import TokenizerConfig, VectorQuantizer, VQTokenizer
 from visualize import read_metrics
 
@@ -67,30 +69,36 @@ def tensor_peak_mb(function):
 # Ceilings -------------------------------------------------------------------------------------------------
 
 
-def ceilings(repeats):
-    """{kind: best FLOP/s or bytes/s}: what this machine gives to one large operation of each kind."""
+def ceilings():
+    """{kind: (function, amount)}: one large operation of each kind, and its FLOPs or bytes."""
     found = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         a, b = torch.randn(2048, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
         x, w = torch.randn(4, 256, 64, 64).to(dtype), torch.randn(256, 256, 3, 3).to(dtype)
-        layouts = [(x, w), tuple(t.to(memory_format=torch.channels_last) for t in (x, w))]
-        with torch.no_grad():
-            times = [best_time(lambda a=a, b=b: a @ b, repeats)]
-            convs = [best_time(lambda x=x, w=w: F.conv2d(x, w, padding=1), repeats) for x, w in layouts]
-        found[f"gemm_{name}"] = 2 * 2048**3 / times[0]
-        found[f"conv_{name}"] = 2 * 4 * 64 * 64 * 256 * 256 * 9 / min(convs)
+        x, w = (t.to(memory_format=torch.channels_last) for t in (x, w))
+        found[f"gemm_{name}"] = lambda a=a, b=b: a @ b, 2 * 2048**3
+        found[f"conv_{name}"] = lambda x=x, w=w: F.conv2d(x, w, padding=1), 2 * 4 * 64 * 64 * 256 * 256 * 9
     block = torch.randn(2**27)
-    found["read"] = block.numel() * 4 / best_time(lambda: block.sum(), repeats)
+    found["read"] = lambda: block.sum(), block.numel() * 4
+    for K in SIZES:
+        z, codes = torch.randn(16 * 256, 256), torch.randn(K, 256)
+        found[f"product K={K}"] = lambda z=z, codes=codes: z @ codes.T, 2 * 16 * 256 * 256 * K
     return found
 
 
-def best_time(function, repeats):
-    times = []
-    for _ in range(repeats + 1):  # the first one warms up
-        begin = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - begin)
-    return min(times[1:])
+@torch.no_grad()
+def rate(function, amount, repeats=3):
+    """FLOP/s or bytes/s of the fastest of some calls."""
+    return amount / min(timed(function) for _ in range(repeats))
+
+
+def timed(function):
+    begin = time.perf_counter()
+    function()
+    return time.perf_counter() - begin
+
+
+SIZES = (1024, 16_384, 65_536)  # K of the quantizer's cases
 
 
 # Cases: (name, function, kind of its floor, amount of that kind; None counts FLOPs) ------------------------
@@ -101,7 +109,7 @@ def bf16():
 
 
 def quantizer_cases():
-    for K in (1024, 16_384, 65_536):
+    for K in SIZES:
         quantizer = VectorQuantizer(TokenizerConfig(codebook="plain", codebook_size=K)).train()
         z = torch.randn(16, 256, 16, 16, requires_grad=True)  # 16 x 256 vectors of width 256
 
@@ -113,8 +121,8 @@ def quantizer_cases():
             sum(quantizer(z)[2].values()).backward()
 
         flops = 2 * 16 * 256 * 256 * K  # the products alone
-        yield f"quantizer K={K} forward", forward, "gemm_fp32", flops
-        yield f"quantizer K={K} forward+backward", both, "gemm_fp32", flops
+        yield f"quantizer K={K} forward", forward, f"product K={K}", flops
+        yield f"quantizer K={K} forward+backward", both, f"product K={K}", flops
 
 
 def autoencoder_cases(side=256, batch=2):
@@ -217,8 +225,8 @@ def prior_cases(batch=4):
 
 def sampling_cases():
     for batch in (1, 8, 32):
-        prior = ARPrior(prior_sizes()).eval().bfloat16()
-        size = sum(p.numel() * p.element_size() for p in prior.transformer.blocks.parameters())
+        prior = pack_linears(ARPrior(prior_sizes()).eval().bfloat16(), batch)  # as sample.py does
+        size = 2 * sum(p.numel() for p in ARPrior(prior_sizes()).transformer.blocks.parameters())
         noise, labels = torch.rand(batch, 256), torch.zeros(batch, dtype=torch.int64)
 
         def draw(prior=prior, noise=noise, labels=labels):
@@ -262,7 +270,7 @@ def startup_cases():
 
 def speed(args):
     keep_freed_memory()
-    top, lines = {}, []
+    tops = ceilings()
     with tempfile.TemporaryDirectory() as name:
         groups = dict(quantizer=quantizer_cases, autoencoder=autoencoder_cases, phase=phase_cases,
                       prior=prior_cases, sample=sampling_cases, start=startup_cases,
@@ -271,37 +279,29 @@ def speed(args):
             if args.only and group not in args.only.split(","):
                 continue
             for case, function, kind, amount in cases():
-                for key, value in ceilings(3).items():  # between the cases, so that noise hits both
-                    top[key] = max(top.get(key, 0), value)
                 function()
-                flops = amount
                 if kind and amount is None:
                     with FlopCounterMode(display=False) as counter:
                         function()
-                    flops = counter.get_total_flops()
-                times = []
-                for _ in range(args.repeats):
-                    begin = time.perf_counter()
-                    function()
-                    times.append(time.perf_counter() - begin)
+                    amount = counter.get_total_flops()
+                times, top = [], []
+                for _ in range(args.repeats):  # the ceiling of this very moment, then the case
+                    top += [rate(*tops[kind])] * bool(kind)
+                    times.append(timed(function))
                 line = dict(case=case, seconds=statistics.median(times), fastest=min(times),
-                            slowest=max(times), kind=kind, amount=flops,
-                            peak_mb=round(tensor_peak_mb(function)) if kind else None,
-                            threads=args.threads, repeats=args.repeats, torch=torch.__version__,
-                            time=time.strftime("%F %T"))
-                lines.append(line)
-                print(f"{case:48s} {line['seconds'] * 1e3:10.1f} ms  {line['peak_mb']} MiB", flush=True)
-    print("\nceilings: " + ", ".join(f"{k} {v / 1e9:.0f} G/s" for k, v in top.items()))
-    for line in lines:
-        line["ceilings"] = top
-        told = f"{line['amount'] / line['seconds']:.1f}/s"
-        if line["kind"]:
-            line["share"] = line["amount"] / top[line["kind"]] / line["seconds"]
-            told = f"{line['share']:6.1%} of {line['kind']}"
-        print(f"{line['case']:48s} {line['seconds'] * 1e3:10.1f} ms  {told}")
-        if args.out:
-            with open(args.out, "a") as file:
-                file.write(json.dumps(line) + "\n")
+                            slowest=max(times), kind=kind, amount=amount, threads=args.threads,
+                            repeats=args.repeats, torch=torch.__version__, time=time.strftime("%F %T"))
+                told = f"{amount / line['seconds']:.1f}/s"
+                if kind:
+                    shares = [amount / ceiling / t for ceiling, t in zip(top, times, strict=True)]
+                    line |= dict(ceiling=statistics.median(top), share=statistics.median(shares),
+                                 peak_mb=round(tensor_peak_mb(function)))
+                    told = f"{line['share']:6.1%} of {kind} ({line['ceiling'] / 1e9:.0f} G/s), "
+                    told += f"{line['peak_mb']} MiB"
+                print(f"{case:48s} {line['seconds'] * 1e3:10.1f} ms  {told}", flush=True)
+                if args.out:
+                    with open(args.out, "a") as file:
+                        file.write(json.dumps(line) + "\n")
 
 
 # Growth: how time and memory grow with a size; each point in a process of its own, for its memory -----------

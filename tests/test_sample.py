@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import sample
-from prior_ar import ARPrior, PriorConfig
+from prior_ar import ARPrior, KVCache, PriorConfig
 from prior_nar import NARPrior
 from sample import FORMAT, FolderData, Shapes, UserError, load_rgb, mix, read_checkpoint, scan_folder
 from tokenizer import TokenizerConfig, VQTokenizer
@@ -524,6 +524,37 @@ def test_top_p_lies_between_zero_excluded_and_one_included(top_p, fine, capsys):
         with pytest.raises(SystemExit):
             sample.parse_args(["--ckpt", "x.pt", "--top-p", top_p])
         assert "--top-p" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_bf16_and_packed_weights_give_the_logits_of_float32_up_to_rounding_cached_or_not(batch):
+    prior = tiny_prior(n_layer=3, n_embd=32)
+    with torch.no_grad():
+        for parameter in prior.parameters():
+            parameter.mul_(0.5)
+    tokens = torch.randint(0, 16, (batch, 16), generator=torch.Generator().manual_seed(0))
+    labels = torch.zeros(batch, dtype=torch.int64)
+    exact = prior(tokens, labels)
+    half = sample.pack_linears(prior.bfloat16(), batch)
+    assert any(isinstance(module, sample.PackedLinear) for module in half.modules())
+    model, steps = half.transformer, []
+    caches = [KVCache(16) for _ in model.blocks]
+    for i in range(16):
+        x = model.token_table(tokens[:, i - 1 : i]) if i else model.embed_condition(labels, batch)
+        steps.append(model.run(x, i, caches))
+    for logits in (torch.cat(steps, 1), half(tokens, labels)):
+        assert (logits.float() - exact).abs().max() < 0.05 * exact.std()
+
+
+@pytest.mark.parametrize("stage", ["ar", "nar"])
+def test_samples_of_bf16_weights_are_pictures_and_say_so(run, stage):
+    words = ["--ckpt", str(run / f"{stage}.pt"), "--num", "4", "--format", "npz", "--device", "cpu"]
+    for precision in ("fp32", "bf16"):
+        out = run / f"{precision}.npz"
+        sample.main(sample.parse_args([*words, "--precision", precision, "--out", str(out)]))
+        with np.load(out) as file:
+            assert file["arr_0"].shape == (4, 16, 16, 3) and file["arr_0"].std() > 1
+            assert f'"precision": "{precision}"' in str(file["info"])
 
 
 # Pixels and pictures --------------------------------------------------------------------------------------
