@@ -339,6 +339,7 @@ class VectorQuantizer(nn.Module):
     """
 
     RESERVOIR = 16_384  # vectors kept for the K-means re-estimation
+    MOST_DISTANCES = 2**26  # that `quantize` holds at a time, 256 MiB
 
     def __init__(self, config):
         super().__init__()
@@ -373,7 +374,9 @@ class VectorQuantizer(nn.Module):
     def quantize(self, z_hat):
         """Indices of the nearest codes: (B, n_z, h, w) -> (B, h, w) int64. No gradient."""
         with torch.no_grad(), torch.autocast(z_hat.device.type, enabled=False):
-            indices = code_distances(self.flatten(z_hat), self.codes).argmin(1)
+            codes, z = self.codes, self.flatten(z_hat)
+            parts = z.split(max(1, self.MOST_DISTANCES // len(codes)))
+            indices = torch.cat([code_distances(part, codes).argmin(1) for part in parts])
         return indices.view(z_hat.shape[0], *z_hat.shape[2:])
 
     def lookup(self, indices):

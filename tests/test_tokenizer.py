@@ -528,6 +528,13 @@ def test_reestimation_empties_the_reservoir():
     assert quantizer.start_step(2) is False
 
 
+def test_quantizing_in_parts_gives_the_same_tokens(monkeypatch):
+    quantizer, z_hat = tiny_quantizer(), normal(2, 4, 5, 5)
+    whole = quantizer.quantize(z_hat)
+    monkeypatch.setattr(VectorQuantizer, "MOST_DISTANCES", 16 * 7)  # seven vectors at a time
+    assert torch.equal(quantizer.quantize(z_hat), whole)
+
+
 def test_the_reservoir_is_a_uniform_sample_of_everything_seen(monkeypatch):
     monkeypatch.setattr(VectorQuantizer, "RESERVOIR", 200)
     quantizer = tiny_quantizer(codebook="kmeans", codebook_dim=1).train()
