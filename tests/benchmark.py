@@ -17,6 +17,7 @@ import copy
 import itertools
 import json
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -286,7 +287,7 @@ def speed(args):
                     amount = counter.get_total_flops()
                 times, top = [], []
                 for _ in range(args.repeats):  # the ceiling of this very moment, then the case
-                    top += [rate(*tops[kind])] * bool(kind)
+                    top += [rate(*tops[kind])] if kind else []
                     times.append(timed(function))
                 line = dict(case=case, seconds=statistics.median(times), fastest=min(times),
                             slowest=max(times), kind=kind, amount=amount, threads=args.threads,
@@ -323,21 +324,25 @@ def growth_point(what, size):
         function = lambda: prior.generate(torch.zeros(1, dtype=torch.int64), noise)  # noqa: E731
     else:  # files
         folder = Path(tempfile.mkdtemp())
+        for i in range(1000):
+            (folder / f"{i:03d}").mkdir()
         for i in range(size):
-            path = folder / f"{i % 100:03d}" / f"{i}.jpg"
-            path.parent.mkdir(exist_ok=True)
-            path.touch()
-        function = lambda: scan_folder(folder)  # noqa: E731
+            open(f"{folder}/{i % 1000:03d}/{i}.jpg", "w").close()
+        function = lambda: FolderData(*scan_folder(folder), 256, 0).fingerprint  # noqa: E731
     before = peak_mb()
     function()
-    print(json.dumps(dict(growth=what, size=size, seconds=median_time(function, 3), peak_mb=round(peak_mb()),
-                          added_mb=round(peak_mb() - before))))
+    line = dict(growth=what, size=size, seconds=median_time(function, 3), peak_mb=round(peak_mb()))
+    print(json.dumps(line | dict(added_mb=round(peak_mb() - before))))
+    if what == "files":
+        shutil.rmtree(folder)
 
 
 def growth(args):
     sizes = dict(side=(64, 128, 256, 512), K=tuple(2**i for i in range(8, 17, 2)), batch=(1, 4, 16, 64),
-                 tokens=(64, 256, 1024), files=(1000, 10_000, 100_000))
+                 tokens=(64, 256, 1024), files=(1000, 10_000, 100_000, 1_300_000))
     for what, points in sizes.items():
+        if args.only and what not in args.only.split(","):
+            continue
         for size in points:
             words = [sys.executable, __file__, "point", "--only", f"{what},{size}"]
             words += ["--threads", str(args.threads)]
@@ -386,7 +391,8 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=["safety", "speed", "growth", "point"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--only", help="of quantizer,autoencoder,phase,prior,sample,start,load")
+    parser.add_argument("--only", help="of quantizer,autoencoder,phase,prior,sample,start,load; of growth: "
+                        "side,K,batch,tokens,files")
     parser.add_argument("--out", help="file to append JSON lines to")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
