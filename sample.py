@@ -27,6 +27,7 @@ def parse_args(argv=None):
     add("--format", choices=("sheet", "files", "npz"), default="sheet", help="one picture, PNG files, or npz")
     add("--out", type=Path, help="file or, for --format files, folder to write (default: beside CKPT)")
     add("--metrics", action="store_true", help="measure; of phase1.pt, phase2.pt the reconstructions (rFID)")
+    add("--predict", action="store_true", help="with --metrics, of ar.pt: measure the teacher-forced view")
     add("--extractor", default="inception", help="features: 'inception' (downloaded), a file of its weights, "
         "or a resnet.pt or vgg.pt of --stage vgg")
     add("--lpips", default="imagenet", help="VGG-16 of LPIPS: 'imagenet' (downloaded), a .pth file or 'none'")
@@ -35,11 +36,13 @@ def parse_args(argv=None):
     add("--sweep", metavar="NAME=V1,V2,...", help="--metrics for each value of a sampler setting; CSV, plot")
     add("--seed", type=int, default=0, help="seed of the samples (default 0)")
     add("--temperature", type=float, help="AR: softmax temperature, 0 takes the argmax")
+    add("--top-k", type=int, help="AR: only the K likeliest tokens, 0 for all")
     add("--top-p", type=float, help="AR: nucleus (Table 10)")
     add("--steps", type=int, dest="nar_steps", help="NAR: decoding steps (Table 10)")
     add("--token-temperature", type=float, help="NAR: softmax temperature of the candidates")
     add("--choice-temperature", type=float, help="NAR: noise of the choice (Table 10; decision I18)")
     add("--confidence-space", choices=("prob", "log"), help="NAR: score is the probability or its logarithm")
+    add("--guidance", type=float, help="scale of classifier-free guidance; 1 is none (default: the preset's)")
     add("--batch", type=int, default=32, help="images per forward pass (default 32)")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the weights that sample; bf16 is "
         "twice as fast (default: fp32)")
@@ -50,11 +53,13 @@ def parse_args(argv=None):
         name, _, values = args.sweep.partition("=")
         name = name.replace("-", "_").removeprefix("nar_").replace("steps", "nar_steps")
         try:
-            args.values = [(name, (int if name == "nar_steps" else float)(v)) for v in values.split(",")]
+            args.values = [(name, (int if name in ("nar_steps", "top_k") else float)(v))
+                           for v in values.split(",")]
         except ValueError:
             parser.error(f"--sweep {args.sweep}: expected NAME=NUMBER,NUMBER,...")
     bounds = dict(num=(1, 1e9), batch=(1, 1e6), seed=(0, 2**63 - 1), top_p=(1e-9, 1), nar_steps=(1, 1e6),
-                  temperature=(0, 1e9), token_temperature=(0, 1e9), choice_temperature=(0, 1e9))
+                  temperature=(0, 1e9), token_temperature=(0, 1e9), choice_temperature=(0, 1e9),
+                  guidance=(0, 1e3), top_k=(0, 1e9))
     for name, (low, high) in bounds.items():
         value, flag = getattr(args, name), name.removeprefix("nar_").replace("_", "-")
         if value is not None and not low <= value <= high:  # nan is refused too
@@ -63,8 +68,10 @@ def parse_args(argv=None):
         low, high = bounds.get(name, (1, 0)) if name not in ("num", "batch", "seed") else (1, 0)
         if not low <= value <= high:
             parser.error(f"--sweep {args.sweep}: {name}={value} is no setting of a sampler, or out of bounds")
-    if args.values and not args.metrics:
-        parser.error("--sweep measures: pass --metrics too")
+    if (args.values or args.predict) and not args.metrics:
+        parser.error(f"--{'sweep' if args.values else 'predict'} measures: pass --metrics too")
+    if args.values and args.predict:
+        parser.error("--predict draws no samples, so there is no sampler to sweep")
     return args
 
 
@@ -95,6 +102,7 @@ import zlib
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch.utils.data import DataLoader, Dataset
@@ -106,7 +114,7 @@ from perceptual import (
 )
 from prior_ar import ARPrior, PriorConfig
 from prior_nar import NARPrior
-from tokenizer import TokenizerConfig, VQTokenizer, codebook_usage
+from tokenizer import TokenizerConfig, VQTokenizer, codebook_usage, count_codes
 
 
 class UserError(Exception):
@@ -865,14 +873,17 @@ def generate_tokens(prior, labels, seed, indices, settings):
 
     labels: (B,) int64 or None;  settings: the `sample` section of a preset
     """
-    N, steps, device = prior.config.num_tokens, settings["nar_steps"], next(prior.parameters()).device
+    settings = dict(guidance=1.0, top_k=0) | settings
+    c, steps, device = prior.config, settings["nar_steps"], next(prior.parameters()).device
     if isinstance(prior, ARPrior):
-        noise = torch.stack([seeded_rand(N, seed=mix(seed, "sample", i)) for i in indices])
-        return prior.generate(labels, noise.to(device), settings["temperature"], top_p=settings["top_p"])
-    noise = torch.stack([seeded_rand(steps, 2, N, seed=mix(seed, "sample", i)) for i in indices])
+        noise = torch.stack([seeded_rand(*c.token_shape, seed=mix(seed, "sample", i)) for i in indices])
+        return prior.generate(labels, noise.to(device), settings["temperature"], settings["top_k"],
+                              settings["top_p"], guidance=settings["guidance"])
+    shape = (steps, c.num_codebooks + 1, c.num_tokens)
+    noise = torch.stack([seeded_rand(*shape, seed=mix(seed, "sample", i)) for i in indices])
     return prior.generate(
         labels, noise.to(device), steps, settings["token_temperature"], settings["choice_temperature"],
-        settings["confidence_space"])
+        settings["confidence_space"], guidance=settings["guidance"])
 
 
 def image_chunks(prior, tokenizer, num, labels, seed, settings, batch=32, progress=False, done=None):
@@ -961,6 +972,7 @@ def make_sheet(images, columns, note="", zoom=None):
 PROTOCOLS = {
     "rfid-val": "reconstructions of all validation images against these images",
     "gfid-train": "samples, classes in turn, against the central crops of all training images",
+    "view-val": "teacher-forced predictions of all validation images against these images",
 }
 HOW = ("protocol", "num_images", "image_size", "classes", "extractor_hash", "resize", "feature_layer",
        "reference", "reference_images", "reference_hash")
@@ -1163,21 +1175,26 @@ def evaluate(args, device):
     ckpt = read_checkpoint(args.ckpt, ("phase1", "phase2", "ar", "nar"))
     config = dict(ckpt["config"], **({"data": args.data, "val": args.data} if args.data else {}))
     protocol = "rfid-val" if ckpt["stage"] in ("phase1", "phase2") else "gfid-train"
-    out = args.out or args.ckpt.with_name(f"metrics_{args.ckpt.stem}.json")
+    if args.predict:
+        if ckpt["stage"] != "ar":
+            raise UserError(f"--predict needs an ar.pt: a {ckpt['stage']} prior would see what it predicts")
+        protocol = "view-val"
+    out = args.out or args.ckpt.with_name(f"metrics_{args.ckpt.stem}{'_view' * args.predict}.json")
     on_rank0(lambda: out.exists() and read_result(out))
     extractor = Extractor(args.extractor, config["image_size"], device)
-    if protocol == "rfid-val":
+    if protocol in ("rfid-val", "view-val"):
         val = load_data(config)[1]
         if args.num not in (None, len(val)):
-            raise UserError(f"rfid-val takes all {len(val)} validation images; leave --num out")
+            raise UserError(f"{protocol} takes all {len(val)} validation images; leave --num out")
         args.num, names = len(val), val.class_names
-        measured, info = measure_reconstructions(args, extractor, val, device)
+        measure = measure_view if args.predict else measure_reconstructions
+        measured, info = measure(args, extractor, val, device)
     else:
         args.num = args.num or 50_000
         measured, info = measure_samples(args, extractor, device)
         names = ckpt["class_names"] if info["classes"] else []
     extractor.check_number(args.num, "images")
-    reference = load_reference(args, extractor, config, "val" if protocol == "rfid-val" else "train")
+    reference = load_reference(args, extractor, config, protocol.split("-")[1])
     how = dict(protocol=protocol, num_images=args.num, image_size=config["image_size"], **extractor.info)
     mine = how | dict(classes=None) | info
 
@@ -1204,11 +1221,14 @@ def evaluate(args, device):
         def finish():
             numbers = fidelity(rows["features"], rows["logits"], reference)
             if protocol == "rfid-val":
-                usage, perplexity = codebook_usage(rows["tokens"].flatten().bincount(minlength=info["K"]))
+                usage, perplexity = codebook_usage(count_codes(rows["tokens"], info["K"]))
                 numbers = {f"r{name}": numbers[name] for name in ("fid", "kid")}
                 numbers |= dict(usage=usage, perplexity=perplexity)
                 numbers |= {name: rows[name].double().mean().item()
                             for name in ("psnr", "ssim", "l1", "lpips") if name in rows}
+            if protocol == "view-val":
+                numbers = {f"view_{name}": numbers[name] for name in ("fid", "kid")}
+                numbers |= {name: rows[name].double().mean().item() for name in ("top1", "nats_per_token")}
             accuracy = class_accuracy(extractor, names, rows)
             if accuracy:
                 numbers |= dict(class_accuracy=accuracy.pop("all"), class_accuracy_by_class=accuracy,
@@ -1270,12 +1290,35 @@ def measure_reconstructions(args, extractor, data, device):
     return measured, info
 
 
+def measure_view(args, extractor, data, device):
+    """(chunks for `collect`, what identifies the predictions): top-1 given the true tokens, decoded."""
+    prior, ckpt = load_model(args.ckpt, ("ar",), device)
+    tokenizer, decoder_ckpt = load_tokenizer_of(args.ckpt, ckpt, args.tokenizer, device)
+    if prior.config.num_classes and data.class_names != ckpt["class_names"]:
+        raise UserError(f"the classes of the images are not those that {args.ckpt} was trained on")
+
+    def measured(done):
+        for start, _, _, tokens in reconstructions(tokenizer, data, args.num, args.batch, device, done):
+            labels = torch.tensor([data.label(i) for i in range(start, start + len(tokens))])
+            known = labels.to(device) if prior.config.num_classes else None
+            with torch.no_grad():
+                logits = prior(tokens, known).float()  # (B, N, K) or (B, N, k, K)
+            predicted = logits.argmax(-1)
+            nats = F.cross_entropy(logits.flatten(0, -2), tokens.flatten(), reduction="none")
+            yield start, extractor(to_uint8(decode(tokenizer, predicted))) | dict(
+                labels=labels, top1=(predicted == tokens).float().flatten(1).mean(1).cpu(),
+                nats_per_token=nats.view(len(tokens), -1).mean(1).cpu())
+
+    return measured, dict(prior=weights_hash(prior), tokenizer=ckpt["tokenizer_hash"], batch=args.batch,
+                          decoder=weights_hash(tokenizer), note=ckpt["note"] or decoder_ckpt["note"])
+
+
 def evaluate_sweep(args, device):
     """--sweep: one result for each value, a CSV of all and a plot. Values that are measured are not again."""
     stage, name = read_checkpoint(args.ckpt, ("ar", "nar"))["stage"], args.values[0][0]
-    own = ("top_p", "temperature")
+    own = ("top_p", "top_k", "temperature", "guidance")
     if stage == "nar":
-        own = ("nar_steps", "token_temperature", "choice_temperature")
+        own = ("nar_steps", "token_temperature", "choice_temperature", "guidance")
     if name not in own:
         raise UserError(f"--sweep {name} does nothing for {stage.upper()}; it has {', '.join(own)}")
     stem, rows = args.out or args.ckpt.with_name(f"sweep_{args.ckpt.stem}_{name}"), []
@@ -1323,7 +1366,7 @@ def draw_sweep(rows, name, result, path):
 
 def sample_settings(args, config):
     """The preset's sampler with the flags written over it."""
-    settings = dict(config["sample"])
+    settings = dict(guidance=1.0, top_k=0) | config["sample"]
     return settings | {key: getattr(args, key) for key in settings if getattr(args, key, None) is not None}
 
 
@@ -1346,6 +1389,9 @@ def sample(args, device):
     prior, ckpt = load_model(args.ckpt, ("ar", "nar"), device)
     tokenizer, decoder_ckpt = load_tokenizer_of(args.ckpt, ckpt, args.tokenizer, device)
     settings = sample_settings(args, ckpt["config"])
+    if settings["guidance"] != 1 and prior.config.num_classes and not prior.config.class_dropout:
+        raise UserError(f"guidance {settings['guidance']:g}, but {args.ckpt} was trained without "
+                        "prior.class_dropout and knows no null class; pass --guidance 1")
     names = ckpt["class_names"] if prior.config.num_classes else []
     classes = choose_classes(args.classes, names)
     labels = classes and [classes[i % len(classes)] for i in range(args.num)]
@@ -1354,8 +1400,8 @@ def sample(args, device):
         decoder=weights_hash(tokenizer), seed=args.seed, classes=classes, batch=args.batch,
         precision=args.precision, note=ckpt["note"] or decoder_ckpt["note"], **settings)
     if args.precision == "bf16":  # the weights themselves: autocast would convert them again for each token
-        prior.bfloat16()
-        tokenizer.decoder.bfloat16()
+        for parameter in (*prior.parameters(), *tokenizer.decoder.parameters()):  # not rotary angles
+            parameter.data = parameter.data.bfloat16()
         if device.type == "cpu" and ckpt["stage"] == "ar":
             pack_linears(prior, args.batch)
     if ckpt["stage"] == "nar" and settings["nar_steps"] > prior.config.num_tokens:

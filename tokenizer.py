@@ -4,7 +4,7 @@ Reading order: the convolutional blocks, the attention unit of the second phase,
 the quantizer (Eq. 1, Eq. 2 and the entropy term of Sec. 3.4), and `VQTokenizer`, which joins them.
 
 The seam for forks: priors, sample.py and visualize.py use only `encode(x) -> tokens`,
-`decode(tokens) -> x_hat`, `codebook_size` and `grid_size`. Nothing outside this file knows the quantizer.
+`decode(tokens) -> x_hat`, `codebook_size` and `token_shape`. Nothing outside this file knows the quantizer.
 """
 
 import math
@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-CODEBOOKS = ("plain", "entropy", "fn", "kmeans")  # the four rows of Table 5
+CODEBOOKS = ("plain", "entropy", "fn", "kmeans", "fq")  # the four rows of Table 5, and FQGAN's
 
 
 @dataclass
@@ -40,13 +40,31 @@ class TokenizerConfig:
     kmeans_last: int = 30_000  # until this one
     warm_start: int = 0  # other codebooks: so many iterations without quantization, then one K-means (ours,
     # for runs of minutes; the paper's 500,000 iterations start with quantization)
+    trunk: str = "seqgan"  # or "vqgan": VQGAN's own encoder and decoder, with attention, which FQGAN uses
+    num_codebooks: int = 1  # k sub-codebooks of FQGAN (arXiv 2411.16681); above 1 tokens are (B, N, k)
+    adapter_layers: int = 0  # Transformer blocks before each sub-codebook (FQGAN: 6)
+    teacher_widths: tuple = ()  # of FQGAN's representation loss, one for each sub-codebook; 0: no teacher
     bias: bool = False  # biases in the block convs and q/k/v as well (I4): 54,547,203 parameters
     latent_kernel: int = 1  # 3 for 3x3 convs into and out of the latent (I2)
 
     def __post_init__(self):
-        self.channel_mult = tuple(self.channel_mult)
+        self.channel_mult, self.teacher_widths = tuple(self.channel_mult), tuple(self.teacher_widths)
+        if self.num_codebooks < 1 or len(self.teacher_widths) not in (0, self.num_codebooks):
+            raise ValueError(f"{self.num_codebooks} codebooks need as many teacher_widths (0: no teacher), "
+                             f"got {len(self.teacher_widths)}")
+        extras = self.num_codebooks > 1 or self.adapter_layers > 0 or any(self.teacher_widths)
+        if extras and self.trunk != "vqgan":
+            raise ValueError('several codebooks, adapters and teachers need trunk="vqgan"')
+        odd = [w for w in (*self.teacher_widths, self.widths[-1] * bool(self.adapter_layers)) if w % 8]
+        if odd:
+            raise ValueError(f"adapters and students have 8 heads, so a width of {odd[0]} must be a multiple")
+        others = dict(decoder_extra_blocks=0, num_mid_blocks=2, bias=False, latent_kernel=1)
+        ignored = [name for name, default in others.items() if getattr(self, name) != default]
+        if ignored and self.trunk == "vqgan":
+            raise ValueError(f'{ignored[0]} is of SeQ-GAN\'s trunk; trunk="vqgan" has none')
         for name, allowed in (("codebook", CODEBOOKS), ("attention", ("interleaved", "parallel")),
-                              ("distance", ("squared", "l2")), ("entropy_set", ("batch", "image"))):
+                              ("distance", ("squared", "l2")), ("entropy_set", ("batch", "image")),
+                              ("trunk", ("seqgan", "vqgan"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.image_size % self.downsample:
@@ -321,6 +339,16 @@ def entropy_loss(avg_probs):
     return (math.log(avg_probs.shape[-1]) - entropy).mean()
 
 
+FQ_TEMPERATURE = 0.01  # of FQGAN's softmax over codes
+
+
+def vector_entropy(distances):
+    """The mean over vectors of H(softmax_k(-D)): (M, K) -> scalar in nats. With `entropy_loss` it is the term
+    of MaskGIT, LlamaGen and FQGAN, mean H(P_i) - H(mean P_i), up to the constant ln K."""
+    log_probs = F.log_softmax(-distances, -1)
+    return -(log_probs.exp() * log_probs).sum(-1).mean()
+
+
 def all_reduce_mean(x):
     """Mean of `x` over the processes of a distributed run, `x` itself otherwise. No gradient."""
     if dist.is_available() and dist.is_initialized():
@@ -335,7 +363,8 @@ class VectorQuantizer(nn.Module):
 
     All arithmetic is float32, also under autocast. `config.codebook` picks the row of Table 5:
     "plain" VQGAN; "entropy" adds the term of Sec. 3.4; "fn" normalises vectors and codes (the paper uses
-    n_z = 32, K = 8192 with it); "kmeans" re-estimates the codebook offline (see `start_step`).
+    n_z = 32, K = 8192 with it); "kmeans" re-estimates the codebook offline (see `start_step`). "fq" is
+    FQGAN's: normalised, with another entropy term.
     """
 
     RESERVOIR = 16_384  # vectors kept for the K-means re-estimation
@@ -349,6 +378,8 @@ class VectorQuantizer(nn.Module):
             nn.init.normal_(self.codebook.weight)
         else:
             nn.init.uniform_(self.codebook.weight, -1 / config.codebook_size, 1 / config.codebook_size)
+        if config.codebook == "fq":
+            self.codebook.weight.data = F.normalize(self.codebook.weight.data, dim=1)
         self.bypass = False  # warm-up: the decoder gets z_hat itself
         self.collecting = False  # while encoder outputs go to the K-means reservoir
         self.reestimations = range(config.warm_start, config.warm_start + bool(config.warm_start))
@@ -360,7 +391,7 @@ class VectorQuantizer(nn.Module):
         self.key_seed = 0  # of the next random keys: a function of the step and the micro-batch
 
     def normalize(self, x):
-        return F.normalize(x, dim=-1) if self.config.codebook == "fn" else x
+        return F.normalize(x, dim=-1) if self.config.codebook in ("fn", "fq") else x
 
     @property
     def codes(self):
@@ -396,7 +427,7 @@ class VectorQuantizer(nn.Module):
         c, (B, n_z, h, w) = self.config, z_hat.shape
         with torch.autocast(z_hat.device.type, enabled=False):
             z, codes = self.flatten(z_hat), self.codes  # (M, n_z), (K, n_z)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and c.codebook == "entropy"):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and c.codebook in ("entropy", "fq")):
                 distances = code_distances(z, codes, c.distance)  # (M, K)
             squared = distances if c.distance == "squared" else code_distances(z, codes)  # a root makes ties
             indices = squared.argmin(1)  # (M,), as in `quantize`
@@ -414,6 +445,9 @@ class VectorQuantizer(nn.Module):
                 }
             if c.codebook == "entropy" and not self.bypass:
                 losses["loss_entropy"] = self._entropy_loss(distances, B, global_probs)
+            if c.codebook == "fq" and not self.bypass:  # sure about each vector, even over all of them
+                losses["loss_entropy"] = self._entropy_loss(distances / FQ_TEMPERATURE, B, global_probs)
+                losses["loss_entropy"] += vector_entropy(distances / FQ_TEMPERATURE)
         return z_st.view(B, h, w, n_z).permute(0, 3, 1, 2).contiguous(), indices.view(B, h, w), losses
 
     def _entropy_loss(self, distances, batch, global_probs):
@@ -430,7 +464,8 @@ class VectorQuantizer(nn.Module):
     def probs(self, z_hat):
         """D_bar over the vectors of one micro-batch: (B, n_z, h, w) -> (K,) float32. No gradient."""
         with torch.autocast(z_hat.device.type, enabled=False):
-            return average_probs(code_distances(self.flatten(z_hat), self.codes, self.config.distance))
+            distances = code_distances(self.flatten(z_hat), self.codes, self.config.distance)
+            return average_probs(distances / (FQ_TEMPERATURE if self.config.codebook == "fq" else 1))
 
     # K-means re-estimation (Table 5): offline clustering of a uniform sample of encoder outputs -------------
 
@@ -492,14 +527,216 @@ def kmeans(x, num_centres, seed, iterations=10):
     return centres
 
 
+def count_codes(tokens, codebook_size):
+    """Histogram of code indices: tokens (B, N) -> (K,), or (B, N, k) -> (k, K), one for each sub-codebook."""
+    if tokens.dim() == 2:
+        return tokens.flatten().bincount(minlength=codebook_size)
+    return torch.stack([count_codes(part, codebook_size) for part in tokens.unbind(2)])
+
+
 def codebook_usage(counts):
     """Hard usage and perplexity of a histogram of code indices (Tables 2 and 5).
 
-    counts:  (K,), how often each code was chosen over a whole set of images
-    returns: share of codes chosen at least once in [1/K, 1]; exp of the entropy of the histogram in [1, K]
+    counts:  (K,), how often each code was chosen over a whole set of images; or (k, K)
+    returns: share of codes chosen at least once in [1/K, 1]; exp of the entropy of the histogram in [1, K].
+             Of several sub-codebooks the means
     """
-    p = counts.double() / counts.sum()
-    return (counts > 0).double().mean().item(), torch.special.entr(p).sum().exp().item()
+    p = counts.double() / counts.sum(-1, keepdim=True)
+    return (counts > 0).double().mean().item(), torch.special.entr(p).sum(-1).exp().mean().item()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# FQGAN (arXiv 2411.16681): the fork that shows how forking is done. VQGAN's trunk, and k sub-codebooks, each
+# behind a branch of its own. Everything else in this file serves both
+# ----------------------------------------------------------------------------------------------------------
+
+
+class ChangingResBlock(nn.Module):
+    """VQGAN's residual block a -> b, biases everywhere, a 1x1 shortcut where the width changes."""
+
+    def __init__(self, a, b):
+        super().__init__()
+        self.norm1, self.conv1 = group_norm(a), nn.Conv2d(a, b, 3, padding=1)
+        self.norm2, self.conv2 = group_norm(b), nn.Conv2d(b, b, 3, padding=1)
+        self.shortcut = nn.Conv2d(a, b, 1) if a != b else nn.Identity()
+
+    def forward(self, x):  # (B, a, H, W) -> (B, b, H, W)
+        h = self.conv1(F.silu(self.norm1(x)))
+        return self.shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+class MapAttention(nn.Module):
+    """VQGAN's attention over all positions, one head: x + Out(Attn(GN(x))), 4 c^2 + 6 c parameters."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.qkv, self.out = nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x):  # (B, c, H, W) -> (B, c, H, W)
+        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, -1)  # (B, 1, HW, c)
+        h = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(h.squeeze(1).transpose(1, 2).reshape(x.shape))
+
+
+def vqgan_stage(a, b, num_blocks, attention):
+    """`num_blocks` residual blocks, the first one changing the width, attention after each on demand."""
+    layers = []
+    for i in range(num_blocks):
+        layers.append(ChangingResBlock(a if i == 0 else b, b))
+        layers += [MapAttention(b)] if attention else []
+    return layers
+
+
+def vqgan_middle(width):
+    return [ChangingResBlock(width, width), MapAttention(width), ChangingResBlock(width, width)]
+
+
+class VQGANEncoder(nn.Module):
+    """Images to a map of the widest stage, no latent projection: 28,117,248 parameters at the defaults."""
+
+    def __init__(self, config):
+        super().__init__()
+        widths, layers = config.widths, [nn.Conv2d(3, config.base_width, 3, padding=1)]
+        for i, (a, b) in enumerate(zip([config.base_width, *widths], widths, strict=False)):
+            last = i == len(widths) - 1
+            layers += vqgan_stage(a, b, config.num_res_blocks, last)
+            layers += vqgan_middle(b) if last else [Downsample(b, b)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x):  # (B, 3, H, W) -> (B, c, H/f, W/f)
+        return self.layers(x)
+
+
+class VQGANDecoder(nn.Module):
+    """Codes (B, n, h, w) to images: a 1x1 convolution from n to `latent` channels, then VQGAN's decoder
+    (42,449,795 parameters at the reference widths). `stages` may get SeQ-GAN's attention of phase 2."""
+
+    def __init__(self, config, channels, latent=256):
+        super().__init__()
+        widths, stages = config.widths[::-1], []
+        for i, (a, b) in enumerate(zip([widths[0], *widths], widths, strict=False)):
+            side = config.image_size // config.downsample * 2**i
+            stage = DecoderStage(b, None, side, 0, config)
+            stage.blocks = nn.Sequential(*vqgan_stage(a, b, config.num_res_blocks + 1, i == 0))
+            stage.up = Upsample(b, b) if i + 1 < len(widths) else nn.Identity()
+            stages.append(stage)
+        self.latent = nn.Conv2d(channels, latent, 1)
+        self.conv_in = nn.Conv2d(latent, widths[0], 3, padding=1)
+        self.middle = nn.Sequential(*vqgan_middle(widths[0]))
+        self.stages, self.norm_out = nn.Sequential(*stages), group_norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+
+    def forward(self, z_q):  # (B, k * n_z, h, w) -> (B, 3, f*h, f*w)
+        h = self.stages(self.middle(self.conv_in(self.latent(z_q))))
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class PositionTransformer(nn.Module):
+    """Learned positions, LayerNorm, pre-norm blocks of 8 heads, LayerNorm: adapters and feature heads."""
+
+    def __init__(self, positions, width, num_layers):
+        super().__init__()
+        self.positions = nn.Parameter(torch.randn(positions, width) * width**-0.5)
+        self.norm_in, self.norm_out = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.blocks = nn.Sequential(*[
+            nn.TransformerEncoderLayer(width, 8, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+            for _ in range(num_layers)])
+
+    def forward(self, x):  # (B, positions, width) -> the same
+        return self.norm_out(self.blocks(self.norm_in(x + self.positions)))
+
+
+class Branch(nn.Module):
+    """From the trunk to the latent of one sub-codebook: adapter on demand, GN, SiLU, 3x3 and 1x1 conv."""
+
+    def __init__(self, config, latent=256):
+        super().__init__()
+        width, side = config.widths[-1], config.image_size // config.downsample
+        self.adapter = None
+        if config.adapter_layers:
+            self.adapter = PositionTransformer(side**2, width, config.adapter_layers)
+        self.norm, self.conv1 = group_norm(width), nn.Conv2d(width, latent, 3, padding=1)
+        self.conv2 = nn.Conv2d(latent, config.codebook_dim, 1)
+
+    def forward(self, h):  # (B, c, h, w) -> (B, n_z, h, w)
+        if self.adapter is not None:
+            h = self.adapter(h.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(h.shape)
+        return self.conv2(self.conv1(F.silu(self.norm(h))))
+
+
+class FeatureHead(nn.Module):
+    """The student of the representation loss: codes of one branch to a vector of the teacher's width."""
+
+    def __init__(self, config, width):
+        super().__init__()
+        positions = (config.image_size // config.downsample) ** 2
+        self.mlp = nn.Sequential(nn.Linear(config.codebook_dim, width), nn.ReLU(), nn.Linear(width, width))
+        self.class_vector = nn.Parameter(torch.randn(width) * width**-0.5)
+        self.transformer = PositionTransformer(positions + 1, width, 3)
+
+    def forward(self, codes):  # (B, n_z, h, w) -> (B, width), the output at the class position
+        h = self.mlp(codes.flatten(2).transpose(1, 2))
+        h = torch.cat([self.class_vector.expand(len(h), 1, -1), h], 1)
+        return self.transformer(h)[:, 0]
+
+
+class BranchedEncoder(nn.Module):
+    """The trunk, then k branches whose latents are concatenated in index order: (B, k * n_z, h, w)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.trunk = VQGANEncoder(config)
+        self.branches = nn.ModuleList(Branch(config) for _ in range(config.num_codebooks))
+
+    def forward(self, x):
+        h = self.trunk(x)
+        return torch.cat([branch(h) for branch in self.branches], 1)
+
+
+class FactorizedQuantizer(nn.Module):
+    """k independent quantizers on k parts of the channels; tokens get a last axis of size k.
+
+    `forward` returns the sums of the losses over the codebooks, and the lists `codes` (straight-through, a
+    map for each branch) and `features` (of the branches with a teacher) for FQGAN's two extra losses. Tokens
+    of a single codebook are (B, h, w), as VectorQuantizer's.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.parts = nn.ModuleList(VectorQuantizer(config) for _ in range(config.num_codebooks))
+        widths = config.teacher_widths or (0,) * config.num_codebooks
+        self.heads = nn.ModuleList(FeatureHead(config, width) if width else nn.Identity() for width in widths)
+
+    def quantize(self, z_hat):  # (B, k * n_z, h, w) -> (B, h, w, k) int64
+        parts = zip(self.parts, z_hat.chunk(len(self.parts), 1), strict=True)
+        return self.join([part.quantize(z) for part, z in parts])
+
+    def join(self, indices):
+        return torch.stack(indices, -1) if len(indices) > 1 else indices[0]
+
+    def lookup(self, indices):  # (B, h, w, k) -> (B, k * n_z, h, w)
+        indices = indices.unbind(-1) if len(self.parts) > 1 else [indices]
+        parts = zip(self.parts, indices, strict=True)
+        return torch.cat([part.lookup(index) for part, index in parts], 1)
+
+    def forward(self, z_hat, global_probs=None):
+        global_probs = [None] * len(self.parts) if global_probs is None else global_probs
+        z_parts = z_hat.chunk(len(self.parts), 1)
+        found = [part(z, probs) for part, z, probs in zip(self.parts, z_parts, global_probs, strict=True)]
+        codes, indices, losses = zip(*found, strict=True)
+        sums = {name: sum(loss[name] for loss in losses) for name in losses[0]}
+        heads = zip(self.heads, codes, strict=True)
+        sums["codes"] = list(codes)
+        sums["features"] = [head(c) for head, c in heads if isinstance(head, FeatureHead)]
+        return torch.cat(codes, 1), self.join(list(indices)), sums
+
+    def probs(self, z_hat):
+        z_parts = z_hat.chunk(len(self.parts), 1)
+        return torch.stack([part.probs(z) for part, z in zip(self.parts, z_parts, strict=True)])
+
+    def start_step(self, step):
+        return any([part.start_step(step) for part in self.parts])
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -513,9 +750,12 @@ class VQTokenizer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
-        self.quantizer = VectorQuantizer(config)
-        self.decoder = Decoder(config)
+        if config.trunk == "vqgan":
+            self.encoder, self.quantizer = BranchedEncoder(config), FactorizedQuantizer(config)
+            self.decoder = VQGANDecoder(config, config.num_codebooks * config.codebook_dim)
+        else:
+            self.encoder, self.quantizer = Encoder(config), VectorQuantizer(config)
+            self.decoder = Decoder(config)
         self.frozen = False
 
     @property
@@ -524,28 +764,48 @@ class VQTokenizer(nn.Module):
 
     @property
     def grid_size(self):
-        """Side of the token grid at the configured image size; the priors model grid_size^2 tokens."""
+        """Side of the token grid at the configured image size; the priors model grid_size^2 positions."""
         return self.config.image_size // self.config.downsample
+
+    @property
+    def token_shape(self):
+        """What tokens of an image have: (N,), or (N, k) with k > 1 sub-codebooks."""
+        return (self.grid_size**2, self.config.num_codebooks)[: 1 + (self.config.num_codebooks > 1)]
 
     def encode(self, x):
         """Images to tokens: (B, 3, H, W) in [-1, 1] -> (B, N) int64 in [0, K), raster order. No gradient.
 
-        raises: ValueError unless H and W are divisible by f.
+        With k > 1 sub-codebooks (B, N, k).  raises: ValueError unless H and W are divisible by f.
         """
         self._check(x)
         with torch.no_grad():
-            return self.quantizer.quantize(self.encoder(x)).flatten(1)
+            return self.quantizer.quantize(self.encoder(x)).flatten(1, 2)
 
     def decode(self, tokens):
-        """Tokens to images: (B, N) int64 in [0, K) -> (B, 3, H, W), about [-1, 1], not clamped.
+        """Tokens to images: (B, N) or (B, N, k) int64 in [0, K) -> (B, 3, H, W), about [-1, 1], not clamped.
 
         raises: ValueError unless N is a square number (grids of other forms: use `decoder`).
         """
-        side = math.isqrt(tokens.shape[-1])
-        if tokens.dim() != 2 or side * side != tokens.shape[1]:
-            raise ValueError(f"tokens must be (B, N) with a square N, got {tuple(tokens.shape)}")
-        z_q = self.quantizer.lookup(tokens.view(-1, side, side))
-        return self.decoder(z_q.to(self.decoder.conv_in.weight.dtype))  # which may be bf16 for sampling
+        k, N = self.config.num_codebooks, tokens.shape[1] if tokens.dim() > 1 else 0
+        side = math.isqrt(N)
+        if tokens.shape[2:] != ((k,) if k > 1 else ()) or side * side != N or not N:
+            form = f"(B, N, {k})" if k > 1 else "(B, N)"
+            raise ValueError(f"tokens must be {form} with a square N, got {tuple(tokens.shape)}")
+        z_q = self.quantizer.lookup(tokens.unflatten(1, (side, side)))
+        return self.decoder(z_q.to(self.decoder.conv_out.weight.dtype))  # which may be bf16 for sampling
+
+    @torch.no_grad()
+    def code_maps(self, tokens):
+        """FQGAN: tokens (B, N, k) -> the codes of each sub-codebook, k maps (B, n_z, h, w)."""
+        side = math.isqrt(tokens.shape[1])
+        return self.quantizer.lookup(tokens.unflatten(1, (side, side))).chunk(self.config.num_codebooks, 1)
+
+    @torch.no_grad()
+    def decode_alone(self, tokens, i):
+        """FQGAN: images from sub-codebook i alone; the codes of the others are zeros."""
+        maps = enumerate(self.code_maps(tokens))
+        maps = [codes if j == i else torch.zeros_like(codes) for j, codes in maps]
+        return self.decoder(torch.cat(maps, 1))
 
     def forward(self, x, global_probs=None):
         """Reconstruction for training: x_hat (B, 3, H, W), tokens (B, N), dict of latent losses (Eq. 2).
@@ -557,7 +817,7 @@ class VQTokenizer(nn.Module):
             tokens = self.encode(x)
             return self.decode(tokens), tokens, {}
         z_st, indices, losses = self.quantizer(self.encoder(x), global_probs)
-        return self.decoder(z_st), indices.flatten(1), losses
+        return self.decoder(z_st), indices.flatten(1, 2), losses
 
     def _check(self, x):
         f = self.config.downsample
@@ -577,13 +837,13 @@ class VQTokenizer(nn.Module):
         for i, stage in enumerate(self.decoder.stages):
             width = self.config.widths[-1 - i]
             unit = attention_units(width, self.grid_size * 2**i, self.config, num)
-            stage.attention = unit.to(self.quantizer.codebook.weight.device)
+            stage.attention = unit.to(self.decoder.conv_out.weight.device)
 
     def start_step(self, step):
         """Called before each training step: the parameters that were just overwritten, usually none."""
         if self.frozen or not self.quantizer.start_step(step):
             return []
-        return [self.quantizer.codebook.weight]
+        return [module.codebook.weight for module in self.modules() if isinstance(module, VectorQuantizer)]
 
     def train(self, mode=True):
         super().train(mode)
@@ -595,6 +855,7 @@ class VQTokenizer(nn.Module):
     @torch.no_grad()
     def average_probs(self, x):
         """D_bar of one micro-batch, (K,), for `global_probs` of `forward`; None without the entropy term."""
-        if self.frozen or self.config.codebook != "entropy" or self.config.entropy_set != "batch":
+        used = self.config.codebook in ("entropy", "fq") and self.config.entropy_set == "batch"
+        if self.frozen or not used:
             return None
         return self.quantizer.probs(self.encoder(x))

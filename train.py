@@ -25,10 +25,11 @@ STAGES = ("vgg", "phase1", "phase2", "ar", "nar")
 # ----------------------------------------------------------------------------------------------------------
 
 LOSS = dict(beta=0.25, gamma=0.01, per_weight=1.0, adv_weight=0.1, adv_start=0.05, adv_ramp=0.05,
-            gan="logistic", adaptive=False, r1_gamma=10.0, r1_every=16, layers=None)
+            gan="logistic", adaptive=False, r1_gamma=10.0, r1_every=16, layers=None, rec="l1",
+            disentangle=0.0, represent=0.0, clip=0.0)
 IMAGENET = dict(
     data=None, val=None, limit=None, image_size=256, conditional=True, vgg="imagenet", code_variants=10,
-    seed=0, precision="bf16",
+    seed=0, precision="bf16", teachers=[],
     tokenizer=dict(),
     discriminator=dict(kind="style", channel_multiplier=1, max_width=512),
     judge=dict(width=64, hidden=4096, batch=256, steps=450_000, lr=1e-3, schedule="cosine", lr_end=0.0,
@@ -37,13 +38,14 @@ IMAGENET = dict(
                 lr_start=0, warmup=0, betas=[0.9, 0.99], weight_decay=0.0, ema=0.0, init=None),
     phase2=dict(LOSS, alpha=0.0, batch=128, steps=200_000, lr=5e-5, schedule="constant", lr_end=5e-5,
                 lr_start=0, warmup=0, betas=[0.5, 0.9], weight_decay=0.0, ema=0.0),
-    prior=dict(n_layer=24, n_head=16, n_embd=768, dropout=0.1),
+    prior=dict(n_layer=24, n_head=16, n_embd=768, dropout=0.1, class_dropout=0.0, head="tied", head_layers=3,
+               block="gpt"),
     ar=dict(batch=256, steps=1_500_000, lr=1e-4, schedule="exponential", lr_end=5e-6, lr_start=80_000,
-            warmup=0, betas=[0.9, 0.96], weight_decay=1e-2, ema=0.0),
+            warmup=0, betas=[0.9, 0.96], weight_decay=1e-2, ema=0.0, clip=0.0),
     nar=dict(batch=256, steps=1_500_000, lr=1e-4, schedule="linear", lr_end=0.0, lr_start=50_000,
-             warmup=0, betas=[0.9, 0.96], weight_decay=1e-2, ema=0.0, label_smoothing=0.0),
+             warmup=0, betas=[0.9, 0.96], weight_decay=1e-2, ema=0.0, label_smoothing=0.0, clip=0.0),
     sample=dict(top_p=0.92, temperature=1.0, nar_steps=12, token_temperature=1.0, choice_temperature=0.45,
-                confidence_space="prob"),
+                confidence_space="prob", guidance=1.0, top_k=0),
 )
 
 
@@ -83,6 +85,10 @@ CIFAR10 = variant(  # ours, for a CPU: small networks, a judge of one's own, sho
     nar=dict(batch=128, steps=7000, lr=1e-3, lr_start=3000, warmup=400, ema=0.995),
     sample=dict(top_p=0.8, token_temperature=0.7),
 )
+CLAIMS = variant(  # ours, for the experiment on the paper's claims: a run in half an hour of one core
+    CIFAR10, tokenizer=dict(base_width=24), discriminator=dict(max_width=24),
+    phase1=dict(steps=1800), phase2=dict(steps=400), prior=dict(n_layer=6, n_head=6, n_embd=192),
+    ar=dict(steps=2500, lr_start=1000), nar=dict(steps=4000, lr_start=1500))
 DEMO = variant(  # ours, minutes on a CPU
     CIFAR10, data="shapes",
     tokenizer=dict(codebook_size=64, codebook_dim=32, warm_start=100),
@@ -94,6 +100,30 @@ DEMO = variant(  # ours, minutes on a CPU
     ar=dict(steps=1000, lr=2e-3, lr_start=400, lr_end=1e-4, warmup=100, ema=0.99),
     nar=dict(steps=3000, lr=2e-3, lr_start=1000, warmup=200, ema=0.99),
 )
+# FQGAN (arXiv 2411.16681): its tokenizers as published; its Base prior, with the learning rate of the code
+# (I23). NAR, phase 2 and everything at 32x32 are ours.
+FQ_PRIOR = dict(dropout=0.1, class_dropout=0.1, head="ar", block="llama")
+FQ_AR = dict(lr=1e-4, schedule="constant", lr_end=1e-4, betas=[0.9, 0.95], weight_decay=0.05, clip=1.0)
+FQGAN_DUAL = variant(
+    IMAGENET, teachers=[None, "clip-vit-l-14"],
+    tokenizer=dict(trunk="vqgan", codebook="fq", codebook_size=16_384, codebook_dim=8, num_codebooks=2,
+                   adapter_layers=6, teacher_widths=[0, 1024]),
+    discriminator=dict(kind="patch"),
+    phase1=dict(rec="l2", layers="lpips", gamma=0.03, disentangle=0.1, represent=0.5, gan="hinge",
+                adv_weight=0.5, adv_start=0.1, adv_ramp=0.0, r1_gamma=0.0, steps=200_000, lr=2e-4,
+                schedule="constant", lr_end=2e-4, betas=[0.9, 0.95], clip=1.0),
+    prior=dict(FQ_PRIOR, n_embd=1024), ar=FQ_AR, nar=dict(FQ_AR), sample=dict(top_p=1.0, guidance=2.0),
+)
+FQ_SMALL = dict(  # without warm_start: unit vectors learn much faster quantized than not
+    trunk="vqgan", codebook="fq", codebook_dim=8, num_codebooks=2, adapter_layers=1, warm_start=0)
+CIFAR10_FQ = variant(
+    CIFAR10, teachers=[None, "judge"], tokenizer=dict(FQ_SMALL, teacher_widths=[0, 256]),
+    phase1=dict(gamma=0.03, disentangle=0.1, represent=0.5, clip=1.0),
+    prior=dict(FQ_PRIOR, dropout=0.0, n_layer=6, head_layers=2), sample=dict(top_p=0.9, guidance=1.5))
+DEMO_FQ = variant(
+    DEMO, teachers=[None, "judge"], tokenizer=dict(FQ_SMALL, teacher_widths=[0, 128]),
+    phase1=dict(gamma=0.03, disentangle=0.1, represent=0.5, clip=1.0),
+    prior=dict(FQ_PRIOR, dropout=0.0, n_layer=3, head_layers=1), sample=dict(top_p=0.9, guidance=1.5))
 PRESETS = {
     "imagenet": IMAGENET,
     "imagenet-ablation": ABLATION,
@@ -105,9 +135,18 @@ PRESETS = {
     ),
     "cifar10": CIFAR10,
     "demo": DEMO,
+    "fqgan-dual": FQGAN_DUAL,
+    "fqgan-triple": variant(
+        FQGAN_DUAL, teachers=[None, "dinov2-vit-s-14", "clip-vit-b-16"], sample=dict(guidance=1.75),
+        tokenizer=dict(num_codebooks=3, teacher_widths=[0, 384, 768])),
+    "cifar10-fq": CIFAR10_FQ,
+    "demo-fq": DEMO_FQ,
+    "claims": CLAIMS,
 }
 LAYER_NAMES = ("low", "A", "B", "C", "D", "sem", "E")  # the rows of Table 6: perceptual.LAYER_SETS
 ABLATIONS = ("baseline", "+conv2", "+attention2", "+2x", "vqgan", "fn", "kmeans", "entropy", *LAYER_NAMES)
+FQ_ABLATIONS = ("fq-1x", "fq-2x", "fq-none", "fq-dis", "fq-rep", "fq-both", "fq-alpha1", "head-linear",
+                "head-mlp")  # rows of FQGAN's Tables 3 and 4, and SeQ-GAN's loss on FQGAN
 
 
 def expand_ablation(name, config):
@@ -137,6 +176,15 @@ def expand_ablation(name, config):
     # "low" and "sem" are alpha = 0 and 1, so they are the same runs
     rows |= {layers: {"phase1.layers": layers} for layers in LAYER_NAMES}
     rows |= {"low": {"phase1.alpha": 0.0}, "sem": {"phase1.alpha": 1.0}}
+    low = {} if config["phase1"]["layers"] == "lpips" else {"phase1.alpha": 0.0}  # in the place of LPIPS
+    untaught = low | {"tokenizer.teacher_widths": [], "teachers": []}
+    single = untaught | {"tokenizer.num_codebooks": 1, "tokenizer.adapter_layers": 0}
+    rows |= {"fq-1x": single, "fq-2x": single | {"tokenizer.codebook_size": 2 * K}, "fq-dis": untaught,
+             "fq-none": untaught | {"phase1.disentangle": 0.0}, "fq-rep": low | {"phase1.disentangle": 0.0},
+             "fq-both": low, "fq-alpha1": {"phase1.alpha": 1.0, "phase1.layers": None}}
+    rows |= {f"head-{head}": low | {"prior.head": head} for head in ("linear", "mlp")}
+    if name in FQ_ABLATIONS and tokenizer.get("trunk") != "vqgan":
+        raise ValueError(f"--ablation {name} needs an FQGAN preset")
     if name.startswith("alpha="):
         try:
             return {"phase1.alpha": float(name.removeprefix("alpha="))}
@@ -164,7 +212,8 @@ def parse_args(argv=None):
     add("--batch", type=int, help="global batch of this stage, over all processes")
     add("--micro-batch", type=int, help="largest batch per process and forward pass; the rest is accumulated")
     add("--alpha", type=float, help="semantic ratio of Eq. 4 in phase1")
-    add("--ablation", help=f"a row of Table 1, 5 or 6 or Fig. 5b: {', '.join(ABLATIONS)} or alpha=NUMBER")
+    add("--ablation", help="a row of Table 1, 5 or 6 or Fig. 5b, or of FQGAN's Tables 3 and 4: "
+        f"{', '.join((*ABLATIONS, *FQ_ABLATIONS))} or alpha=NUMBER")
     add("--arch", choices=("vgg", "resnet"), default="vgg", help="of --stage vgg: the judge, or a scorer")
     add("--seed", type=int, help="seed of everything (default 0)")
     add("--limit", type=int, help="use only LIMIT training images, drawn by the seed")
@@ -198,7 +247,8 @@ KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "
 CHOICES = dict(
     precision=("bf16", "fp32"), kind=("style", "patch"), gan=("logistic", "hinge"),
     schedule=("cosine", "exponential", "linear", "constant"), confidence_space=("prob", "log"),
-    layers=LAYER_NAMES)
+    layers=(*LAYER_NAMES, "lpips"), rec=("l1", "l2"), head=("tied", "ar", "linear", "mlp"),
+    block=("gpt", "llama"))
 BOUNDS = dict(  # of flags and of values of a preset, wherever a name occurs; VGG-16 needs 32 pixels
     steps=(0, 1e12), batch=(1, 1e9), micro_batch=(1, 1e9), workers=(0, 1e4), timeout=(0.1, 1e9),
     log_every=(1, 1e12), eval_every=(0, 1e12), save_every=(1, 1e12), seed=(0, 2**63 - 1), limit=(1, 1e12),
@@ -208,7 +258,8 @@ BOUNDS = dict(  # of flags and of values of a preset, wherever a name occurs; VG
     adv_start=(0, 1e9), adv_ramp=(0, 1e9), r1_gamma=(0, 1e9), r1_every=(1, 1e9), label_smoothing=(0, 1),
     lr=(1e-12, 1e3), lr_end=(0, 1e3), lr_start=(0, 1e12), warmup=(0, 1e12), ema=(0, 1), weight_decay=(0, 1e3),
     top_p=(1e-9, 1), temperature=(0, 1e9), token_temperature=(0, 1e9), choice_temperature=(0, 1e9),
-    nar_steps=(1, 1e6))
+    nar_steps=(1, 1e6), guidance=(0, 1e3), top_k=(0, 1e9), class_dropout=(0, 1), head_layers=(1, 1e4),
+    clip=(0, 1e9), disentangle=(0, 1e9), represent=(0, 1e9))
 
 
 def check_values(values, name):
@@ -260,8 +311,8 @@ def build_config(args):
             raise ValueError("--ablation sets alpha itself; leave --alpha out")
         args.expanded = expand_ablation(args.ablation, config)
         for path, value in args.expanded.items():
-            section, key = path.split(".")
-            config[section][key] = value
+            *section, key = path.split(".")
+            (config[section[0]] if section else config)[key] = value
     check_values(config, str)
     for section, values in config.items():
         if isinstance(values, dict):
@@ -294,8 +345,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from perceptual import (
-    LAYER_SETS, PatchDiscriminator, ResNet, StyleDiscriminator, VGGTaps, adaptive_weight, adv_loss,
-    build_vgg16, disc_loss, layer_weights, load_vgg16, normalize_images, perceptual_loss, r1_penalty,
+    LAYER_SETS, JudgeTeacher, PatchDiscriminator, ResNet, StyleDiscriminator, VGGTaps, adaptive_weight,
+    adv_loss, build_lpips, build_vgg16, disc_loss, disentanglement, layer_weights, load_teacher, load_vgg16,
+    normalize_images, perceptual_loss, r1_penalty, representation_loss,
 )
 from prior_ar import ARPrior, PriorConfig
 from prior_nar import NARPrior, mask_tokens
@@ -305,7 +357,7 @@ from sample import (
     save_atomic, save_checkpoint, save_torch, seeded_rand, setup_device, to_device, to_float, warn,
     weights_hash, world,
 )
-from tokenizer import TokenizerConfig, VQTokenizer, all_reduce_mean, codebook_usage
+from tokenizer import TokenizerConfig, VQTokenizer, all_reduce_mean, codebook_usage, count_codes
 from visualize import (
     early_warnings, evaluate_judge, evaluate_prior, evaluate_tokenizer, explain, read_metrics, summarize,
 )
@@ -417,6 +469,38 @@ class Run:
 
         on_rank0(lambda: load() and None)  # downloads it where it is missing
         return VGGTaps(load()).to(self.device, memory_format=torch.channels_last)
+
+    @cached_property
+    def teachers(self):
+        """FQGAN: the frozen networks `image -> (B, W)` of the sub-codebooks that have one, in their order."""
+        widths = [width for width in self.config["tokenizer"].get("teacher_widths", []) if width]
+        names = [name for name in self.config["teachers"] if name]
+        if len(names) != len(widths):
+            raise UserError(f"{len(names)} teachers, but tokenizer.teacher_widths names {len(widths)} widths")
+
+        def load():
+            with as_user_error():
+                return [JudgeTeacher(self.judge) if name == "judge" else load_teacher(name) for name in names]
+
+        if set(names) != {"judge"}:
+            on_rank0(lambda: load() and None)  # downloads what is missing
+        found = load()
+        for name, teacher, width in zip(names, found, widths, strict=True):
+            if teacher.width != width:
+                raise UserError(f"teacher {name} gives {teacher.width} features, not the {width} of "
+                                "tokenizer.teacher_widths")
+        return [teacher.to(self.device) for teacher in found]
+
+    @cached_property
+    def lpips(self):
+        """LPIPS as a loss, which FQGAN uses: the VGG-16 of the judge under the package's linear layers."""
+
+        def load():
+            with as_user_error():
+                return build_lpips(load_vgg16({"imagenet": None}.get(self.config["vgg"], self.config["vgg"])))
+
+        on_rank0(lambda: load() and None)
+        return load().to(self.device, memory_format=torch.channels_last)
 
     def steps(self, stage):
         return self.config[SECTION[stage]]["steps"]
@@ -571,14 +655,18 @@ class Run:
         every = every or default[what]
         return (step + 1) % every == 0 or step + 1 == steps
 
-    def update(self, optimizer, name):
+    def update(self, optimizer, name, clip=0.0):
         """optimizer.step(), which changes nothing if a gradient is not finite. The host does not wait to know
         that: `found_inf` is how fused optimizers are told, and `skips` counts on the device.
 
-        Gradients are equal in all processes, so all skip or none.
+        clip: the gradients' norm is cut to this, 0: not. Gradients are equal in all processes, so all skip or
+        none.
         """
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        bad = 1 - torch.nn.utils.get_total_norm(grads).isfinite().long()
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        if clip:
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+        bad = 1 - norm.isfinite().long()
         in_a_row, skipped = self.skips.setdefault(name, torch.zeros(2, dtype=torch.int64, device=self.device))
         self.skips[name] = torch.stack([(in_a_row + 1) * bad, skipped + bad])
         optimizer.found_inf = bad.float()
@@ -661,7 +749,7 @@ WARM_UP = 2  # passes through a network in DDP before its state is loaded
 SECTION = dict(  # stage -> preset section
     vgg="judge", resnet="judge", phase1="phase1", phase2="phase2", ar="ar", nar="nar")
 DEPENDS = dict(  # what a checkpoint of a stage was made with; a run with other values must not continue it
-    vgg=["judge"], resnet=["judge"], phase1=["tokenizer", "discriminator", "vgg", "phase1"],
+    vgg=["judge"], resnet=["judge"], phase1=["tokenizer", "discriminator", "vgg", "phase1", "teachers"],
     phase2=["discriminator", "vgg", "phase2"], ar=["prior", "ar", "conditional", "code_variants"],
     nar=["prior", "nar", "conditional", "code_variants"],
 )
@@ -671,7 +759,7 @@ def refuse_other_config(path, keys, old, new):
     """A checkpoint is continued only by the configuration that began it; the number of steps may change."""
     different = []
     for key in ["data", "val", "limit", "image_size", "seed", "precision", *keys]:
-        a, b = old[key], new[key]
+        a, b = old.get(key), new[key]
         pairs = [(key, a, b)]
         if isinstance(a, dict):
             pairs = [(f"{key}.{k}", a.get(k), b.get(k)) for k in sorted({*a, *b})]
@@ -832,8 +920,9 @@ def train_tokenizer(run, stage):
     """Phase 1 trains everything at alpha = 1, phase 2 the attention-enhanced decoder at alpha = 0."""
     c, device = run.config[stage], run.device
     tokenizer, disc_weights = build_tokenizer(run, stage)
-    disc, judge = build_discriminator(run), run.judge
-    weights = LAYER_SETS[c["layers"]] if c["layers"] else layer_weights(c["alpha"])
+    disc, distance = build_discriminator(run), build_distance(run, c)
+    teachers = run.teachers if stage == "phase1" else []
+    loss_of = {"l1": F.l1_loss, "l2": F.mse_loss}[c["rec"]]
     if disc_weights:  # I21: phase 2 continues the discriminator with a fresh optimizer
         disc.load_state_dict(disc_weights)
     opt_g, opt_d = build_optimizer(tokenizer, c), build_optimizer(disc, c)
@@ -858,8 +947,9 @@ def train_tokenizer(run, stage):
         for part in accumulate(g, parts):
             with run.autocast:
                 x_hat, tokens, latent = g(part, global_probs)
-                loss_rec = F.l1_loss(x_hat.float(), part)
-                loss_per = perceptual_loss(judge, part, x_hat, weights)
+                loss_rec = loss_of(x_hat.float(), part)
+                loss_per = distance(part, x_hat)
+                add_fq_losses(latent, teachers, part)
                 loss_adv = adv_loss(disc(x_hat), c["gan"]) if adv else x_hat.new_zeros(())
             scale = adv
             if adv and c["adaptive"]:
@@ -872,7 +962,7 @@ def train_tokenizer(run, stage):
             terms |= dict(loss_adv=loss_adv) if adv else {}
             terms |= dict(adaptive_weight=scale / adv) if adv and c["adaptive"] else {}
             add_means(logs, terms, len(part) / len(x))
-        run.update(opt_g, "tokenizer")
+        run.update(opt_g, "tokenizer", c["clip"])
 
         if adv:
             disc.requires_grad_(True)
@@ -885,12 +975,12 @@ def train_tokenizer(run, stage):
                     loss = loss + c["r1_every"] * r1_penalty(d, part, c["r1_gamma"])
                 (loss * (len(part) / len(x))).backward()
                 add_means(logs, dict(loss_disc=loss_disc), len(part) / len(x))
-            run.update(opt_d, "discriminator")
+            run.update(opt_d, "discriminator", c["clip"])
         if ema:
             ema.update_parameters(tokenizer)
 
         if run.due("log", stage, step):
-            usage = codebook_usage(tokens.flatten().bincount(minlength=tokenizer.codebook_size))[0]
+            usage = codebook_usage(count_codes(tokens, tokenizer.codebook_size))[0]
             run.log(stage, step, lr=lr_at(step, c), **logs, adv_weight=adv, batch_usage=usage)
         if run.due("eval", stage, step):
             evaluate_tokenizer(run, stage, step, ema.module if ema else tokenizer)
@@ -908,8 +998,27 @@ def add_means(sums, terms, share):
 
 def loss_vq(latent, c):
     """The latent terms of Eq. 2 and Sec. 3.4, weighted; nothing in phase 2. Forks add their terms here."""
-    weights = {"loss_codebook": 1.0, "loss_commit": c["beta"], "loss_entropy": c["gamma"]}
+    weights = {"loss_codebook": 1.0, "loss_commit": c["beta"], "loss_entropy": c["gamma"],
+               "loss_disentangle": c["disentangle"], "loss_represent": c["represent"]}
     return sum(weights[name] * value for name, value in latent.items())
+
+
+def add_fq_losses(latent, teachers, x):
+    """FQGAN's two further terms, from the codes and features that its quantizer leaves among the losses."""
+    codes, features = latent.pop("codes", []), latent.pop("features", [])
+    if len(codes) > 1:
+        latent["loss_disentangle"] = disentanglement(codes)
+    for teacher, feature in zip(teachers, features, strict=True):
+        term = representation_loss(feature, teacher(x))
+        latent["loss_represent"] = latent.get("loss_represent", 0) + term
+
+
+def build_distance(run, c):
+    """(x, x_hat) -> the perceptual loss of Eq. 4, or of a row of Table 6; or LPIPS, FQGAN's."""
+    if c["layers"] == "lpips":
+        return lambda x, x_hat: run.lpips(x_hat, x).mean()
+    judge, weights = run.judge, LAYER_SETS[c["layers"]] if c["layers"] else layer_weights(c["alpha"])
+    return lambda x, x_hat: perceptual_loss(judge, x, x_hat, weights)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -921,7 +1030,8 @@ def cached_codes(run, tokenizer):
     """Tokens of every training image, in `code_variants` crops and flips, and of the validation images.
 
     returns: dict(train (V, n, N) and val (m, N) int16 or int32, labels (n,) and val_labels (m,) int64), kept
-             in codes.pt under the hash of the tokenizer and the fingerprint of the data
+             in codes.pt under the hash of the tokenizer and the fingerprint of the data; with k > 1
+             sub-codebooks k comes after N
     Odd variants are flipped, variants 0 and 1 are central crops, later ones random crops.
     """
     path, V, data = run.out / "codes.pt", run.config["code_variants"], run.train
@@ -939,16 +1049,17 @@ def cached_codes(run, tokenizer):
                  for v in range(V) for i in range(len(data))]
         train, labels = encode_all(run, tokenizer, views)
         val, val_labels = encode_all(run, tokenizer, [(run.val, i, None, False) for i in range(len(run.val))])
-        codes = dict(key=key, train=train.view(V, len(data), -1), labels=labels[: len(data)].clone(),
+        codes = dict(key=key, train=train.unflatten(0, (V, len(data))), labels=labels[: len(data)].clone(),
                      val=val, val_labels=val_labels)
         on_rank0(lambda: save_torch(codes, path))
     return torch.load(path, weights_only=True, mmap=True)
 
 
 def encode_all(run, tokenizer, views, batch=128):
-    """Tokens (len(views), N) and labels of (data, index, crop seed, flip) views; processes share the work."""
+    """Tokens (len(views), *token_shape) and labels of (data, index, crop seed, flip) views; processes share
+    the work."""
     dtype = torch.int16 if tokenizer.codebook_size <= 2**15 else torch.int32
-    tokens = torch.zeros(len(views), tokenizer.grid_size**2, dtype=dtype)
+    tokens = torch.zeros(len(views), *tokenizer.token_shape, dtype=dtype)
     labels = torch.zeros(len(views), dtype=torch.int64)
     starts = range(rank() * batch, len(views), world() * batch)
     for start in tqdm(starts, "encoding", disable=None if rank() == 0 else True):
@@ -971,18 +1082,20 @@ def train_prior(run, stage):
                         "sort the images into folders or pass --set conditional=false")
     tokenizer, _ = earlier_tokenizer(run, ("phase1", "phase2"))
     tokens_of = latent_hash(tokenizer)
-    K, N = tokenizer.codebook_size, tokenizer.grid_size**2
-    sizes = PriorConfig(K, N, len(names) if run.config["conditional"] else 0, **run.config["prior"])
+    K, (N, *k) = tokenizer.codebook_size, tokenizer.token_shape
     torch.manual_seed(mix(seed, stage))
     with as_user_error():
+        classes = len(names) if run.config["conditional"] else 0
+        sizes = PriorConfig(K, N, classes, num_codebooks=k[0] if k else 1, **run.config["prior"])
         prior = (ARPrior if stage == "ar" else NARPrior)(sizes).to(device)
     optimizer, ema = build_optimizer(prior, c), build_ema(prior, c["ema"])
     labels = torch.zeros(2, dtype=torch.int64, device=device) if sizes.num_classes else None
-    net = run.wrap(prior, torch.zeros(2, N, dtype=torch.int64, device=device), labels)
+    example = torch.zeros(2, *tokenizer.token_shape, dtype=torch.int64, device=device)
+    net = run.wrap(prior, example, labels, *[example] * (stage == "nar"))
     start = run.start(stage, tokens_of, model=prior, optimizer=optimizer, ema=ema)
     codes = cached_codes(run, tokenizer)
-    p = codes["train"][0, :2000].long().flatten().bincount(minlength=K).double()
-    unigram = torch.special.entr(p / p.sum()).sum().item()
+    counts = count_codes(codes["train"][0, :2000].long(), K).double()
+    unigram = torch.special.entr(counts / counts.sum(-1, keepdim=True)).sum(-1).mean().item()
     print0(f"ln K = {math.log(K):.4f} nats; unigram entropy of the codes = {unigram:.4f} nats")
     prior.train()
     for step in run.loop(stage, start):
@@ -998,7 +1111,8 @@ def train_prior(run, stage):
         for part in accumulate(net, zip(*map(run.micro, (inputs, tokens, mask, labels)), strict=True)):
             part_inputs, part_tokens, part_mask, part_labels = part
             with run.autocast:
-                logits = net(part_inputs, part_labels if sizes.num_classes else None)
+                known = [part_tokens] * (stage == "nar")  # for heads that see sub-tokens of the same position
+                logits = net(part_inputs, part_labels if sizes.num_classes else None, *known)
             if stage == "ar":
                 loss, accuracy = prior.loss(logits, part_tokens)
             else:
@@ -1006,7 +1120,7 @@ def train_prior(run, stage):
             share = part_mask.sum() / masked  # of the global batch's loss terms
             (loss * share).backward()
             means += torch.stack([loss.detach(), accuracy]) * share
-        run.update(optimizer, "prior")
+        run.update(optimizer, "prior", c["clip"])
         if ema:
             ema.update_parameters(prior)
         if run.due("log", stage, step):

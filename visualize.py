@@ -49,7 +49,36 @@ TABLES = {
         columns=("rfid", "ar_fid", "nar_fid"),
         rows=[("phase 1", "sem", "phase1", (None, 7.83, 5.31)),
               ("phase 1 + 2", "sem", "phase2", (1.99, 7.55, 4.99))]),
+    "fq-table3": dict(
+        title="FQGAN, Table 3: one codebook and two, with which losses; and SeQ-GAN's ideas on top (ours)",
+        columns=("rfid", "psnr", "usage", "ar_fid", "nar_fid"),
+        rows=[("single, K codes", "fq-1x", "phase1", (3.71, None, None, None, None)),
+              ("single, 2K codes", "fq-2x", "phase1", (3.60, None, 0.84, None, None)),
+              ("dual, neither loss", "fq-none", "phase1", (2.00, None, None, None, None)),
+              ("dual, disentanglement", "fq-dis", "phase1", (1.84, None, None, None, None)),
+              ("dual, representation", "fq-rep", "phase1", (1.73, None, None, None, None)),
+              ("dual, both", "fq-both", "phase1", (1.66, None, None, None, None)),
+              ("both, alpha = 1", "fq-alpha1", "phase1", (None,) * 5),
+              ("both, phase 1 + 2", "fq-both", "phase2", (None,) * 5)]),
+    "fq-table4": dict(
+        title="FQGAN, Table 4: heads of the AR prior on the dual tokenizer",
+        columns=("ar_fid",),
+        rows=[("k linear heads", "head-linear", "phase1", (6.90,)),
+              ("k MLP heads", "head-mlp", "phase1", (8.88,)),
+              ("AR head", "fq-both", "phase1", (3.74,))]),
 }
+CLAIMS = {  # arms of the experiment on the paper's claims: flags of train.py, seeds
+    **{f"alpha={alpha}": (["--alpha", str(alpha)], seeds)
+       for alpha, seeds in ((0, 3), (0.25, 1), (0.5, 3), (0.75, 1), (1, 3))},
+    "attention2": (["--ablation", "+attention2"], 2),  # Table 1: alpha = 0, one phase
+    "plain": (["--alpha", "0", "--set", "tokenizer.codebook=plain"], 1),
+    **{f"f4,alpha={alpha}": (["--alpha", str(alpha), "--set", "tokenizer.channel_mult=[1,2,4]"], 1)
+       for alpha in (0, 1)},
+}
+TABLES["claims"] = dict(
+    title="The paper's five claims, with intervals", columns=(),
+    rows=[(f"{arm}, seed {seed}", f"{arm}|{seed}", "phase1", ())
+          for arm, (_, seeds) in CLAIMS.items() for seed in range(seeds)])
 FIGURES = dict(
     view="input, reconstruction, prediction and hits of one or several ar.pt (Fig. 3)",
     fig1b="AR predictions of several ar.pt", fig3="one image step by step, of an ar.pt",
@@ -58,13 +87,17 @@ FIGURES = dict(
     fig8="tokens with and without noise, of several phase1.pt",
     fig9="as fig7a, of several priors, enlarged", fig10="validation losses of several ar.pt or nar.pt",
     fig11="reconstructions and AR predictions of several ar.pt, image by image",
+    fq_alone="FQGAN: reconstructions from all and from each single sub-codebook, of phase1.pt or phase2.pt",
+    fq_map="FQGAN: codes of a few classes in two dimensions (PCA), of phase1.pt or phase2.pt",
     metrics="results of sample.py --metrics side by side",
     compare="a probe of tokenizers, phase1.pt or phase2.pt",
     report="one HTML page of a run folder")
 PRESETS = ("imagenet", "imagenet-ablation", "ffhq", "lsun-cat", "lsun-bedroom", "lsun-church", "cifar10",
-           "demo")
+           "demo", "fqgan-dual", "fqgan-triple", "cifar10-fq", "demo-fq", "claims")
 PAPER_SCALE = dict.fromkeys(TABLES, "ImageNet 256x256, batch 64, 500,000 steps each, Inception FID, 50,000")
 PAPER_SCALE["fig7b"] = "ImageNet 256x256, Tables 9 and 10 in full, Inception FID, 50,000"
+PAPER_SCALE["fq-table3"] = "ImageNet 256x256, K = 16,384, 10 epochs, Inception FID, 50,000"
+PAPER_SCALE["fq-table4"] = "ImageNet 256x256, FAR-Large, guidance 1.75, top-k 8192, Inception FID, 50,000"
 
 
 def parse_args(argv=None):
@@ -102,6 +135,10 @@ def parse_args(argv=None):
         parser.error(f"{args.figure} needs {'files' if listed else '--ckpt'}: {FIGURES[args.figure]}")
     if not args.stages or not set(args.stages.split(",")) <= {"phase1", "ar", "nar"}:
         parser.error(f"--stages takes phase1, ar, nar, separated by commas, got {args.stages!r}")
+    if args.figure.startswith("fq-") and not args.preset.endswith("-fq") and "fqgan" not in args.preset:
+        parser.error(f"{args.figure} needs an FQGAN preset, for instance --preset demo-fq")
+    if args.figure == "claims" and args.preset not in ("claims", "demo", "cifar10"):
+        parser.error("claims trains its own judge: --preset claims, demo or cifar10")
     if args.out and args.figure in FIGURES and not listed and args.out.suffix != ".png":
         parser.error(f"--out {args.out}: a figure's name must end in .png (JSON and PDF go beside it)")
     for name in ("samples", "nproc"):
@@ -122,6 +159,7 @@ import base64
 import contextlib
 import html
 import io
+import itertools
 import json
 import math
 import resource
@@ -150,7 +188,7 @@ from sample import (
     read_result, save_atomic, seeded_rand, setup_device, to_float, to_uint8, world,
 )
 from sample import parse_args as sample_args
-from tokenizer import TokenizerConfig, VQTokenizer, all_reduce_mean, codebook_usage
+from tokenizer import TokenizerConfig, VQTokenizer, all_reduce_mean, codebook_usage, count_codes
 
 
 @torch.no_grad()
@@ -159,15 +197,18 @@ def teacher_forced_view(tokenizer, prior, x, labels=None):
 
     tokenizer: anything with encode, decode;  prior: ARPrior (a masked prior would see its target)
     x:         (B, 3, H, W) in [-1, 1];  labels: (B,) int64 or None
-    returns:   dict of tokens s and tokens_pred s' (B, N) int64, nats (B, N), hits (B, N) bool,
-               reconstruction Dec(s) and prediction Dec(s') (B, 3, H, W)
+    returns:   dict of tokens s and tokens_pred s' (B, N) int64, nats (B, N), hits (B, N) float 0 or 1,
+               reconstruction Dec(s) and prediction Dec(s') (B, 3, H, W). With k > 1 sub-codebooks tokens are
+               (B, N, k), and nats and hits the means over k
     """
     tokens = tokenizer.encode(x)
     logits = prior(tokens, labels).float()  # (B, N, K)
-    tokens_pred = logits.argmax(2)
+    tokens_pred = logits.argmax(-1)
+    nats = F.cross_entropy(logits.flatten(0, -2), tokens.flatten(), reduction="none")
+    hits = (tokens == tokens_pred).float()
     return dict(
-        tokens=tokens, tokens_pred=tokens_pred, hits=tokens == tokens_pred,
-        nats=F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none"),
+        tokens=tokens, tokens_pred=tokens_pred, hits=hits.flatten(2).mean(2) if hits.ndim > 2 else hits,
+        nats=nats.view(*tokens.shape[:2], -1).mean(2),
         reconstruction=tokenizer.decode(tokens), prediction=tokenizer.decode(tokens_pred),
     )
 
@@ -408,7 +449,8 @@ def figure_example(args, device):
     pairs, x = load_pairs(args.ckpt[:1], args.num, device, args.tokenizer, args.data)
     (pair,), side = pairs, math.isqrt(pairs[0]["view"]["hits"].shape[1])
     view, label = pair["view"], pair["labels"]
-    tokens, predicted = view["tokens"][0].tolist(), view["tokens_pred"][0].tolist()
+    tokens, predicted = (["/".join(map(str, token.view(-1).tolist())) for token in view[key][0]]
+                         for key in ("tokens", "tokens_pred"))
     shifted = ["c", *tokens[:-1]]
     fig = new_figure(9, 4.4)
     grid = fig.subplots(2, 4)
@@ -513,8 +555,9 @@ def figure_stability(args, device):
         same_size(path, ckpt, config, args.ckpt[0])
         noisy, side = disturbed(x)["noise"], tokenizer.grid_size
         for i in range(min(len(x), 2)):
-            before, after = (tokenizer.encode(image[i : i + 1]).view(side, side) for image in (x, noisy))
-            changed = before != after
+            before, after = (tokenizer.encode(image[i : i + 1]).view(side, side, -1) for image in (x, noisy))
+            changed = (before != after).any(2)
+            before, after = before[..., 0], after[..., 0]  # of k sub-codebooks the first is drawn
             rows.append([("x", x[i], ""), ("x + noise", noisy[i], ""), ("tokens of x", before, ""),
                          ("tokens of x + noise", after, ""),
                          ("changed", changed, f"{changed.float().mean():.0%} of tokens")])
@@ -550,6 +593,55 @@ def figure_losses(args, device):
     return fig, numbers
 
 
+def load_factorized(args, device):
+    """(tokenizer, checkpoint, ImageData, x, tokens (num, N, k)) of the first of --ckpt"""
+    tokenizer, ckpt = load_model(args.ckpt[0], ("phase1", "phase2"), device)
+    if len(tokenizer.token_shape) < 2:
+        raise UserError(f"{args.ckpt[0]} has one codebook; {args.figure} is for FQGAN's tokenizers")
+    images, x = load_images(ckpt["config"], args.num, args.data)
+    x = to_float(x, device)
+    return tokenizer, ckpt, images, x, torch.cat([tokenizer.encode(part) for part in x.split(50)])
+
+
+def figure_alone(args, device):
+    """FQGAN's picture of what each sub-codebook holds: the codes of all others are zeros."""
+    tokenizer, ckpt, _, x, tokens = load_factorized(args, device)
+    columns = {"reconstruction": decode(tokenizer, tokens)}
+    columns |= {f"sub-codebook {i} alone": tokenizer.decode_alone(tokens, i) for i in range(tokens.shape[2])}
+    numbers = dict(ckpt=str(args.ckpt[0]), num_images=len(x), note=ckpt["note"],
+                   psnr={name: psnr(x, images).mean().item() for name, images in columns.items()},
+                   cos_between_codebooks=mean_cosine(tokenizer.code_maps(tokens)).mean().item())
+    rows = [[("input", x[i], ""), *((name, images[i], "") for name, images in columns.items())]
+            for i in range(min(len(x), 6))]
+    return draw_grid(rows, note=ckpt["note"]), numbers
+
+
+def figure_map(args, device, classes=4):
+    """FQGAN's map of codes: those of the images of a few classes, the two widest directions of each
+    sub-codebook (PCA; the article uses t-SNE), and the variance of the class means as a share of that of the
+    codes: the more of it, the more codes tell of the class (with few images it is above 0 by chance)."""
+    tokenizer, ckpt, images, x, tokens = load_factorized(args, device)
+    if not images.class_names:
+        raise UserError("fq_map needs images with classes")
+    labels = torch.tensor([images.label(i) for i in range(len(x))])
+    fig, numbers = new_figure(3.2 * tokens.shape[2], 3.2), []
+    axes = fig.subplots(1, tokens.shape[2], squeeze=False)[0]
+    for i, codes in enumerate(tokenizer.code_maps(tokens)):
+        codes = codes.flatten(2).transpose(1, 2).cpu()  # (num, N, n_z)
+        centred = codes - codes.mean((0, 1))
+        directions = torch.linalg.svd(centred.flatten(0, 1), full_matrices=False)[2][:2]
+        means = torch.stack([centred[labels == c].mean((0, 1)) for c in labels.unique()])
+        share = (means.square().sum(1).mean() / centred.square().sum(2).mean()).item()
+        numbers.append(dict(sub_codebook=i, num_images=len(x), ckpt=str(args.ckpt[0]), note=ckpt["note"],
+                            class_share=share))
+        for j, c in enumerate(labels.unique()[:classes].tolist()):
+            points = (centred[labels == c] @ directions.T).flatten(0, 1).numpy()
+            axes[i].scatter(*points.T, s=4, marker="osD^"[j % 4], color=f"C{j}", label=images.class_names[c])
+        axes[i].set(title=f"sub-codebook {i}", xticks=[], yticks=[])
+    axes[0].legend(fontsize=6)
+    return fig, numbers
+
+
 # ----------------------------------------------------------------------------------------------------------
 # The probe: is a tokenizer good for generation? Minutes instead of a large prior; not in the paper
 # ----------------------------------------------------------------------------------------------------------
@@ -558,14 +650,16 @@ def figure_losses(args, device):
 def probe(train, val, codebook_size, device="cpu", steps=400, batch=64, seed=0):
     """Trains the same small AR prior, without classes, for the same number of steps on any codes.
 
-    train, val: (n, N) int64 tokens in [0, codebook_size)
+    train, val: (n, N) int64 tokens in [0, codebook_size), or (n, N, k): then with FQGAN's AR head
     returns:    dict: nats per token of `val`, bits per image; the unigram bits per image (every token
                 by its frequency in `train`, one added), and the ratio of the two. N may differ between
                 tokenizers, so bits per image are what compares.
     """
-    N = train.shape[1]
+    N, k = train.shape[1], train[0, 0].numel()
     torch.manual_seed(mix(seed, "probe"))
-    prior = ARPrior(PriorConfig(codebook_size, N, n_layer=4, n_head=4, n_embd=128, dropout=0.0)).to(device)
+    head = dict(num_codebooks=k, head="ar", head_layers=1) if k > 1 else {}
+    sizes = PriorConfig(codebook_size, N, n_layer=4, n_head=4, n_embd=128, dropout=0.0, **head)
+    prior = ARPrior(sizes).to(device)
     optimizer = torch.optim.AdamW(prior.parameters(), lr=2e-3, betas=(0.9, 0.96), weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda t: min(1, (t + 1) / (steps / 10)) * (1 + math.cos(math.pi * t / steps)) / 2)
@@ -584,9 +678,10 @@ def probe(train, val, codebook_size, device="cpu", steps=400, batch=64, seed=0):
     with torch.no_grad():
         parts = [part.to(device) for part in val.split(100)]
         nats = sum(prior.loss(prior(part), part)[0].item() * len(part) for part in parts) / len(val)
-    frequency = train.flatten().bincount(minlength=codebook_size).double() + 1
-    unigram = -(frequency / frequency.sum()).log()[val].mean().item()
-    bits = N / math.log(2)
+    frequency = count_codes(train, codebook_size).double().view(k, -1) + 1
+    surprise = -(frequency / frequency.sum(1, keepdim=True)).log()  # (k, K)
+    unigram = sum(surprise[i][part].mean().item() for i, part in enumerate(val.view(-1, k).unbind(1))) / k
+    bits = N * k / math.log(2)
     return dict(nats_per_token=nats, bits_per_image=nats * bits, unigram_bits_per_image=unigram * bits,
                 relative=nats / unigram, num_tokens=N, codebook_size=codebook_size, steps=steps)
 
@@ -747,8 +842,9 @@ def report(args, device):
     tokens = torch.cat([last.encode(part) for part in x.split(50)])
     codes = torch.load(run / "codes.pt", weights_only=True, mmap=True) if (run / "codes.pt").is_file() else {}
     known = codes["val"].long() if codes.get("key", [""])[0] == latent_hash(last) else tokens.cpu()
-    counts = known.flatten().bincount(minlength=last.codebook_size)
+    counts = count_codes(known, last.codebook_size)
     usage, perplexity = codebook_usage(counts)
+    counts = counts.flatten()  # k sub-codebooks in one row
     fig = new_figure(9, 2)
     axis = fig.subplots()
     axis.bar(range(len(counts)), counts.sort(descending=True).values.numpy(), width=1)
@@ -807,11 +903,12 @@ def report(args, device):
 def decoding_strip(prior, tokenizer, settings, classes, device, num=4):
     """HTML parts: samples after each step, what is not yet fixed in grey, and the step of each token."""
     N, steps = prior.config.num_tokens, settings["nar_steps"]
-    noise = torch.stack([seeded_rand(steps, 2, N, seed=mix(0, "sample", i)) for i in range(num)]).to(device)
+    shape = (steps, prior.config.num_codebooks + 1, N)
+    noise = torch.stack([seeded_rand(*shape, seed=mix(0, "sample", i)) for i in range(num)]).to(device)
     labels = torch.arange(num, device=device) % classes if classes else None
     tokens, fixed_at = prior.generate(
         labels, noise, steps, settings["token_temperature"], settings["choice_temperature"],
-        settings["confidence_space"], return_steps=True)
+        settings["confidence_space"], return_steps=True, guidance=settings.get("guidance", 1.0))
     images, side, rounds = decode(tokenizer, tokens), math.isqrt(N), int(fixed_at.max()) + 1
     block = images.shape[2] // side
     frames = []
@@ -883,9 +980,11 @@ class Table:
 
     def __init__(self, args):
         self.args, self.name, self.table = args, args.figure, TABLES[args.figure]
-        self.root = args.out or Path("runs") / f"{args.preset}-tables"
-        self.small = args.preset in ("demo", "cifar10")  # these train a judge and a scorer of their own
-        self.samples = args.samples or {"demo": 2000, "cifar10": 10_000}.get(args.preset, 50_000)
+        kind_of_runs = "claims" if self.name == "claims" else "tables"
+        self.root = args.out or Path("runs") / f"{args.preset}-{kind_of_runs}"
+        self.small = args.preset.startswith(("demo", "cifar10", "claims"))  # these train judge and scorer
+        few = {"demo": 2000, "cifar10": 10_000, "claims": 10_000}.get(args.preset.removesuffix("-fq"), 50_000)
+        self.samples = args.samples or few
         self.stages = args.stages.split(",")
         self.device = ["--device", args.device] if args.device != "auto" else []
         self.settings = dict(preset=args.preset, data=args.data, set=args.set)
@@ -927,14 +1026,17 @@ class Table:
             run = "baseline"
         folder, result = self.root / run, {}
         words = ["--ablation", run, *(["--vgg", str(self.root / "judge" / "vgg.pt")] * self.small)]
-        commands = [self.train("phase1", folder, *words)]
+        commands, first = [self.train("phase1", folder, *words)], folder
+        if run.startswith("head-"):  # the tokenizer of another row
+            commands, first = self.row("fq-both", decoder)[0][:1], self.root / "fq-both"
+            words += ["--tokenizer", str(first / f"{decoder}.pt")]
         if decoder == "phase2":
             commands.append(self.train("phase2", folder, *words))
         for stage in ("ar", "nar"):
             if stage in self.stages:
                 commands.append(self.train(stage, folder, *words))
         for stage in self.stages:
-            checkpoint = folder / f"{decoder if stage == 'phase1' else stage}.pt"
+            checkpoint = first / f"{decoder}.pt" if stage == "phase1" else folder / f"{stage}.pt"
             result[stage] = folder / f"metrics_{checkpoint.stem}_{decoder}.json"
             command = ["sample.py", "--ckpt", str(checkpoint), "--metrics", "--extractor", self.extractor,
                        "--references", str(self.root / "references"), *self.device,
@@ -942,7 +1044,7 @@ class Table:
             if stage == "phase1":
                 command += ["--lpips", "none"] * self.small
             else:
-                command += ["--tokenizer", str(folder / f"{decoder}.pt"), "--num", str(self.samples)]
+                command += ["--tokenizer", str(first / f"{decoder}.pt"), "--num", str(self.samples)]
             commands.append((result[stage], command))
         return commands, result
 
@@ -1042,6 +1144,238 @@ class Table:
         print0(f"\nwrote {self.root / self.name}.json and .md")
 
 
+class Claims(Table):
+    """The experiment on the paper's five claims: arms of CLAIMS, several seeds, equal budgets. See
+    assets/claims_protocol.md for what is measured and what counts as holding."""
+
+    SHORT = ["phase1.steps=400", "phase2.steps=100", "ar.steps=400", "nar.steps=800", "ar.lr_start=150",
+             "nar.lr_start=300"]  # for `demo`, which has one seed
+
+    def __init__(self, args):
+        if args.preset == "demo":
+            args.set = self.SHORT + args.set
+        super().__init__(args)
+        if args.preset == "demo":
+            rows = [row for row in self.table["rows"] if row[1].endswith("|0")]
+            self.table = dict(self.table, rows=rows)
+
+    def row(self, name, decoder):
+        """All commands of an arm and seed, and its result files."""
+        arm, seed = name.split("|")
+        folder, result = self.root / f"{arm},seed={seed}", {}
+        words = [*CLAIMS[arm][0], "--seed", seed, "--vgg", str(self.root / "judge" / "vgg.pt")]
+        phases = ("phase1",) if arm == "attention2" else ("phase1", "phase2")
+        commands = [self.train(stage, folder, *words) for stage in (*phases, "ar", "nar")]
+
+        def measure(key, checkpoint, *more):
+            result[key] = folder / f"metrics_{key}.json"
+            commands.append((result[key], [
+                "sample.py", "--ckpt", str(folder / f"{checkpoint}.pt"), "--metrics", "--extractor",
+                self.extractor, "--references", str(self.root / "references"), *self.device, *more,
+                "--out", str(result[key])]))
+
+        for phase in phases:
+            measure(f"rec_{phase}", phase, "--lpips", "none")
+            for stage in ("ar", "nar"):
+                measure(f"{stage}_{phase}", stage, "--tokenizer", str(folder / f"{phase}.pt"), "--num",
+                        str(self.samples))
+        measure("view", "ar", "--predict", "--tokenizer", str(folder / "phase1.pt"))
+        return commands, result
+
+    def measured(self, name):
+        """One line of the results: all numbers of an arm and seed, or None while something is missing."""
+        commands, files = self.row(name, "phase1")
+        if not all(finished(path, words) for path, words in commands):
+            return None
+        arm, seed = name.split("|")
+        folder, results = commands[0][0].parent, {key: read_result(path) for key, path in files.items()}
+        row = dict(arm=arm, seed=int(seed), alpha=read_checkpoint(folder / "phase1.pt", ["phase1"])[
+            "config"]["phase1"]["alpha"])
+        for key, result in results.items():
+            row |= {f"{key}_{name}": value for name, value in result["results"].items()
+                    if isinstance(value, float)}
+        logged = read_metrics(folder / "metrics.jsonl")
+        for stage in ("ar", "nar"):
+            last = [r for r in logged if r["stage"] == stage and "val_loss" in r][-1]
+            row |= {f"{stage}_nats": last["val_loss"], f"{stage}_top1": last["val_top1"],
+                    f"{stage}_relative": last["val_loss"] / last["unigram_entropy"],
+                    "unigram_entropy": last["unigram_entropy"]}
+        note, of = folder / "stability.json", results["rec_phase1"]["tokenizer"]
+        if not note.exists() or json.loads(note.read_text())["tokenizer"] != of:
+            tokenizer, ckpt = load_model(folder / "phase1.pt", ("phase1",))
+            x = to_float(load_images(ckpt["config"], 500, None)[1], "cpu")
+            text = json.dumps(dict(stability(tokenizer, x), tokenizer=of))
+            save_atomic(lambda p: p.write_text(text), note)
+        changed = json.loads(note.read_text())
+        row |= {f"changed_by_{name}": changed[name] for name in ("noise", "shift", "jpeg")}
+        return row | dict(
+            seconds=round(sum(row_seconds(path) for path, _ in commands)),
+            commands=[self.shown(words) for _, words in commands])
+
+    def show(self):
+        """Prints the table and the verdicts; writes claims.jsonl, claims.json, claims.md and the figure."""
+        names = [name for _, name, *_ in self.table["rows"]]
+        found = [row for row in map(self.measured, names) if row]
+        done = [name for name in names if (name.split("|")[0], int(name.split("|")[1])) in
+                [(row["arm"], row["seed"]) for row in found]]
+        for key in self.row(names[0], "phase1")[1] if done else ():
+            files = {name: self.row(name, "phase1")[1].get(key) for name in done}
+            refuse_unlike({name: read_result(path) for name, path in files.items() if path})
+        self.root.mkdir(parents=True, exist_ok=True)
+        lines = "".join(json.dumps(row) + "\n" for row in found)
+        save_atomic(lambda p: p.write_text(lines), self.root / "claims.jsonl")
+        for label, commands in self.missing():
+            print0(f"missing for {label}: {len(commands)} commands, the first {self.shown(commands[0][1])}")
+        if not found:
+            return
+        spread = Spread(found)
+        names = {"rec_phase1_rfid": "rFD", "rec_phase2_rfid": "rFD, 1+2", "ar_phase1_fid": "AR FD",
+                 "ar_phase2_fid": "AR FD, 1+2", "nar_phase1_fid": "NAR FD", "nar_phase2_fid": "NAR FD, 1+2",
+                 "view_view_fid": "view FD", "ar_nats": "AR nats", "ar_relative": "AR nats / unigram",
+                 "nar_relative": "NAR nats / unigram", "ar_top1": "AR top-1",
+                 "ar_phase1_class_accuracy": "AR class", "nar_phase1_class_accuracy": "NAR class",
+                 "ar_phase1_precision": "AR precision", "ar_phase1_recall": "AR recall",
+                 "rec_phase1_psnr": "PSNR", "rec_phase1_usage": "usage", "changed_by_noise": "noise"}
+        table = [["arm (seeds)", *names.values()]]
+        for arm in dict.fromkeys(row["arm"] for row in found):
+            seeds = sum(row["arm"] == arm for row in found)
+            table.append([f"{arm} ({seeds})", *(spread.told(arm, key) for key in names)])
+        text = [f"{len(found)} runs, preset {self.args.preset}; mean over seeds, then the half width of its "
+                f"95 % interval from the spread of seeds pooled over arms", "", print_table(table), ""]
+        verdicts = list(judge_claims(spread))
+        for claim, verdict, parts in verdicts:
+            text += [f"{claim}: **{verdict}**", *(f"  - {part}" for part in parts)]
+        print0("\n".join(text[3:]))
+        about = dict(preset=self.args.preset, set=self.args.set, runs=len(found), torch=torch.__version__,
+                     seconds=sum(row["seconds"] for row in found), threads=torch.get_num_threads(),
+                     verdicts=[dict(claim=c, verdict=v, parts=p) for c, v, p in verdicts])
+        for suffix, content in (("json", json.dumps(about, indent=1)), ("md", "\n".join(text))):
+            save_atomic(lambda p, c=content: p.write_text(c + "\n"), self.root / f"claims.{suffix}")
+        draw_claims(spread, self.root / "claims_fig5b.png")
+        print0(f"wrote {self.root / 'claims'}.jsonl, .json, .md and claims_fig5b.png")
+
+
+class Spread:
+    """Means over seeds and their 95 % intervals: the variance between seeds is pooled over all arms that have
+    several (Student's t with the degrees of freedom of the pool), so that arms of one seed have one too."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def values(self, arm, key):
+        return [row[key] for row in self.rows if row["arm"] == arm and key in row]
+
+    def pooled(self, key):
+        """(standard deviation between seeds, t), nan and nan while no arm has two seeds."""
+        from scipy.stats import t
+
+        groups = [self.values(arm, key) for arm in {row["arm"] for row in self.rows}]
+        free = sum(len(group) - 1 for group in groups if group)
+        if not free:
+            return math.nan, math.nan
+        squares = sum((v - sum(group) / len(group)) ** 2 for group in groups for v in group)
+        return math.sqrt(squares / free), t.ppf(0.975, free).item()
+
+    def difference(self, a, b, key):
+        """(mean of arm a minus mean of arm b, half width of its interval), or None while one is missing."""
+        first, second = self.values(a, key), self.values(b, key)
+        if not first or not second:
+            return None
+        deviation, t = self.pooled(key)
+        half = t * deviation * math.sqrt(1 / len(first) + 1 / len(second))
+        return sum(first) / len(first) - sum(second) / len(second), half
+
+    def paired(self, arms, a, b):
+        """(mean of key a minus key b within runs of `arms`, half width), or None."""
+        from scipy.stats import t
+
+        found = [row[a] - row[b] for row in self.rows if row["arm"] in arms and a in row and b in row]
+        if not found:
+            return None
+        mean, n = sum(found) / len(found), len(found)
+        if n < 2:
+            return mean, math.nan
+        deviation = math.sqrt(sum((v - mean) ** 2 for v in found) / (n - 1))
+        return mean, t.ppf(0.975, n - 1).item() * deviation / math.sqrt(n)
+
+    def told(self, arm, key):
+        values = self.values(arm, key)
+        if not values:
+            return "-"
+        deviation, t = self.pooled(key)
+        half = t * deviation / math.sqrt(len(values))
+        return f"{sum(values) / len(values):.4g}" + (f" ± {half:.2g}" if math.isfinite(half) else "")
+
+
+def judge_claims(spread):
+    """[(claim, verdict, parts)] of the paper's five statements; the rules are those of the protocol.
+
+    A part is a difference that the paper says is negative ("falls"), or is not ("no fall"). A claim holds if
+    all parts do, each with its whole 95 % interval; it does not hold if one interval lies on the other side.
+    """
+
+    def part(text, found, no_fall=False):
+        if found is None:
+            return None, f"{text}: not measured"
+        mean, half = found
+        told = f"{text}: {mean:+.3g} ± {half:.2g}"
+        if math.isnan(half):
+            return None, f"{told} (one seed: no interval)"
+        if no_fall:  # an improvement beyond doubt refutes it, anything else agrees
+            return mean + half >= 0, told
+        return (True if mean + half < 0 else False if mean - half > 0 else None), told
+
+    ends, d = ("alpha=1", "alpha=0"), spread.difference
+    middle = [part(f"rFD at alpha = 0.5 minus {end}", d("alpha=0.5", end, "rec_phase1_rfid")) for end in ends]
+    alphas = [arm for arm in CLAIMS if arm.startswith("alpha=")]
+    both = ("ar", "nar")
+    usage = [row["rec_phase1_usage"] for row in spread.rows if row["arm"] == "alpha=0"]
+    full = (min(usage) > 0.99, f"lowest usage with the entropy term: {min(usage):.1%}") if usage else (
+        None, "usage: not measured")
+    claims = [
+        ("(a) the FD of samples falls with alpha, and rFD is best between 0 and 1",
+         [part(f"{s.upper()} FD, alpha = 1 minus 0", d(*ends, f"{s}_phase1_fid")) for s in both] + middle),
+        ("(b) the loss of the priors falls with alpha (nats over unigram entropy)",
+         [part(f"{s.upper()}, alpha = 1 minus 0", d(*ends, f"{s}_relative")) for s in both]),
+        ("(c) the attention decoder improves rFD and does not improve samples",
+         [part("rFD, attention x2 minus baseline", d("attention2", "alpha=0", "rec_phase1_rfid"))]
+         + [part(f"{s.upper()} FD, attention x2 minus baseline (no fall)",
+                 d("attention2", "alpha=0", f"{s}_phase1_fid"), True) for s in both]),
+        ("(d) phase 2 improves samples at unchanged tokens",
+         [part(f"{s.upper()} FD, phase 1 + 2 minus phase 1, all alphas",
+               spread.paired(alphas, f"{s}_phase2_fid", f"{s}_phase1_fid")) for s in both]),
+        ("(e) the entropy term brings usage to about 100 % and improves both",
+         [full] + [part(f"{name}, entropy minus plain", d("alpha=0", "plain", key)) for name, key in
+                   (("rFD", "rec_phase1_rfid"), ("AR FD", "ar_phase1_fid"), ("NAR FD", "nar_phase1_fid"))]),
+    ]
+    for claim, parts in claims:
+        found = [fine for fine, _ in parts]
+        verdict = "does not hold" if False in found else "not decided" if None in found else "holds"
+        yield claim, verdict, [text for _, text in parts]
+
+
+def draw_claims(spread, path):
+    """Fig. 5b with intervals: rFD, and FD of both priors' samples, over alpha."""
+    fig = new_figure(8, 3)
+    axes = fig.subplots(1, 3)
+    arms = [arm for arm in CLAIMS if arm.startswith("alpha=") and spread.values(arm, "rec_phase1_rfid")]
+    alphas, numbers = [float(arm.removeprefix("alpha=")) for arm in arms], []
+    titles = {"rec_{}_rfid": "rFD", "ar_{}_fid": "AR samples, FD", "nar_{}_fid": "NAR samples, FD"}
+    for axis, (form, name) in zip(axes, titles.items(), strict=True):
+        for phase, style, label in (("phase1", "ko-", "phase 1"), ("phase2", "C0s--", "phase 1 + 2")):
+            key = form.format(phase)
+            deviation, t = spread.pooled(key)
+            values = [spread.values(arm, key) for arm in arms]
+            means = [sum(v) / len(v) if v else math.nan for v in values]
+            half = [t * deviation / math.sqrt(len(v)) if v else math.nan for v in values]
+            bars = None if math.isnan(deviation) else half
+            axis.errorbar(alphas, means, bars, fmt=style, capsize=3, markersize=4, label=label)
+            numbers.append(dict(metric=key, alpha=alphas, values=values, half_width=bars))
+        axis.set(xlabel="α", title=name)
+    axes[0].legend(fontsize=7)
+    save_figure(fig, path, numbers)
+
+
 def kind(words):
     """What commands take about the same time."""
     return (words[0], words[2]) if words[0] == "train.py" else (words[0], Path(words[2]).stem)
@@ -1122,12 +1456,12 @@ def evaluate_judge(run, stage, step, judge, limit=5000):
 def evaluate_tokenizer(run, stage, step, tokenizer, limit=1000):
     """PSNR, L1 and hard codebook usage on validation images; a sheet of inputs above reconstructions."""
     tokenizer.eval()
-    sums, counts = [0.0, 0.0, 0], torch.zeros(tokenizer.codebook_size, device=run.device)
+    sums, counts = [0.0, 0.0, 0], 0
     for _, x in val_batches(run, limit):
         with run.autocast:
             tokens = tokenizer.encode(x)
             x_hat = tokenizer.decode(tokens).float()
-        counts += tokens.flatten().bincount(minlength=tokenizer.codebook_size)
+        counts = counts + count_codes(tokens, tokenizer.codebook_size).float()
         values = psnr(x, x_hat).sum().item(), (x - x_hat).abs().mean((1, 2, 3)).sum().item(), len(x)
         sums = [a + b for a, b in zip(sums, values, strict=True)]
     val_psnr, val_l1 = ratio(run, sums)
@@ -1155,7 +1489,7 @@ def evaluate_prior(run, stage, step, prior, tokenizer, codes, unigram, limit=100
             noise = seeded_rand(len(tokens), tokens.shape[1] + 1, seed=mix("val", start)).to(run.device)
             inputs, mask = mask_tokens(tokens, prior.mask_id, noise)
         with run.autocast:
-            logits = prior(inputs, labels)
+            logits = prior(inputs, labels, *[tokens] * (stage == "nar"))
         loss, accuracy = prior.loss(logits, tokens, *([mask] if stage == "nar" else []))
         count = mask.sum().item()
         values = loss.item() * count, accuracy.item() * count, count
@@ -1215,15 +1549,17 @@ def early_warnings(rows, stage, c):
 @torch.no_grad()
 def tokenizer_summary(run, first, second):
     """Both phases on all validation images: usage, distances, and whether phase 2 moved a token."""
-    sums, counts, changed, total = {}, torch.zeros(first.codebook_size), 0, len(run.val)
+    sums, counts, changed, total = {}, 0, 0, len(run.val)
     for start in tqdm(range(0, total, 50), "reconstructing", disable=None if rank() == 0 else True):
         indices = range(start, min(start + 50, total))
         x = to_float(torch.stack([run.val.view(i) for i in indices]), run.device)
         labels = torch.tensor([run.val.label(i) for i in indices], device=run.device)
         tokens = first.encode(x)
         changed += (tokens != second.encode(x)).sum().item()
-        counts += tokens.cpu().flatten().bincount(minlength=first.codebook_size)
+        counts = counts + count_codes(tokens.cpu(), first.codebook_size)
         values = {"judge_accuracy": hits(run, x, labels)}
+        if tokens.ndim > 2:
+            values["cos_between_codebooks"] = mean_cosine(first.code_maps(tokens))
         for name, tokenizer in (("phase1", first), ("phase2", second)):
             x_hat = tokenizer.decode(tokens)
             values[f"psnr_{name}"] = psnr(x, x_hat)
@@ -1233,7 +1569,15 @@ def tokenizer_summary(run, first, second):
             sums[name] = sums.get(name, 0.0) + value.double().sum().item()
     usage, perplexity = codebook_usage(counts)
     means = {name: value / total for name, value in sums.items()}
+    if counts.ndim > 1:
+        means["usage_of_each"] = [codebook_usage(part)[0] for part in counts]
     return dict(usage=usage, perplexity=perplexity, phase2_tokens_changed=changed, **means)
+
+
+def mean_cosine(maps):
+    """|cos| between the codes of two sub-codebooks at one position, (B,): means over pairs and positions."""
+    pairs = [F.cosine_similarity(a, b, dim=1).abs() for a, b in itertools.combinations(maps, 2)]
+    return torch.stack(pairs).mean((0, 2, 3))
 
 
 def hits(run, x, labels):
@@ -1379,16 +1723,19 @@ def explain(config, processes=8):
         vgg = build_vgg16(*own)
         first = VQTokenizer(TokenizerConfig(**sizes))
         second = VQTokenizer(TokenizerConfig(**dict(sizes, num_attention=1)))
-        double = VQTokenizer(TokenizerConfig(**dict(sizes, num_attention=2)))
-        deeper = VQTokenizer(TokenizerConfig(**dict(sizes, decoder_extra_blocks=2)))
+        table1 = {}
+        if first.config.trunk == "seqgan":
+            table1 = {name: VQTokenizer(TokenizerConfig(**dict(sizes, **{name: 2})))
+                      for name in ("num_attention", "decoder_extra_blocks")}
         disc = PatchDiscriminator() if kind == "patch" else StyleDiscriminator(config["image_size"], **disc)
-        K, N = first.codebook_size, first.grid_size**2
-        prior = {n: ARPrior(PriorConfig(K, N, n, **config["prior"])) for n in (0, 1000)}
+        K, (N, *k) = first.codebook_size, first.token_shape
+        sizes = dict(config["prior"], num_codebooks=k[0] if k else 1)
+        prior = {n: ARPrior(PriorConfig(K, N, n, **sizes)) for n in (0, 1000)}
         taps = VGGTaps(build_vgg16(*own[:3]))
     with FakeTensorMode():  # as "meta", but autocast and attention believe to be on a CPU
         for network in (vgg, taps, first, second, disc, *prior.values()):
             to_fake(network)
-        x, tokens = torch.zeros(1, 3, *[config["image_size"]] * 2), torch.zeros(1, N, dtype=torch.int64)
+        x, tokens = torch.zeros(1, 3, *[config["image_size"]] * 2), torch.zeros(1, N, *k, dtype=torch.int64)
         label = torch.zeros(1, dtype=torch.int64)
         if config["vgg"] == "judge":
             stage("vgg (10 classes assumed)", judge)
@@ -1397,6 +1744,7 @@ def explain(config, processes=8):
         for name, tokenizer in (("phase1", first), ("phase2", second)):
             c, frozen = config[name], "frozen" if name == "phase2" else "trainable"
             loss = f"layers {c['layers']} of Table 6" if c["layers"] else f"alpha {c['alpha']:g}"
+            loss = "LPIPS" if c["layers"] == "lpips" else loss
             stage(f"{name}, {loss}", c)
             row("encoder", tokenizer.encoder, frozen, c)
             row("codebook", tokenizer.quantizer, frozen, c)
@@ -1404,7 +1752,8 @@ def explain(config, processes=8):
             print(f"  {'tokenizer':30s} {count(tokenizer):>13,}")
             row("discriminator", disc, "trainable", c)
             row("VGG-16", taps, "frozen", c)
-            weights = LAYER_SETS[c["layers"]] if c["layers"] else layer_weights(c["alpha"])
+            weights = LAYER_SETS[{"lpips": "low"}.get(c["layers"], c["layers"])] if c["layers"] else (
+                layer_weights(c["alpha"]))
             if name == "phase2":
                 tokenizer.freeze_latent_space()
 
@@ -1412,7 +1761,8 @@ def explain(config, processes=8):
                 x_hat, _, losses = tokenizer(x)
                 disc.requires_grad_(False)
                 loss = F.l1_loss(x_hat, x) + perceptual_loss(taps, x, x_hat, weights) + adv_loss(disc(x_hat))
-                sum(losses.values(), loss).backward()
+                extra = [f.sum() for f in losses.pop("features", [])] + losses.pop("codes", [])[:0]
+                sum([*losses.values(), *extra], loss).backward()
 
             def discriminate():
                 disc.requires_grad_(True)
@@ -1425,8 +1775,10 @@ def explain(config, processes=8):
                 flops += cost([discriminate], disc)[0] // c["r1_every"]
             frozen = count(taps) + count(disc) + count(tokenizer) - trainable
             print_cost(name, c, flops, kept, trainable, frozen, processes)
-        print(f"Table 1: +Attention x2 {count(double):,} (--set tokenizer.num_attention=2), "
-              f"+Conv x2 {count(deeper):,} (--set tokenizer.decoder_extra_blocks=2)")
+        if first.config.trunk == "seqgan":
+            names = {"+Attention x2": "num_attention", "+Conv x2": "decoder_extra_blocks"}
+            print("Table 1: " + ", ".join(f"{label} {count(table1[name]):,} (--set tokenizer.{name}=2)"
+                                          for label, name in names.items()))
         for name in ("ar", "nar"):
             stage(f"{name}, {first.grid_size}^2 tokens of {first.codebook_size} codes", config[name])
             row("prior, unconditional", prior[0], "trainable", config[name])
@@ -1445,7 +1797,7 @@ def main(args):
         if args.figure == "metrics":
             return print_metrics(args.files)
         if args.figure in TABLES:
-            table = Table(args)
+            table = (Claims if args.figure == "claims" else Table)(args)
             failed = table.run() if args.run else []
             table.show()
             if failed:
@@ -1472,7 +1824,8 @@ def draw(args, device):
         return figure_views(args.figure, args, device)
     if args.figure in ("fig7a", "fig9"):
         return figure_phases(args.figure, args, device)
-    figures = {"fig3": figure_example, "fig8": figure_stability, "fig10": figure_losses}
+    figures = {"fig3": figure_example, "fig8": figure_stability, "fig10": figure_losses,
+               "fq_alone": figure_alone, "fq_map": figure_map}
     return figures[args.figure](args, device)
 
 

@@ -154,7 +154,7 @@ def test_each_round_fixes_the_scheduled_number_and_no_hole_is_left(steps, space)
 
 def test_a_fixed_token_never_changes():
     prior, seen = tiny_prior(sharpen=5.0), []
-    prior.transformer.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+    prior.transformer.token_table.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
     tokens = prior.generate(None, uniforms(2, 6, 2, 12), steps=6)
     assert len(seen) == 6
     for before, after in zip(seen, seen[1:] + [tokens], strict=True):

@@ -298,13 +298,14 @@ def test_the_two_terms_are_the_mean_squared_quantization_error_without_beta():
 
 
 @pytest.mark.parametrize("codebook", CODEBOOKS)
-def test_only_the_entropy_codebook_has_an_entropy_term(codebook):
+def test_only_the_codebooks_of_the_paper_s_entropy_and_of_fqgan_have_an_entropy_term(codebook):
     model, x = tiny_tokenizer(codebook=codebook, kmeans_warmup=0), images(2)
-    expected = {"loss_codebook", "loss_commit"} | ({"loss_entropy"} if codebook == "entropy" else set())
+    has_entropy = codebook in ("entropy", "fq")
+    expected = {"loss_codebook", "loss_commit"} | ({"loss_entropy"} if has_entropy else set())
     losses = model(x)[2]
     assert set(losses) == expected
     assert all(value.dtype == torch.float32 and value.ndim == 0 for value in losses.values())
-    assert (model.average_probs(x) is not None) == (codebook == "entropy")
+    assert (model.average_probs(x) is not None) == has_entropy
 
 
 def test_without_the_entropy_term_losses_and_gradients_are_those_of_plain_vq():

@@ -81,7 +81,8 @@ def test_each_preset_equals_its_column_of_tables_9_and_10(
     wanted = dict(top_p=top_p, nar_steps=12, choice_temperature=nar_temperature, temperature=1)
     assert wanted.items() <= c["sample"].items()
     assert c["image_size"] == 256 and c["vgg"] == "imagenet" and c["tokenizer"] == {}
-    assert c["prior"] == dict(n_layer=24, n_head=16, n_embd=768, dropout=0.1)
+    assert c["prior"] == dict(n_layer=24, n_head=16, n_embd=768, dropout=0.1, class_dropout=0.0, head="tied",
+                              head_layers=3, block="gpt")
     assert c["conditional"] == (preset == "imagenet")
 
 
@@ -727,10 +728,12 @@ def test_the_ablation_setting_is_the_paper_s_and_every_row_of_its_tables_has_a_n
     assert [c[stage]["steps"] for stage in ("phase1", "ar", "nar")] == [500_000] * 3
     assert c["phase1"]["alpha"] == 0 and c["tokenizer"] == {}
     assert list(train.LAYER_NAMES) == list(perceptual.LAYER_SETS)
-    named = {ablation for table in visualize.TABLES.values() for _, ablation, *_ in table["rows"]}
-    assert {n for n in named if not n.startswith("alpha=")} == set(train.ABLATIONS)
+    tables = [table for name, table in visualize.TABLES.items() if name != "claims"]
+    named = {ablation for table in tables for _, ablation, *_ in table["rows"]}
+    names = {*train.ABLATIONS, *train.FQ_ABLATIONS}
+    assert {n for n in named if not n.startswith("alpha=")} == names
     for name in named:
-        config_of("--preset", "demo", "--ablation", name)
+        config_of("--preset", "demo-fq" if name in train.FQ_ABLATIONS else "demo", "--ablation", name)
 
 
 def test_ablations_scale_with_a_small_preset_and_with_the_steps_it_is_given():

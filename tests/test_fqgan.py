@@ -1,0 +1,539 @@
+"""Claims about FQGAN (arXiv 2411.16681): sizes, tokens, what k = 1 is, losses, teachers, priors, a run."""
+
+import hashlib
+import json
+import math
+import re
+from urllib.error import URLError
+
+import pytest
+import torch
+from helpers import ROOT, call, earlier, open_run, refusal, rows
+from torch import nn
+
+import train
+import visualize
+from perceptual import Dino, disentanglement, load_teacher, representation_loss
+from prior_ar import ARPrior, PriorConfig, guide
+from prior_nar import NARPrior, mask_tokens
+from sample import load_model
+from tokenizer import (
+    FactorizedQuantizer, TokenizerConfig, VectorQuantizer, VQTokenizer, codebook_usage, count_codes,
+)
+
+REFERENCE = dict(trunk="vqgan", codebook="fq", codebook_size=16_384, codebook_dim=8, adapter_layers=6)
+TINY = dict(image_size=32, base_width=8, channel_mult=(1, 2), trunk="vqgan", codebook="fq", codebook_size=16,
+            codebook_dim=4)
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize(
+    "k, widths, total, heads",
+    [(2, (0, 1024), 111_294_355, 39_115_776), (3, (0, 384, 768), 131_657_883, 5_575_296 + 22_062_336)],
+)
+def test_the_reference_sizes_are_those_of_the_article(k, widths, total, heads):
+    with torch.device("meta"):
+        tokenizer = VQTokenizer(TokenizerConfig(num_codebooks=k, teacher_widths=widths, **REFERENCE))
+    assert count(tokenizer.encoder.trunk) == 28_117_248
+    assert count(tokenizer.encoder.branches[0].adapter) == 19_047_424
+    assert count(tokenizer.decoder) == 42_449_795 + (8 * k * 256 + 256)
+    assert count(tokenizer.quantizer.heads) == heads
+    assert count(tokenizer) - heads == total
+
+
+def test_phase_2_s_attention_is_the_same_built_by_its_config_or_added_later():
+    later = VQTokenizer(TokenizerConfig(**TINY))
+    later.add_attention()
+    built = VQTokenizer(TokenizerConfig(num_attention=1, **TINY))
+    built.load_state_dict(later.state_dict())
+    tokens = torch.zeros(1, 256, dtype=torch.int64)
+    for module in later.decoder.stages.modules():
+        if hasattr(module, "block"):
+            nn.init.normal_(module.out.weight)
+    built.load_state_dict(later.state_dict())
+    blocks = [[m.block for m in t.decoder.stages.modules() if hasattr(m, "block")] for t in (later, built)]
+    assert blocks[0] == blocks[1] == [4, 4, 8, 8]  # about the roots of 16 and 32
+    torch.testing.assert_close(built.decode(tokens), later.decode(tokens))
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_tokens_have_an_axis_for_the_codebooks_and_decode_as_forward_does(k):
+    torch.manual_seed(0)
+    tokenizer = VQTokenizer(TokenizerConfig(num_codebooks=k, **TINY)).eval()
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    tokens = tokenizer.encode(x)
+    assert tokens.shape == ((2, 256, k) if k > 1 else (2, 256)) and 0 <= tokens.min() and tokens.max() < 16
+    x_hat, same, losses = tokenizer(x)
+    assert torch.equal(tokens, same)
+    torch.testing.assert_close(tokenizer.decode(tokens), x_hat, atol=1e-5, rtol=1e-4)
+    assert len(losses["codes"]) == k and losses["features"] == []
+    with pytest.raises(ValueError, match="tokens must be"):
+        tokenizer.decode(tokens[..., None])
+
+
+def test_every_codebook_matters_and_they_are_joined_in_index_order():
+    tokenizer = VQTokenizer(TokenizerConfig(num_codebooks=3, **TINY)).eval()
+    tokens = tokenizer.encode(torch.rand(1, 3, 32, 32))
+    codes = tokenizer.quantizer.lookup(tokens.unflatten(1, (16, 16)))
+    for i, part in enumerate(tokenizer.quantizer.parts):
+        assert torch.equal(codes[:, 4 * i : 4 * i + 4], part.lookup(tokens[..., i].unflatten(1, (16, 16))))
+        other = tokens.clone()
+        other[..., i] = (other[..., i] + 1) % 16
+        assert not torch.allclose(tokenizer.decode(other), tokenizer.decode(tokens))
+
+
+def test_one_codebook_without_adapter_is_the_plain_normalised_quantizer():
+    config = TokenizerConfig(**TINY)
+    torch.manual_seed(0)
+    one, plain = FactorizedQuantizer(config), VectorQuantizer(TokenizerConfig(**dict(TINY, codebook="fn")))
+    plain.load_state_dict(one.parts[0].state_dict())
+    z = torch.randn(2, 4, 5, 5)
+    z_st, indices, losses = one(z)
+    z_plain, indices_plain, losses_plain = plain(z)
+    assert torch.equal(indices, indices_plain) and torch.equal(z_st, z_plain)
+    for name, value in losses_plain.items():
+        assert torch.equal(losses[name], value)
+    assert torch.equal(one.quantize(z), indices) and torch.equal(one.lookup(indices), plain.lookup(indices))
+    torch.testing.assert_close(z_st.norm(dim=1), torch.ones(2, 5, 5))
+
+
+def test_losses_are_sums_over_codebooks_and_the_entropy_is_maskgit_s():
+    config = TokenizerConfig(num_codebooks=2, **TINY)
+    torch.manual_seed(0)
+    quantizer, z = FactorizedQuantizer(config), torch.randn(2, 8, 5, 5)
+    _, _, losses = quantizer(z)
+    parts = [part(half)[2] for part, half in zip(quantizer.parts, z.chunk(2, 1), strict=True)]
+    for name in ("loss_codebook", "loss_commit", "loss_entropy"):
+        torch.testing.assert_close(losses[name], parts[0][name] + parts[1][name])
+    expected = 0.0
+    for part, half in zip(quantizer.parts, z.chunk(2, 1), strict=True):
+        distances = torch.cdist(part.flatten(half), part.codes).square()
+        p = (-distances / 0.01).softmax(1)
+        mean = p.mean(0)
+        expected += torch.special.entr(p).sum(1).mean() - torch.special.entr(mean).sum() + math.log(16)
+    torch.testing.assert_close(losses["loss_entropy"], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_disentanglement_is_0_for_orthogonal_1_for_equal_or_opposite_codes_and_a_mean_over_pairs():
+    a, b = torch.zeros(2, 4, 3, 3), torch.zeros(2, 4, 3, 3)
+    a[:, 0], b[:, 1] = 2.0, 3.0
+    assert disentanglement([a, b]) == 0 == disentanglement([a])
+    assert disentanglement([a, a]) == disentanglement([a, -5 * a]) == 1
+    assert disentanglement([a, a, b]).item() == pytest.approx(1 / 3)
+    with pytest.raises(ValueError, match="equal widths"):
+        disentanglement([a, torch.zeros(2, 5, 3, 3)])
+
+
+def test_disentanglement_moves_the_encoder_and_no_codebook():
+    tokenizer = VQTokenizer(TokenizerConfig(num_codebooks=2, **TINY))
+    _, _, losses = tokenizer(torch.rand(2, 3, 32, 32))
+    disentanglement(losses["codes"]).backward()
+    assert all(part.codebook.weight.grad is None for part in tokenizer.quantizer.parts)
+    assert tokenizer.encoder.branches[0].conv2.weight.grad.abs().sum() > 0
+
+
+def test_representation_loss_is_ln_b_for_equal_similarities_0_for_one_image_and_lower_when_pairs_align():
+    same = torch.ones(5, 3)
+    assert representation_loss(same, same).item() == pytest.approx(math.log(5))
+    one = torch.randn(1, 3, requires_grad=True)
+    assert representation_loss(one, torch.randn(1, 3)) == 0
+    student, teacher = torch.eye(4, requires_grad=True), torch.eye(4, requires_grad=True)
+    aligned, turned = representation_loss(student, teacher), representation_loss(student, teacher.roll(1, 0))
+    assert aligned < math.log(4) < turned
+    aligned.backward()
+    assert teacher.grad is None and student.grad.abs().sum() > 0
+    with pytest.raises(ValueError, match="differ in shape"):
+        representation_loss(same, torch.ones(5, 4))
+
+
+def test_a_student_vector_of_the_teacher_s_width_reaches_branch_and_codes():
+    tokenizer = VQTokenizer(TokenizerConfig(num_codebooks=2, teacher_widths=(0, 16), **TINY))
+    _, _, losses = tokenizer(torch.rand(3, 3, 32, 32))
+    (student,) = losses["features"]
+    assert student.shape == (3, 16)
+    representation_loss(student, torch.randn(3, 16)).backward()
+    assert tokenizer.encoder.branches[1].conv2.weight.grad.abs().sum() > 0
+    assert tokenizer.encoder.branches[0].conv2.weight.grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize(
+    "changes", [dict(num_codebooks=2), dict(adapter_layers=1), dict(teacher_widths=(8,))])
+def test_several_codebooks_adapters_and_teachers_belong_to_the_vqgan_trunk(changes):
+    with pytest.raises(ValueError, match="trunk"):
+        TokenizerConfig(**changes)
+    with pytest.raises(ValueError, match="teacher_widths"):
+        TokenizerConfig(**dict(TINY, num_codebooks=3, teacher_widths=(0, 8)))
+
+
+def test_histograms_and_usage_are_taken_for_each_sub_codebook():
+    tokens = torch.tensor([[[0, 3], [1, 3]], [[2, 3], [3, 3]]])  # (2, 2, 2)
+    counts = count_codes(tokens, 4)
+    assert counts.tolist() == [[1, 1, 1, 1], [0, 0, 0, 4]]
+    assert codebook_usage(counts) == (pytest.approx((1 + 0.25) / 2), pytest.approx((4 + 1) / 2))
+    assert torch.equal(count_codes(tokens[..., 0], 4), counts[0])
+
+
+# Teachers -------------------------------------------------------------------------------------------------
+
+
+def dino_file(path, width=128, depth=2):
+    """A random network in the format of DINOv2's files."""
+    torch.manual_seed(0)
+    state = {"cls_token": torch.randn(1, 1, width), "mask_token": torch.zeros(1, width),
+             "pos_embed": torch.randn(1, 37 * 37 + 1, width),
+             "patch_embed.proj.weight": torch.randn(width, 3, 14, 14) * 0.05,
+             "patch_embed.proj.bias": torch.zeros(width)}
+    for i in range(depth):
+        block = {"norm1": (width,), "norm2": (width,), "attn.qkv": (3 * width, width),
+                 "attn.proj": (width, width), "mlp.fc1": (4 * width, width), "mlp.fc2": (width, 4 * width)}
+        for name, shape in block.items():
+            state[f"blocks.{i}.{name}.weight"] = torch.randn(shape) * width**-0.5
+            state[f"blocks.{i}.{name}.bias"] = torch.zeros(shape[0])
+        state |= {f"blocks.{i}.ls{j}.gamma": torch.ones(width) for j in (1, 2)}
+    state |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
+    torch.save(state, path)
+    return state
+
+
+def clip_file(path, width=64, layers=2, patch=32):
+    """A random network in the format of CLIP's files: a TorchScript archive with the text model's weights."""
+    from torch_fidelity.feature_extractor_clip import CLIPVisual
+
+    class Archive(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.visual = nn.Module()
+            real = CLIPVisual(32, 224, layers, width, patch).visual
+            for name, value in real.state_dict().items():
+                *modules, last = name.split(".")
+                place = self.visual
+                for module in modules:
+                    if not hasattr(place, module):
+                        setattr(place, module, nn.Module())
+                    place = getattr(place, module)
+                place.register_buffer(last, value)
+            self.text_projection = nn.Parameter(torch.zeros(16, 32))
+            self.logit_scale = nn.Parameter(torch.zeros(()))
+
+        def forward(self, x):
+            return x
+
+    torch.jit.save(torch.jit.script(Archive()), path)
+
+
+def test_dino_s_class_token_is_read_from_its_own_file_format(tmp_path):
+    state = dino_file(tmp_path / "dino.pth")
+    teacher = load_teacher(str(tmp_path / "dino.pth"))
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    features = teacher(x)
+    assert teacher.width == 128 and features.shape == (2, 128) and not features.requires_grad
+    torch.testing.assert_close(features.mean(1), torch.zeros(2), atol=1e-5, rtol=0)  # after the last norm
+    assert torch.equal(features, teacher(x)) and not torch.allclose(features[0], features[1])
+    del state["norm.bias"]
+    torch.save(state, tmp_path / "less.pth")
+    with pytest.raises(ValueError, match="norm.bias"):
+        load_teacher(str(tmp_path / "less.pth"))
+
+
+def test_the_reference_dino_has_22_million_parameters(tmp_path):
+    state = dino_file(tmp_path / "dino.pth", 384, 12)
+    assert sum(p.numel() for p in Dino(state).parameters()) == 22_056_576
+
+
+def test_clip_s_class_token_before_the_last_norm_is_read_from_its_archive(tmp_path):
+    clip_file(tmp_path / "clip.pt")
+    teacher = load_teacher(str(tmp_path / "clip.pt"))
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    assert teacher.width == 64 and teacher(x).shape == (2, 64)
+    assert teacher(x).mean(1).abs().min() > 1e-4  # no norm came after
+    assert not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_a_teacher_s_file_of_the_wrong_hash_or_kind_is_refused(tmp_path, monkeypatch):
+    dino_file(tmp_path / "dino.pth")
+    digest = hashlib.sha256((tmp_path / "dino.pth").read_bytes()).hexdigest()
+    (tmp_path / "dino.pth").rename(tmp_path / f"dino-{digest[:8]}.pth")
+    assert load_teacher(str(tmp_path / f"dino-{digest[:8]}.pth")).width == 128
+    (tmp_path / f"dino-{digest[:8]}.pth").rename(tmp_path / "dino-0badc0de.pth")
+    with pytest.raises(ValueError, match="sha256"):
+        load_teacher(str(tmp_path / "dino-0badc0de.pth"))
+    (tmp_path / "text.pt").write_text("no network")
+    for name, message in ((str(tmp_path / "text.pt"), "cannot be read"), ("clip-huge", "no such file")):
+        with pytest.raises(ValueError, match=message):
+            load_teacher(name)
+
+    def offline(*args, **kwargs):
+        raise URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+    with pytest.raises(RuntimeError, match="dinov2.*fetch"):
+        load_teacher("dinov2-vit-s-14")
+
+
+# Priors ---------------------------------------------------------------------------------------------------
+
+PRIOR = dict(codebook_size=16, num_tokens=9, num_classes=3, n_layer=2, n_head=2, n_embd=16, dropout=0.0,
+             num_codebooks=2, head="ar", head_layers=2, block="llama")
+
+
+def tiny(kind=ARPrior, **changes):
+    torch.manual_seed(0)
+    prior = kind(PriorConfig(**{**PRIOR, **changes})).eval()
+    for parameter in prior.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return prior
+
+
+def some_tokens(batch=4, k=2):
+    return torch.randint(0, 16, (batch, 9, k), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("k, base, large", [
+    (1, 382_501_888, 857_614_080), (2, 417_104_896, 901_195_520), (3, 451_707_904, 944_776_960)])
+def test_far_s_sizes_are_the_article_s(k, base, large):
+    wanted = ((24, 16, 1024, 3, base), (36, 20, 1280, 4, large))
+    for layers, heads, d, head_layers, total in wanted:
+        sizes = PriorConfig(16_384, 256, 1000, layers, heads, d, num_codebooks=k, head="ar",
+                            head_layers=head_layers, block="llama")
+        with torch.device("meta"):
+            prior = ARPrior(sizes)
+        assert count(prior) == total
+        assert count(prior.transformer.blocks[0]) == {1024: 12_847_104, 1280: 20_318_720}[d]
+
+
+@pytest.mark.parametrize("head", ["ar", "linear", "mlp"])
+def test_a_sub_token_s_logits_depend_on_earlier_ones_alone(head):
+    prior, tokens = tiny(head=head, num_codebooks=3), some_tokens(1, 3)
+    labels = torch.tensor([1])
+    before = prior(tokens, labels)
+    for i in range(9):
+        for j in range(3):
+            other = tokens.clone()
+            other[0, i, j] = (other[0, i, j] + 1) % 16
+            moved = (prior(other, labels) - before).abs().amax(-1)[0] > 1e-6  # (N, k)
+            wanted = torch.zeros(9, 3, dtype=torch.bool)
+            wanted[i + 1 :] = True
+            if head == "ar":
+                wanted[i, j + 1 :] = True
+            assert torch.equal(moved, wanted)
+
+
+@pytest.mark.parametrize("head", ["ar", "linear", "mlp"])
+@pytest.mark.parametrize("k", [1, 2])
+def test_an_untrained_head_starts_at_ln_k_exactly(head, k):
+    prior = ARPrior(PriorConfig(**{**PRIOR, "head": head, "num_codebooks": k}))
+    tokens = some_tokens()[..., 0] if k == 1 else some_tokens()
+    loss, _ = prior.loss(prior(tokens, torch.zeros(4, dtype=torch.int64)), tokens)
+    assert loss.item() == pytest.approx(math.log(16), abs=1e-6)
+
+
+@pytest.mark.parametrize("head", ["ar", "linear", "mlp"])
+def test_sampling_sees_the_logits_of_teacher_forcing(head):
+    prior, labels = tiny(head=head), torch.tensor([0, 1, 2, 0])
+    seen, draw = [], prior.transformer.draw
+
+    def spy(x, pick):
+        return draw(x, lambda i, logits: (seen.append(logits), pick(i, logits))[1])
+
+    prior.transformer.draw = spy
+    noise = torch.rand(4, 9, 2, generator=torch.Generator().manual_seed(3))
+    tokens = prior.generate(labels, noise)
+    logits = torch.stack(seen, 1).view(4, 9, 2, 16)
+    torch.testing.assert_close(logits, prior(tokens, labels), atol=1e-4, rtol=1e-4)
+    assert torch.equal(tokens, prior.generate(labels, noise, use_cache=False))
+
+
+def test_guidance_is_linear_in_its_scale_1_is_conditional_and_0_unconditional():
+    c, u = torch.randn(2, 3, 7).unbind(0)
+    both = torch.cat([c, u])
+    assert torch.equal(guide(c, 1), c)
+    torch.testing.assert_close(guide(both, 0), u)
+    torch.testing.assert_close(guide(both, 2.5) - guide(both, 1.5), c - u)
+    labels, noise = torch.tensor([0, 1, 2]), torch.rand(3, 9, 2, generator=torch.Generator().manual_seed(2))
+    prior = tiny()
+    drawn = {s: prior.generate(labels, noise, guidance=s) for s in (0.0, 1.0, 1.0 + 1e-7, 4.0)}
+    assert torch.equal(drawn[0.0], prior.generate(None, noise))
+    free = tiny(num_classes=0)
+    assert torch.equal(free.generate(None, noise, guidance=3.0), free.generate(None, noise))
+    assert torch.equal(drawn[1.0], drawn[1.0 + 1e-7]) and not torch.equal(drawn[1.0], drawn[4.0])
+    masked, noise = tiny(NARPrior), torch.rand(3, 4, 3, 9, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(masked.generate(labels, noise, 4, guidance=0.0), masked.generate(None, noise, 4))
+
+
+def test_classes_are_dropped_in_training_alone():
+    prior, labels = tiny(class_dropout=0.5), torch.ones(1000, dtype=torch.int64)
+    table = prior.transformer.condition_table.weight
+    assert torch.equal(prior.transformer.embed_condition(labels, 1000)[:, 0], table[1].expand(1000, -1))
+    prior.train()
+    found = prior.transformer.embed_condition(labels, 1000)[:, 0]
+    null = (found == table[3]).all(1)
+    assert 400 < null.sum() < 600 and (found[~null] == table[1]).all()
+
+
+@pytest.mark.parametrize("head", ["ar", "linear"])
+def test_the_masked_prior_hides_and_fills_all_sub_tokens_of_a_position_together(head):
+    prior, tokens = tiny(NARPrior, head=head), some_tokens()
+    inputs, mask = mask_tokens(tokens, 16, torch.rand(4, 10, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(mask[..., 0], mask[..., 1]) and (inputs[mask] == 16).all() and mask.any()
+    labels = torch.zeros(4, dtype=torch.int64)
+    logits = prior(inputs, labels, tokens)
+    assert logits.shape == (4, 9, 2, 16)
+    other = tokens.clone()
+    other[mask] = (other[mask] + 1) % 16  # what is hidden reaches at most the later slots of its own position
+    moved = (prior(inputs, labels, other) - logits).abs().amax(-1) > 1e-6
+    assert not moved[..., 0].any() and torch.equal(moved[..., 1], mask[..., 0] & (head == "ar"))
+    loss, _ = prior.loss(logits, tokens, mask)
+    expected = nn.functional.cross_entropy(logits[mask], tokens[mask])
+    torch.testing.assert_close(loss, expected)
+    noise = torch.rand(4, 5, 3, 9, generator=torch.Generator().manual_seed(0))
+    drawn, fixed_at = prior.generate(labels, noise, 5, return_steps=True)
+    assert drawn.shape == (4, 9, 2) and drawn.max() < 16 and fixed_at.shape == (4, 9)
+    partial = torch.where(torch.arange(9)[None, :, None] < 4, drawn, 16)
+    again, steps = prior.generate(labels, noise, 5, tokens=partial, return_steps=True)
+    assert torch.equal(again[:, :4], drawn[:, :4]) and again.max() < 16
+    assert (steps[:, :4] == -1).all() and (steps[:, 4:] >= 0).all()
+
+
+def test_several_sub_codebooks_need_a_head_of_their_own():
+    with pytest.raises(ValueError, match="prior.head"):
+        PriorConfig(num_codebooks=2)
+    with pytest.raises(ValueError, match="rotary"):
+        PriorConfig(n_embd=12, n_head=2, head="ar")
+
+
+# A run ----------------------------------------------------------------------------------------------------
+
+FQ = {"tokenizer__trunk": "vqgan", "tokenizer__codebook": "fq", "tokenizer__num_codebooks": 2,
+      "tokenizer__adapter_layers": 1, "tokenizer__teacher_widths": [0, 32], "teachers": [None, "judge"],
+      "phase1__disentangle": 0.1, "phase1__represent": 0.5, "phase1__clip": 1.0, "prior__head": "ar",
+      "prior__block": "llama", "prior__head_layers": 1, "prior__class_dropout": 0.1,
+      "tokenizer__base_width": 16, "sample__guidance": 1.5}
+
+
+@pytest.fixture(scope="module")
+def run(trained, data, tmp_path_factory):
+    out = earlier(trained, tmp_path_factory.mktemp("fq"), "phase1")
+    call("all", out, data, **FQ)
+    return out
+
+
+def test_all_stages_run_on_factorised_tokens(run):
+    logged = rows(run, "phase1")[0]
+    assert {"loss_disentangle", "loss_represent"} <= logged.keys()
+    assert 0 <= logged["loss_disentangle"] <= 1 and logged["loss_represent"] < 2 * math.log(8)
+    summary = json.loads((run / "summary.json").read_text())
+    assert len(summary["usage_of_each"]) == 2 and 0 <= summary["cos_between_codebooks"] <= 1
+    assert summary["phase2_tokens_changed"] == 0
+    codes = torch.load(run / "codes.pt", weights_only=True)
+    assert codes["train"].shape[2:] == (16, 2) and codes["val"].shape[1:] == (16, 2)
+
+
+def test_the_pictures_of_fqgan_and_the_view_run_and_hold_finite_numbers(run, tmp_path):
+    for figure, ckpt in (("fq_alone", "phase1"), ("fq_map", "phase2"), ("view", "ar"), ("fig3", "ar"),
+                         ("fig8", "phase1"), ("fig7a", "nar")):
+        path = tmp_path / f"{figure}.png"
+        words = [figure, "--ckpt", run / f"{ckpt}.pt", "--num", 10, "--out", path]
+        visualize.main(visualize.parse_args([*map(str, words)]))
+        assert path.stat().st_size > 1000 and "NaN" not in path.with_suffix(".json").read_text()
+    numbers = json.loads((tmp_path / "fq_alone.json").read_text())
+    assert numbers["psnr"].keys() == {"reconstruction", "sub-codebook 0 alone", "sub-codebook 1 alone"}
+    for words in (["report", run, "--out", tmp_path / "r.html", "--num", 8],
+                  ["compare", run / "phase1.pt", "--steps", 2, "--samples", 20, "--out", tmp_path / "c"]):
+        visualize.main(visualize.parse_args([*map(str, words)]))
+
+
+def test_one_sub_codebook_alone_is_the_decoder_on_zeros_for_the_others(run):
+    tokenizer, _ = load_model(run / "phase1.pt", ["phase1"])
+    tokens = tokenizer.encode(torch.rand(2, 3, 32, 32))
+    maps = tokenizer.code_maps(tokens)
+    expected = tokenizer.decoder(torch.cat([torch.zeros_like(maps[0]), maps[1]], 1))
+    assert torch.equal(tokenizer.decode_alone(tokens, 1), expected)
+
+
+def test_what_does_not_fit_together_is_one_line(run, trained, data, tmp_path, capsys):
+    error = refusal(capsys, "phase1", earlier(trained, tmp_path / "a", "phase1"), data,
+                    **{**FQ, "tokenizer__teacher_widths": [0, 48]})
+    assert "gives 32 features, not the 48" in error
+    error = refusal(capsys, "phase1", earlier(trained, tmp_path / "b", "phase1"), data,
+                    **{**FQ, "teachers": [None, "nowhere.pth"]})
+    assert "nowhere.pth: no such file" in error
+    out = earlier(trained, tmp_path / "c", "ar")
+    error = refusal(capsys, "ar", out, data, "--tokenizer", run / "phase1.pt")
+    assert "prior.head ar, linear or mlp" in error
+    import sample
+
+    with pytest.raises(SystemExit) as stop:
+        sample.main(sample.parse_args(
+            ["--ckpt", str(trained / "ar.pt"), "--tokenizer", str(run / "phase1.pt"), "--device", "cpu"]))
+    assert stop.value.code == 2 and "is not the tokenizer" in capsys.readouterr().err
+
+
+def test_gradients_are_clipped_to_the_norm_asked_for(trained, data, tmp_path):
+    module = nn.Linear(4, 4)
+    run = open_run("ar", earlier(trained, tmp_path / "out", "ar"), data)
+    run.skips, optimizer = {}, torch.optim.SGD(module.parameters(), lr=1.0, fused=True)
+    before = [p.detach().clone() for p in module.parameters()]
+    for p in module.parameters():
+        p.grad = torch.full_like(p, 10.0)
+    run.update(optimizer, "test", clip=0.5)
+    moved = torch.cat([(a - b).flatten() for a, b in zip(before, module.parameters(), strict=True)])
+    assert moved.norm().item() == pytest.approx(0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("name, changes", [
+    ("fq-1x", {"num_codebooks": 1, "teacher_widths": []}), ("fq-2x", {"codebook_size": 128}),
+    ("fq-dis", {"teacher_widths": []})])
+def test_the_rows_of_fqgan_s_table_3_change_what_they_name(name, changes):
+    args, config = train.parse_args(["--stage", "phase1", "--preset", "demo-fq", "--ablation", name])
+    assert changes.items() <= config["tokenizer"].items() and config["teachers"] == []
+    assert (config["phase1"]["disentangle"] > 0) == (name != "fq-none")
+
+
+def test_the_presets_of_the_article_build_its_networks(capsys):
+    for name, total in (("fqgan-dual", 150_410_131), ("fqgan-triple", 159_295_515)):
+        c = train.PRESETS[name]
+        with torch.device("meta"):
+            tokenizer = VQTokenizer(TokenizerConfig(image_size=256, **c["tokenizer"]))
+        assert count(tokenizer) == total
+        first = c["phase1"]
+        wanted = dict(rec="l2", layers="lpips", gan="hinge", adv_weight=0.5, betas=[0.9, 0.95], gamma=0.03,
+                      disentangle=0.1, represent=0.5, clip=1.0)
+        assert wanted.items() <= first.items() and first["adv_start"] * first["steps"] == 20_000
+    args, config = train.parse_args(["--preset", "fqgan-dual", "--explain"])
+    visualize.explain(config)
+    assert "417,104,896" in capsys.readouterr().out
+
+
+def test_the_readme_s_answer_to_the_exercise_is_a_quantizer_that_trains():
+    """Lookup-free quantization in at most 40 lines."""
+    text = (ROOT / "README.md").read_text()
+    code = re.search("```python\n(class LookupFreeQuantizer.*?)```", text, re.S)[1]
+    assert len(code.splitlines()) <= 40
+    names = dict(torch=torch, nn=nn, F=nn.functional)
+    exec(code, names)
+    config = TokenizerConfig(image_size=32, base_width=8, channel_mult=(1, 2), codebook="plain",
+                             codebook_size=64, codebook_dim=6)
+    torch.manual_seed(0)
+    tokenizer = VQTokenizer(config)
+    tokenizer.quantizer = names["LookupFreeQuantizer"](config)
+    indices = torch.arange(64).view(1, 8, 8)
+    assert torch.equal(tokenizer.quantizer.quantize(tokenizer.quantizer.lookup(indices)), indices)
+    optimizer, x = torch.optim.Adam(tokenizer.parameters(), 3e-3), torch.rand(4, 3, 32, 32) * 2 - 1
+    first = None
+    for step in range(30):
+        assert tokenizer.start_step(step) == []
+        x_hat, tokens, losses = tokenizer(x)
+        loss = (x_hat - x).abs().mean() + 0.25 * losses["loss_commit"] + 0.1 * losses["loss_entropy"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        first = first or loss.item()
+    assert loss.item() < first and tokens.unique().numel() > 4
+    with torch.no_grad():
+        torch.testing.assert_close(tokenizer.decode(tokenizer.encode(x)), tokenizer(x)[0])
+    with pytest.raises(ValueError, match="LFQ has 2"):
+        names["LookupFreeQuantizer"](TokenizerConfig(codebook_dim=6, codebook_size=63))
