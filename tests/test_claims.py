@@ -1,0 +1,101 @@
+"""Claims about the experiment on the paper's claims: its arms, its intervals, its verdicts."""
+
+import math
+
+import pytest
+
+import visualize
+from visualize import CLAIMS, Spread, judge_claims
+
+KEYS = ("rec_phase1_rfid", "ar_phase1_fid", "nar_phase1_fid", "ar_phase2_fid", "nar_phase2_fid",
+        "ar_relative", "nar_relative", "rec_phase1_usage")
+
+
+def as_the_paper_says():
+    """Runs in which every statement holds, with a spread of 0.02 between seeds."""
+    rows = []
+    for arm, (_, seeds) in CLAIMS.items():
+        alpha = float(arm.rpartition("=")[2]) if "=" in arm else 0.0
+        for seed in range(seeds):
+            row = dict.fromkeys(KEYS, 10 - 4 * alpha + 0.02 * (seed - 1))
+            row |= dict(arm=arm, seed=seed, rec_phase1_usage=1.0)
+            row["rec_phase1_rfid"] = 5 + 8 * (alpha - 0.5) ** 2 + 0.02 * (seed - 1)
+            row["ar_phase2_fid"] -= 0.5 + 0.01 * seed
+            row["nar_phase2_fid"] -= 0.5 + 0.01 * seed
+            if arm == "attention2":
+                row["rec_phase1_rfid"] -= 1
+                row["ar_phase1_fid"] += 1
+            if arm == "plain":
+                row = {key: value + 2 if "fid" in key else value for key, value in row.items()}
+            rows.append(row)
+    return rows
+
+
+def verdicts(rows):
+    return {claim[:3]: verdict for claim, verdict, _ in judge_claims(Spread(rows))}
+
+
+def test_every_statement_holds_where_the_numbers_are_as_the_paper_says():
+    assert verdicts(as_the_paper_says()) == dict.fromkeys(("(a)", "(b)", "(c)", "(d)", "(e)"), "holds")
+
+
+@pytest.mark.parametrize("claim, key, arm, change", [
+    ("(a)", "nar_phase1_fid", "alpha=1", 10), ("(a)", "rec_phase1_rfid", "alpha=0.5", 10),
+    ("(b)", "ar_relative", "alpha=1", 10), ("(c)", "ar_phase1_fid", "attention2", -10),
+    ("(d)", "ar_phase2_fid", "alpha=", 10), ("(e)", "rec_phase1_usage", "alpha=0", -0.5),
+    ("(e)", "rec_phase1_rfid", "plain", -10)])
+def test_one_number_on_the_other_side_refutes_a_statement(claim, key, arm, change):
+    rows = as_the_paper_says()
+    for row in rows:
+        if row["arm"] == arm or arm == "alpha=" and row["arm"].startswith(arm):
+            row[key] += change
+    assert verdicts(rows)[claim] == "does not hold"
+
+
+def test_a_wide_spread_or_a_missing_arm_decides_nothing():
+    rows = as_the_paper_says()
+    for row in rows:
+        row["ar_relative"] += 40 * (row["seed"] - 1)
+    assert verdicts(rows)["(b)"] == "not decided"
+    rows = [row for row in as_the_paper_says() if row["arm"] != "plain"]
+    assert verdicts(rows)["(e)"] == "not decided" and verdicts(rows)["(a)"] == "holds"
+    one = [row for row in as_the_paper_says() if row["seed"] == 0]  # no two seeds: no interval
+    assert set(verdicts(one).values()) <= {"not decided", "holds"} and verdicts(one)["(a)"] == "not decided"
+
+
+def test_intervals_are_student_s_of_the_variance_pooled_over_arms():
+    values = dict(a=(1.0, 3.0), b=(5.0, 6.0, 7.0), c=(9.0,))
+    rows = [dict(arm=arm, x=x) for arm, found in values.items() for x in found]
+    deviation, t = Spread(rows).pooled("x")
+    assert deviation == pytest.approx(math.sqrt((2 + 2) / 3)) and t == pytest.approx(3.182446, rel=1e-6)
+    mean, half = Spread(rows).difference("b", "a", "x")
+    assert mean == 4 and half == pytest.approx(t * deviation * math.sqrt(1 / 3 + 1 / 2))
+    assert Spread(rows).difference("c", "d", "x") is None
+    paired = [dict(arm="a", x=float(i), y=float(i) + d) for i, d in enumerate((1, 2, 3))]
+    mean, half = Spread(paired).paired(["a"], "y", "x")
+    assert mean == 2 and half == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
+
+
+def test_the_arms_are_those_of_the_protocol_and_each_is_trained_and_measured_alike(tmp_path):
+    args = visualize.parse_args(["claims", "--preset", "claims", "--data", "DIR", "--out", str(tmp_path)])
+    table = visualize.Claims(args)
+    assert [row[1] for row in table.table["rows"]] == [
+        *(f"alpha=0|{s}" for s in range(3)), "alpha=0.25|0", *(f"alpha=0.5|{s}" for s in range(3)),
+        "alpha=0.75|0", *(f"alpha=1|{s}" for s in range(3)), "attention2|0", "attention2|1", "plain|0",
+        "f4,alpha=0|0", "f4,alpha=1|0"]
+    missing = dict(table.missing())
+    counts = {"judge and scorer": 2, "alpha=0, seed 1": 4 + 7, "attention2, seed 0": 3 + 4}
+    assert {label: len(missing[label]) for label in counts} == counts
+    words = missing["f4,alpha=1, seed 0"][0][1]
+    assert words[words.index("--alpha") + 1] == "1" and "tokenizer.channel_mult=[1,2,4]" in words
+    assert words[words.index("--seed") + 1] == "0" and words[words.index("--data") + 1] == "DIR"
+    words = ["claims", "--preset", "demo", "--out", str(tmp_path / "b")]
+    demo = visualize.Claims(visualize.parse_args(words))
+    assert len(demo.table["rows"]) == 9 and "phase1.steps=400" in demo.args.set
+    table.show()
+    assert (tmp_path / "claims.jsonl").read_text() == ""
+
+
+def test_the_picture_of_the_claims_is_drawn_with_its_intervals(tmp_path):
+    visualize.draw_claims(Spread(as_the_paper_says()), tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 10_000 and "NaN" not in (tmp_path / "x.json").read_text()
