@@ -14,7 +14,7 @@ from torch import nn
 import train
 import visualize
 from perceptual import Dino, disentanglement, load_teacher, representation_loss
-from prior_ar import ARPrior, PriorConfig, guide
+from prior_ar import ARPrior, PriorConfig, guide, rotary_angles, rotate
 from prior_nar import NARPrior, mask_tokens
 from sample import load_model
 from tokenizer import (
@@ -123,6 +123,7 @@ def test_disentanglement_is_0_for_orthogonal_1_for_equal_or_opposite_codes_and_a
     assert disentanglement([a, b]) == 0 == disentanglement([a])
     assert disentanglement([a, a]) == disentanglement([a, -5 * a]) == 1
     assert disentanglement([a, a, b]).item() == pytest.approx(1 / 3)
+    assert disentanglement([a, a / 2 + math.sqrt(3) * b / 3]).item() == pytest.approx(1 / 4)  # 60 degrees
     with pytest.raises(ValueError, match="equal widths"):
         disentanglement([a, torch.zeros(2, 5, 3, 3)])
 
@@ -398,6 +399,26 @@ def test_the_masked_prior_hides_and_fills_all_sub_tokens_of_a_position_together(
     assert (steps[:, :4] == -1).all() and (steps[:, 4:] >= 0).all()
 
 
+def test_rotary_products_depend_on_the_difference_of_places_and_the_origin_turns_nothing():
+    q, k = torch.randn(2, 1, 1, 1, 16).unbind(0)
+
+    def product(a, b):
+        turned = [rotate(x, rotary_angles(torch.tensor([place]), 16)) for x, place in ((q, a), (k, b))]
+        return (turned[0] * turned[1]).sum().item()
+
+    assert product([3.0, 5.0], [1.0, 2.0]) == pytest.approx(product([7.0, 4.0], [5.0, 1.0]), abs=1e-5)
+    assert product([3.0, 5.0], [1.0, 2.0]) != pytest.approx(product([3.0, 5.0], [1.0, 3.0]), abs=1e-3)
+    assert torch.equal(rotate(q, rotary_angles(torch.zeros(1, 2), 16)), q)
+
+
+@pytest.mark.parametrize("kind", [ARPrior, NARPrior])
+def test_the_place_of_a_token_matters(kind):
+    prior, tokens = tiny(kind), some_tokens(1)
+    other = tokens[:, [1, 0, *range(2, 9)]]  # two neighbours change places
+    logits = [prior(t, None, *[tokens] * (kind is NARPrior))[:, -1, 0] for t in (tokens, other)]
+    assert (logits[0] - logits[1]).abs().max() > 1e-3
+
+
 def test_several_sub_codebooks_need_a_head_of_their_own():
     with pytest.raises(ValueError, match="prior.head"):
         PriorConfig(num_codebooks=2)
@@ -470,6 +491,13 @@ def test_what_does_not_fit_together_is_one_line(run, trained, data, tmp_path, ca
         sample.main(sample.parse_args(
             ["--ckpt", str(trained / "ar.pt"), "--tokenizer", str(run / "phase1.pt"), "--device", "cpu"]))
     assert stop.value.code == 2 and "is not the tokenizer" in capsys.readouterr().err
+
+
+def test_the_loss_weighs_fqgan_s_terms_as_the_preset_says():
+    c = train.PRESETS["fqgan-dual"]["phase1"]
+    terms = dict(loss_codebook=1.0, loss_commit=10.0, loss_entropy=1e2, loss_disentangle=1e3,
+                 loss_represent=1e4)
+    assert train.loss_vq(terms, c) == pytest.approx(1 + 2.5 + 3 + 100 + 5000)
 
 
 def test_gradients_are_clipped_to_the_norm_asked_for(trained, data, tmp_path):
