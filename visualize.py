@@ -617,9 +617,10 @@ def figure_alone(args, device):
 
 
 def figure_map(args, device, classes=4):
-    """FQGAN's map of codes: those of the images of a few classes, the two widest directions of each
-    sub-codebook (PCA; the article uses t-SNE), and the variance of the class means as a share of that of the
-    codes: the more of it, the more codes tell of the class (with few images it is above 0 by chance)."""
+    """FQGAN's map of codes: for each image of a few classes the mean of its codes, in the two widest
+    directions of each sub-codebook (PCA; the article uses t-SNE), and the variance of the class means as a
+    share of that of the points: the more, the more codes tell of the class (a few images give some by
+    chance)."""
     tokenizer, ckpt, images, x, tokens = load_factorized(args, device)
     if not images.class_names:
         raise UserError("fq_map needs images with classes")
@@ -627,17 +628,18 @@ def figure_map(args, device, classes=4):
     fig, numbers = new_figure(3.2 * tokens.shape[2], 3.2), []
     axes = fig.subplots(1, tokens.shape[2], squeeze=False)[0]
     for i, codes in enumerate(tokenizer.code_maps(tokens)):
-        codes = codes.flatten(2).transpose(1, 2).cpu()  # (num, N, n_z)
-        centred = codes - codes.mean((0, 1))
-        directions = torch.linalg.svd(centred.flatten(0, 1), full_matrices=False)[2][:2]
-        means = torch.stack([centred[labels == c].mean((0, 1)) for c in labels.unique()])
-        share = (means.square().sum(1).mean() / centred.square().sum(2).mean()).item()
+        points = codes.mean((2, 3)).cpu()  # (num, n_z): single codes would lie on top of each other
+        points = points - points.mean(0)
+        directions = torch.linalg.svd(points, full_matrices=False)[2][:2]
+        means = torch.stack([points[labels == c].mean(0) for c in labels.unique()])
+        share = (means.square().sum(1).mean() / points.square().sum(1).mean()).item()
         numbers.append(dict(sub_codebook=i, num_images=len(x), ckpt=str(args.ckpt[0]), note=ckpt["note"],
                             class_share=share))
         for j, c in enumerate(labels.unique()[:classes].tolist()):
-            points = (centred[labels == c] @ directions.T).flatten(0, 1).numpy()
-            axes[i].scatter(*points.T, s=4, marker="osD^"[j % 4], color=f"C{j}", label=images.class_names[c])
-        axes[i].set(title=f"sub-codebook {i}", xticks=[], yticks=[])
+            axes[i].scatter(*(points[labels == c] @ directions.T).T.numpy(), s=8, marker="osD^"[j % 4],
+                            color=f"C{j}", label=images.class_names[c])
+        axes[i].set(xticks=[], yticks=[])
+        axes[i].set_title(f"sub-codebook {i}", fontsize=8)
     axes[0].legend(fontsize=6)
     return fig, numbers
 
