@@ -1763,8 +1763,9 @@ def explain(config, processes=8):
                 x_hat, _, losses = tokenizer(x)
                 disc.requires_grad_(False)
                 loss = F.l1_loss(x_hat, x) + perceptual_loss(taps, x, x_hat, weights) + adv_loss(disc(x_hat))
-                extra = [f.sum() for f in losses.pop("features", [])] + losses.pop("codes", [])[:0]
-                sum([*losses.values(), *extra], loss).backward()
+                losses.pop("codes", None)  # FQGAN's; its students' features stand in for its further losses
+                students = [feature.sum() for feature in losses.pop("features", [])]
+                sum([*losses.values(), *students], loss).backward()
 
             def discriminate():
                 disc.requires_grad_(True)
