@@ -122,7 +122,7 @@ CIFAR10_FQ = variant(
     prior=dict(FQ_PRIOR, dropout=0.0, n_layer=6, head_layers=2), sample=dict(top_p=0.9, guidance=1.5))
 DEMO_FQ = variant(
     DEMO, teachers=[None, "judge"], tokenizer=dict(FQ_SMALL, teacher_widths=[0, 128]),
-    phase1=dict(gamma=0.03, disentangle=0.1, represent=0.5, clip=1.0),
+    phase1=dict(gamma=0.03, disentangle=0.1, represent=0.5, clip=1.0), nar=dict(steps=2200, lr_start=800),
     prior=dict(FQ_PRIOR, dropout=0.0, n_layer=3, head_layers=1), sample=dict(top_p=0.9, guidance=1.5))
 PRESETS = {
     "imagenet": IMAGENET,
