@@ -87,8 +87,8 @@ CIFAR10 = variant(  # ours, for a CPU: small networks, a judge of one's own, sho
 )
 CLAIMS = variant(  # ours, for the experiment on the paper's claims: a run in half an hour of one core
     CIFAR10, tokenizer=dict(base_width=24), discriminator=dict(max_width=24),
-    phase1=dict(steps=1800), phase2=dict(steps=400), prior=dict(n_layer=6, n_head=6, n_embd=192),
-    ar=dict(steps=2500, lr_start=1000), nar=dict(steps=4000, lr_start=1500))
+    phase1=dict(steps=1200), phase2=dict(steps=200), prior=dict(n_layer=6, n_head=6, n_embd=192),
+    ar=dict(steps=1500, lr_start=600), nar=dict(steps=2000, lr_start=800))
 DEMO = variant(  # ours, minutes on a CPU
     CIFAR10, data="shapes",
     tokenizer=dict(codebook_size=64, codebook_dim=32, warm_start=100),

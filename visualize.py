@@ -1173,8 +1173,8 @@ class Claims(Table):
             result[key] = folder / f"metrics_{key}.json"
             commands.append((result[key], [
                 "sample.py", "--ckpt", str(folder / f"{checkpoint}.pt"), "--metrics", "--extractor",
-                self.extractor, "--references", str(self.root / "references"), *self.device, *more,
-                "--out", str(result[key])]))
+                self.extractor, "--references", str(self.root / "references"), "--precision", "bf16",
+                *self.device, *more, "--out", str(result[key])]))
 
         for phase in phases:
             measure(f"rec_{phase}", phase, "--lpips", "none")
