@@ -1150,8 +1150,8 @@ class Claims(Table):
     """The experiment on the paper's five claims: arms of CLAIMS, several seeds, equal budgets. See
     assets/claims_protocol.md for what is measured and what counts as holding."""
 
-    SHORT = ["phase1.steps=400", "phase2.steps=100", "ar.steps=400", "nar.steps=800", "ar.lr_start=150",
-             "nar.lr_start=300"]  # for `demo`, which has one seed
+    SHORT = ["phase1.steps=300", "phase2.steps=60", "ar.steps=300", "nar.steps=400", "ar.lr_start=120",
+             "nar.lr_start=150"]  # for `demo`, which has one seed
 
     def __init__(self, args):
         if args.preset == "demo":
