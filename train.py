@@ -87,8 +87,10 @@ CIFAR10 = variant(  # ours, for a CPU: small networks, a judge of one's own, sho
 )
 CLAIMS = variant(  # ours, for the experiment on the paper's claims: a run in half an hour of one core
     CIFAR10, tokenizer=dict(base_width=24), discriminator=dict(max_width=24),
-    phase1=dict(steps=1200), phase2=dict(steps=200), prior=dict(n_layer=6, n_head=6, n_embd=192),
-    ar=dict(steps=1500, lr_start=600), nar=dict(steps=2000, lr_start=800))
+    phase1=dict(steps=1200), phase2=dict(steps=200, per_weight=0.03),
+    prior=dict(n_layer=6, n_head=6, n_embd=192),
+    ar=dict(steps=1500, lr_start=600), nar=dict(steps=2000, lr_start=800),
+    sample=dict(top_p=0.92, token_temperature=1.0))  # the paper's sampler: cifar10's was chosen at alpha = 1
 DEMO = variant(  # ours, minutes on a CPU
     CIFAR10, data="shapes",
     tokenizer=dict(codebook_size=64, codebook_dim=32, warm_start=100),
@@ -327,6 +329,7 @@ if __name__ == "__main__":
 import contextlib
 import math
 import os
+import random
 import re
 import resource
 import signal
@@ -1094,7 +1097,9 @@ def train_prior(run, stage):
     net = run.wrap(prior, example, labels, *[example] * (stage == "nar"))
     start = run.start(stage, tokens_of, model=prior, optimizer=optimizer, ema=ema)
     codes = cached_codes(run, tokenizer)
-    counts = count_codes(codes["train"][0, :2000].long(), K).double()
+    images = len(codes["labels"])  # in the order of the classes, so some of all of them are drawn
+    some = random.Random(mix(0, "unigram")).sample(range(images), min(images, 10_000))
+    counts = count_codes(codes["train"][0, some].long(), K).double()
     unigram = torch.special.entr(counts / counts.sum(-1, keepdim=True)).sum(-1).mean().item()
     print0(f"ln K = {math.log(K):.4f} nats; unigram entropy of the codes = {unigram:.4f} nats")
     prior.train()

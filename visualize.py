@@ -71,14 +71,16 @@ CLAIMS = {  # arms of the experiment on the paper's claims: flags of train.py, s
     **{f"alpha={alpha}": (["--alpha", str(alpha)], seeds)
        for alpha, seeds in ((0, 3), (0.25, 1), (0.5, 3), (0.75, 1), (1, 3))},
     "attention2": (["--ablation", "+attention2"], 2),  # Table 1: alpha = 0, one phase
+    "vqgan": (["--ablation", "vqgan"], 1),  # Table 5, without the K-means start that the other arms have
+    "entropy": (["--ablation", "entropy"], 1),
     "plain": (["--alpha", "0", "--set", "tokenizer.codebook=plain"], 1),
     **{f"f4,alpha={alpha}": (["--alpha", str(alpha), "--set", "tokenizer.channel_mult=[1,2,4]"], 1)
        for alpha in (0, 1)},
 }
 TABLES["claims"] = dict(
     title="The paper's five claims, with intervals", columns=(),
-    rows=[(f"{arm}, seed {seed}", f"{arm}|{seed}", "phase1", ())
-          for arm, (_, seeds) in CLAIMS.items() for seed in range(seeds)])
+    rows=[(f"{arm}, seed {seed}", f"{arm}|{seed}", "phase1", ())  # the first seeds first
+          for seed in range(3) for arm, (_, seeds) in CLAIMS.items() if seed < seeds])
 FIGURES = dict(
     view="input, reconstruction, prediction and hits of one or several ar.pt (Fig. 3)",
     fig1b="AR predictions of several ar.pt", fig3="one image step by step, of an ar.pt",
@@ -1197,11 +1199,14 @@ class Claims(Table):
             row |= {f"{key}_{name}": value for name, value in result["results"].items()
                     if isinstance(value, float)}
         logged = read_metrics(folder / "metrics.jsonl")
-        for stage in ("ar", "nar"):
-            last = [r for r in logged if r["stage"] == stage and "val_loss" in r][-1]
-            row |= {f"{stage}_nats": last["val_loss"], f"{stage}_top1": last["val_top1"],
-                    f"{stage}_relative": last["val_loss"] / last["unigram_entropy"],
-                    "unigram_entropy": last["unigram_entropy"]}
+        for stage, key in (("phase1", "val_l1"), ("ar", "val_loss"), ("nar", "val_loss")):
+            seen = [r for r in logged if r["stage"] == stage and key in r]
+            last = seen[-1]  # is the curve flat? The validations are a fifth of the run apart
+            row[f"{stage}_last_fifth"] = last[key] - seen[-2][key] if len(seen) > 1 else None
+            if stage != "phase1":
+                row |= {f"{stage}_nats": last["val_loss"], f"{stage}_top1": last["val_top1"],
+                        f"{stage}_relative": last["val_loss"] / last["unigram_entropy"],
+                        "unigram_entropy": last["unigram_entropy"]}
         note, of = folder / "stability.json", results["rec_phase1"]["tokenizer"]
         if not note.exists() or json.loads(note.read_text())["tokenizer"] != of:
             tokenizer, ckpt = load_model(folder / "phase1.pt", ("phase1",))
@@ -1210,7 +1215,9 @@ class Claims(Table):
             save_atomic(lambda p: p.write_text(text), note)
         changed = json.loads(note.read_text())
         row |= {f"changed_by_{name}": changed[name] for name in ("noise", "shift", "jpeg")}
+        trained = [path for path, _ in commands if path.suffix == ".pt"]
         return row | dict(
+            steps={path.stem: torch.load(path, weights_only=True, mmap=True)["step"] for path in trained},
             seconds=round(sum(row_seconds(path) for path, _ in commands)),
             commands=[self.shown(words) for _, words in commands])
 
@@ -1223,6 +1230,11 @@ class Claims(Table):
         for key in self.row(names[0], "phase1")[1] if done else ():
             files = {name: self.row(name, "phase1")[1].get(key) for name in done}
             refuse_unlike({name: read_result(path) for name, path in files.items() if path})
+        for stage in ("phase1", "phase2", "ar", "nar"):
+            budgets = {row["steps"].get(stage) for row in found} - {None}
+            if len(budgets) > 1:
+                raise UserError(f"{self.root} has runs of {stage} with {budgets} steps: arms are compared at "
+                                "equal budgets; move the odd ones away and --run again")
         self.root.mkdir(parents=True, exist_ok=True)
         lines = "".join(json.dumps(row) + "\n" for row in found)
         save_atomic(lambda p: p.write_text(lines), self.root / "claims.jsonl")
@@ -1248,8 +1260,13 @@ class Claims(Table):
         for claim, verdict, parts in verdicts:
             text += [f"{claim}: **{verdict}**", *(f"  - {part}" for part in parts)]
         print0("\n".join(text[3:]))
+        accuracy = {stage: [row["val_accuracy"] for row in read_metrics(self.root / stage / "metrics.jsonl")
+                            if "val_accuracy" in row][-1:] for stage in ("judge", "scorer")}
+        measures = {key: read_result(path) for key, path in self.row(done[0], "phase1")[1].items()}
         about = dict(preset=self.args.preset, set=self.args.set, runs=len(found), torch=torch.__version__,
-                     seconds=sum(row["seconds"] for row in found), threads=torch.get_num_threads(),
+                     seconds=sum(row["seconds"] for row in found), val_accuracy=accuracy,
+                     how={key: {k: result[k] for k in ("extractor_hash", "reference_hash", *HOW)}
+                          for key, result in measures.items()},
                      verdicts=[dict(claim=c, verdict=v, parts=p) for c, v, p in verdicts])
         for suffix, content in (("json", json.dumps(about, indent=1)), ("md", "\n".join(text))):
             save_atomic(lambda p, c=content: p.write_text(c + "\n"), self.root / f"claims.{suffix}")
@@ -1269,14 +1286,7 @@ class Spread:
 
     def pooled(self, key):
         """(standard deviation between seeds, t), nan and nan while no arm has two seeds."""
-        from scipy.stats import t
-
-        groups = [self.values(arm, key) for arm in {row["arm"] for row in self.rows}]
-        free = sum(len(group) - 1 for group in groups if group)
-        if not free:
-            return math.nan, math.nan
-        squares = sum((v - sum(group) / len(group)) ** 2 for group in groups for v in group)
-        return math.sqrt(squares / free), t.ppf(0.975, free).item()
+        return within([self.values(arm, key) for arm in {row["arm"] for row in self.rows}])
 
     def difference(self, a, b, key):
         """(mean of arm a minus mean of arm b, half width of its interval), or None while one is missing."""
@@ -1287,18 +1297,16 @@ class Spread:
         half = t * deviation * math.sqrt(1 / len(first) + 1 / len(second))
         return sum(first) / len(first) - sum(second) / len(second), half
 
-    def paired(self, arms, a, b):
-        """(mean of key a minus key b within runs of `arms`, half width), or None."""
-        from scipy.stats import t
-
-        found = [row[a] - row[b] for row in self.rows if row["arm"] in arms and a in row and b in row]
+    def paired(self, arms, a, b, pool):
+        """(mean of key a minus key b within the runs of `arms`, half width), or None; the variance of these
+        differences is pooled within the arms `pool`."""
+        gaps = {arm: [row[a] - row[b] for row in self.rows if row["arm"] == arm and a in row and b in row]
+                for arm in {*arms, *pool}}
+        found = [gap for arm in arms for gap in gaps[arm]]
         if not found:
             return None
-        mean, n = sum(found) / len(found), len(found)
-        if n < 2:
-            return mean, math.nan
-        deviation = math.sqrt(sum((v - mean) ** 2 for v in found) / (n - 1))
-        return mean, t.ppf(0.975, n - 1).item() * deviation / math.sqrt(n)
+        deviation, t = within([gaps[arm] for arm in pool])
+        return sum(found) / len(found), t * deviation / math.sqrt(len(found))
 
     def told(self, arm, key):
         values = self.values(arm, key)
@@ -1309,28 +1317,67 @@ class Spread:
         return f"{sum(values) / len(values):.4g}" + (f" ± {half:.2g}" if math.isfinite(half) else "")
 
 
+def within(groups):
+    """(standard deviation within groups of numbers, Student's t at 97.5 %), nan if none has two numbers"""
+    from scipy.stats import t
+
+    free = sum(len(group) - 1 for group in groups if group)
+    if not free:
+        return math.nan, math.nan
+    squares = sum((v - sum(group) / len(group)) ** 2 for group in groups for v in group)
+    return math.sqrt(squares / free), t.ppf(0.975, free).item()
+
+
 def judge_claims(spread):
     """[(claim, verdict, parts)] of the paper's five statements; the rules are those of the protocol.
 
     A part is a difference that the paper says is negative ("falls"), or is not ("no fall"). A claim holds if
     all parts do, each with its whole 95 % interval; it does not hold if one interval lies on the other side.
+    Parts that begin with "beside:" are told and not judged.
     """
 
-    def part(text, found, no_fall=False):
+    def part(text, found, margin=None):
+        """(True, False or None, text). With a margin: no fall, so no fall beyond the margin; 0 or more"""
         if found is None:
             return None, f"{text}: not measured"
         mean, half = found
         told = f"{text}: {mean:+.3g} ± {half:.2g}"
         if math.isnan(half):
             return None, f"{told} (one seed: no interval)"
-        if no_fall:  # an improvement beyond doubt refutes it, anything else agrees
-            return mean + half >= 0, told
+        if margin is not None:
+            return (True if mean - half > -margin else False if mean + half < 0 else None), told
         return (True if mean + half < 0 else False if mean - half > 0 else None), told
 
+    def best_between(end):
+        """rFD at 0.5 is below that of an end; refuted only if it is above at each alpha between."""
+        found = [part(f"rFD at {arm} minus {end}", d(arm, end, "rec_phase1_rfid"))
+                 for arm in ("alpha=0.5", "alpha=0.25", "alpha=0.75")]
+        refuted = all(fine is False for fine, _ in found)
+        return True if found[0][0] else False if refuted else None, "; ".join(text for _, text in found)
+
     ends, d = ("alpha=1", "alpha=0"), spread.difference
-    middle = [part(f"rFD at alpha = 0.5 minus {end}", d("alpha=0.5", end, "rec_phase1_rfid")) for end in ends]
+    middle = [best_between(end) for end in ends]
     alphas = [arm for arm in CLAIMS if arm.startswith("alpha=")]
-    both = ("ar", "nar")
+    both, f4 = ("ar", "nar"), ("f4,alpha=1", "f4,alpha=0")
+    gain = d("attention2", "alpha=0", "rec_phase1_rfid")
+    margin = max(0.0, -gain[0] / 2) if gain else 0.0
+    three = (("rFD", "rec_phase1_rfid"), ("AR FD", "ar_phase1_fid"), ("NAR FD", "nar_phase1_fid"))
+
+    def beside(text, *found):
+        return "beside: " + "; ".join(part(f"{text}, {name}", value)[1] for name, value in found)
+
+    told = {
+        "(a)": [beside("alpha = 1 minus 0", *[(f"{s.upper()} FD, phase 1 + 2", d(*ends, f"{s}_phase2_fid"))
+                                              for s in both], ("view FD", d(*ends, "view_view_fid"))),
+                beside("f = 4, alpha = 1 minus 0", *[(name, d(*f4, key)) for name, key in three])],
+        "(b)": [beside("nats, alpha = 1 minus 0", *[(s.upper(), d(*ends, f"{s}_nats")) for s in both]),
+                beside("over unigram, f = 4, alpha = 1 minus 0",
+                       *[(s.upper(), d(*f4, f"{s}_relative")) for s in both])],
+        "(d)": [beside("phase 1 + 2 minus phase 1, all alphas", *[
+            (s.upper(), spread.paired(alphas, f"{s}_phase2_fid", f"{s}_phase1_fid", alphas)) for s in both])],
+        "(e)": [beside("both from a K-means start, entropy minus plain", *[
+            (name, d("alpha=0", "plain", key)) for name, key in (("usage", "rec_phase1_usage"), *three)])],
+    }
     usage = [row["rec_phase1_usage"] for row in spread.rows if row["arm"] == "alpha=0"]
     full = (min(usage) > 0.99, f"lowest usage with the entropy term: {min(usage):.1%}") if usage else (
         None, "usage: not measured")
@@ -1341,19 +1388,19 @@ def judge_claims(spread):
          [part(f"{s.upper()}, alpha = 1 minus 0", d(*ends, f"{s}_relative")) for s in both]),
         ("(c) the attention decoder improves rFD and does not improve samples",
          [part("rFD, attention x2 minus baseline", d("attention2", "alpha=0", "rec_phase1_rfid"))]
-         + [part(f"{s.upper()} FD, attention x2 minus baseline (no fall)",
-                 d("attention2", "alpha=0", f"{s}_phase1_fid"), True) for s in both]),
+         + [part(f"{s.upper()} FD, attention x2 minus baseline (no fall beyond {margin:.2g})",
+                 d("attention2", "alpha=0", f"{s}_phase1_fid"), margin) for s in both]),
         ("(d) phase 2 improves samples at unchanged tokens",
-         [part(f"{s.upper()} FD, phase 1 + 2 minus phase 1, all alphas",
-               spread.paired(alphas, f"{s}_phase2_fid", f"{s}_phase1_fid")) for s in both]),
+         [part(f"{s.upper()} FD, phase 1 + 2 minus phase 1, alpha = 1",
+               spread.paired(["alpha=1"], f"{s}_phase2_fid", f"{s}_phase1_fid", alphas)) for s in both]),
         ("(e) the entropy term brings usage to about 100 % and improves both",
-         [full] + [part(f"{name}, entropy minus plain", d("alpha=0", "plain", key)) for name, key in
-                   (("rFD", "rec_phase1_rfid"), ("AR FD", "ar_phase1_fid"), ("NAR FD", "nar_phase1_fid"))]),
+         [full, part("usage, plain minus entropy", d("vqgan", "entropy", "rec_phase1_usage"))]
+         + [part(f"{name}, entropy minus plain", d("entropy", "vqgan", key)) for name, key in three]),
     ]
     for claim, parts in claims:
         found = [fine for fine, _ in parts]
         verdict = "does not hold" if False in found else "not decided" if None in found else "holds"
-        yield claim, verdict, [text for _, text in parts]
+        yield claim, verdict, [text for _, text in parts] + told.get(claim[:3], [])
 
 
 def draw_claims(spread, path):
@@ -1476,7 +1523,7 @@ def evaluate_tokenizer(run, stage, step, tokenizer, limit=1000):
 
 
 @torch.no_grad()
-def evaluate_prior(run, stage, step, prior, tokenizer, codes, unigram, limit=1000, batch=100):
+def evaluate_prior(run, stage, step, prior, tokenizer, codes, unigram, limit=5000, batch=100):
     """Nats per token and top-1 accuracy on validation codes, beside ln K and the unigram entropy; samples.
 
     NAR is measured at mask ratios that the seed fixes, the same at every call.
