@@ -1097,10 +1097,7 @@ def train_prior(run, stage):
     net = run.wrap(prior, example, labels, *[example] * (stage == "nar"))
     start = run.start(stage, tokens_of, model=prior, optimizer=optimizer, ema=ema)
     codes = cached_codes(run, tokenizer)
-    images = len(codes["labels"])  # in the order of the classes, so some of all of them are drawn
-    some = random.Random(mix(0, "unigram")).sample(range(images), min(images, 10_000))
-    counts = count_codes(codes["train"][0, some].long(), K).double()
-    unigram = torch.special.entr(counts / counts.sum(-1, keepdim=True)).sum(-1).mean().item()
+    unigram = unigram_entropy(codes["train"][0], K)
     print0(f"ln K = {math.log(K):.4f} nats; unigram entropy of the codes = {unigram:.4f} nats")
     prior.train()
     for step in run.loop(stage, start):
@@ -1135,6 +1132,16 @@ def train_prior(run, stage):
             prior.train()
         if run.due("save", stage, step):
             run.save(stage, step, prior, ema, tokens_of, optimizer=optimizer)
+
+
+def unigram_entropy(tokens, codebook_size, num=10_000):
+    """Entropy in nats of how often each code occurs; with k sub-codebooks their mean.
+
+    tokens: (m, N) or (m, N, k), of m images in the order of their classes, so `num` of all are drawn
+    """
+    some = random.Random(mix(0, "unigram")).sample(range(len(tokens)), min(len(tokens), num))
+    counts = count_codes(tokens[some].long(), codebook_size).double()
+    return torch.special.entr(counts / counts.sum(-1, keepdim=True)).sum(-1).mean().item()
 
 
 def code_batch(run, codes, step, batch):

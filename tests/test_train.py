@@ -6,6 +6,7 @@ What happens when something fails is in test_reliability.py.
 import argparse
 import ast
 import json
+import math
 import os
 import re
 import shutil
@@ -338,6 +339,14 @@ def test_that_one_which_reads_a_gradient_is_noticed(trained, data, tmp_path, mon
 
     monkeypatch.setattr(train, "set_lr", set_lr)
     assert host_waits("ar", monkeypatch, earlier(trained, tmp_path / "out", "ar"), data) != []
+
+
+def test_the_unigram_entropy_is_that_of_all_classes_in_whatever_order_the_images_are():
+    tokens = (torch.arange(40_000) // 10_000)[:, None].expand(-1, 3)  # four classes, a code for each
+    assert train.unigram_entropy(tokens, 8) == pytest.approx(math.log(4), abs=1e-3)
+    assert train.unigram_entropy(tokens[:7], 8) == 0  # fewer images than it draws
+    pair = torch.stack([tokens, torch.zeros_like(tokens)], -1)  # the mean of two sub-codebooks
+    assert train.unigram_entropy(pair, 8) == pytest.approx(math.log(4) / 2, abs=1e-3)
 
 
 @pytest.mark.parametrize("stage", ["ar", "nar"])
