@@ -1333,7 +1333,7 @@ def judge_claims(spread):
 
     A part is a difference that the paper says is negative ("falls"), or is not ("no fall"). A claim holds if
     all parts do, each with its whole 95 % interval; it does not hold if one interval lies on the other side.
-    Parts that begin with "beside:" are told and not judged.
+    Parts that begin with "beside" are told and not judged.
     """
 
     def part(text, found, margin=None):
@@ -1341,9 +1341,9 @@ def judge_claims(spread):
         if found is None:
             return None, f"{text}: not measured"
         mean, half = found
-        told = f"{text}: {mean:+.3g} ± {half:.2g}"
         if math.isnan(half):
-            return None, f"{told} (one seed: no interval)"
+            return None, f"{text}: {mean:+.3g} (one seed: no interval)"
+        told = f"{text}: {mean:+.3g} ± {half:.2g}"
         if margin is not None:
             return (True if mean - half > -margin else False if mean + half < 0 else None), told
         return (True if mean + half < 0 else False if mean - half > 0 else None), told
@@ -1364,7 +1364,7 @@ def judge_claims(spread):
     three = (("rFD", "rec_phase1_rfid"), ("AR FD", "ar_phase1_fid"), ("NAR FD", "nar_phase1_fid"))
 
     def beside(text, *found):
-        return "beside: " + "; ".join(part(f"{text}, {name}", value)[1] for name, value in found)
+        return f"beside, {text}: " + "; ".join(part(name, value)[1] for name, value in found)
 
     told = {
         "(a)": [beside("alpha = 1 minus 0", *[(f"{s.upper()} FD, phase 1 + 2", d(*ends, f"{s}_phase2_fid"))
