@@ -1152,8 +1152,8 @@ class Claims(Table):
     """The experiment on the paper's five claims: arms of CLAIMS, several seeds, equal budgets. See
     assets/claims_protocol.md for what is measured and what counts as holding."""
 
-    SHORT = ["phase1.steps=300", "phase2.steps=60", "ar.steps=300", "nar.steps=400", "ar.lr_start=120",
-             "nar.lr_start=150"]  # for `demo`, which has one seed
+    SHORT = ["phase1.steps=250", "phase2.steps=50", "ar.steps=250", "nar.steps=300", "ar.lr_start=100",
+             "nar.lr_start=120", "ar.warmup=50", "nar.warmup=50", "code_variants=1"]  # for `demo`: one seed
 
     def __init__(self, args):
         if args.preset == "demo":

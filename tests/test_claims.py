@@ -101,7 +101,7 @@ def test_the_arms_are_those_of_the_protocol_and_each_is_trained_and_measured_ali
     assert words[words.index("--seed") + 1] == "0" and words[words.index("--data") + 1] == "DIR"
     words = ["claims", "--preset", "demo", "--out", str(tmp_path / "b")]
     demo = visualize.Claims(visualize.parse_args(words))
-    assert len(demo.table["rows"]) == 11 and "phase1.steps=300" in demo.args.set
+    assert len(demo.table["rows"]) == 11 and "phase1.steps=250" in demo.args.set
     table.show()
     assert (tmp_path / "claims.jsonl").read_text() == ""
 
