@@ -1230,11 +1230,7 @@ class Claims(Table):
         for key in self.row(names[0], "phase1")[1] if done else ():
             files = {name: self.row(name, "phase1")[1].get(key) for name in done}
             refuse_unlike({name: read_result(path) for name, path in files.items() if path})
-        for stage in ("phase1", "phase2", "ar", "nar"):
-            budgets = {row["steps"].get(stage) for row in found} - {None}
-            if len(budgets) > 1:
-                raise UserError(f"{self.root} has runs of {stage} with {budgets} steps: arms are compared at "
-                                "equal budgets; move the odd ones away and --run again")
+        refuse_unequal(found, self.root)
         self.root.mkdir(parents=True, exist_ok=True)
         lines = "".join(json.dumps(row) + "\n" for row in found)
         save_atomic(lambda p: p.write_text(lines), self.root / "claims.jsonl")
@@ -1272,6 +1268,15 @@ class Claims(Table):
             save_atomic(lambda p, c=content: p.write_text(c + "\n"), self.root / f"claims.{suffix}")
         draw_claims(spread, self.root / "claims_fig5b.png")
         print0(f"wrote {self.root / 'claims'}.jsonl, .json, .md and claims_fig5b.png")
+
+
+def refuse_unequal(rows, root):
+    """raises: UserError if the runs of a stage have not all the same number of steps"""
+    for stage in ("phase1", "phase2", "ar", "nar"):
+        steps = sorted({row["steps"][stage] for row in rows if stage in row["steps"]})
+        if len(steps) > 1:
+            raise UserError(f"{root} has runs of {stage} with {steps[0]} and with {steps[-1]} steps, and arms "
+                            "are compared at equal budgets; move the odd ones away and --run again")
 
 
 class Spread:

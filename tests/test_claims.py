@@ -5,6 +5,7 @@ import math
 import pytest
 
 import visualize
+from sample import UserError
 from visualize import CLAIMS, Spread, judge_claims
 
 KEYS = ("rec_phase1_rfid", "ar_phase1_fid", "nar_phase1_fid", "ar_phase2_fid", "nar_phase2_fid",
@@ -104,6 +105,13 @@ def test_the_arms_are_those_of_the_protocol_and_each_is_trained_and_measured_ali
     assert len(demo.table["rows"]) == 11 and "phase1.steps=250" in demo.args.set
     table.show()
     assert (tmp_path / "claims.jsonl").read_text() == ""
+
+
+def test_runs_of_unequal_budgets_are_refused():
+    rows = [dict(steps=dict(phase1=9, phase2=2)), dict(steps=dict(phase1=9))]  # an arm of one phase is fine
+    visualize.refuse_unequal(rows, "ROOT")
+    with pytest.raises(UserError, match="ROOT has runs of phase1 with 8 and with 9 steps"):
+        visualize.refuse_unequal([*rows, dict(steps=dict(phase1=8))], "ROOT")
 
 
 def test_the_picture_of_the_claims_is_drawn_with_its_intervals(tmp_path):
