@@ -1275,8 +1275,8 @@ def refuse_unequal(rows, root):
     for stage in ("phase1", "phase2", "ar", "nar"):
         steps = sorted({row["steps"][stage] for row in rows if stage in row["steps"]})
         if len(steps) > 1:
-            raise UserError(f"{root} has runs of {stage} with {steps[0]} and with {steps[-1]} steps, and arms "
-                            "are compared at equal budgets; move the odd ones away and --run again")
+            raise UserError(f"{root} has runs of {stage} with {steps[0]} and with {steps[-1]} steps, and "
+                            "arms are compared at equal budgets; move the odd ones away and --run again")
 
 
 class Spread:
