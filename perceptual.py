@@ -1,4 +1,5 @@
-"""What an image is judged by: VGG-16 features (Eq. 4, Table 6), a discriminator (Eq. 2), and metrics.
+"""What an image is judged by: VGG-16 features (Eq. 4, Table 6), a discriminator (Eq. 2), and metrics; at the
+end FQGAN's losses and teachers.
 
 Equation, section and table numbers are those of arXiv 2212.03185. Images are float tensors (B, 3, H, W)
 in [-1, 1]. Every loss is an unweighted float32 scalar; `train.py` weights and adds them.
@@ -76,7 +77,7 @@ class GlobalBatchNorm(nn.BatchNorm2d):
         x32 = x.float()
         moments = torch.stack([x32.mean((0, 2, 3)), x32.square().mean((0, 2, 3))])  # (2, C)
         mean, square = SumOverProcesses.apply(moments) / dist.get_world_size()
-        var = square - mean.square()
+        var = (square - mean.square()).clamp(min=0)  # rounding may leave it below
         with torch.no_grad():
             count = x.numel() // x.shape[1] * dist.get_world_size()
             self.running_mean.lerp_(mean, self.momentum)
@@ -310,6 +311,23 @@ def perceptual_loss(vgg, x, x_hat, weights):
     return sum(weights[name] * term for name, term in terms.items())
 
 
+def build_lpips(vgg):
+    """LPIPS v0.1 of the lpips package on the weights of `load_vgg16`; its linear weights ship with it. A
+    metric for us, and the perceptual loss of FQGAN.
+
+    returns: a frozen network: x, x_hat (B, 3, H, W) in [-1, 1] -> (B, 1, 1, 1)
+    """
+    import lpips
+
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")  # lpips calls torchvision in its old way
+        network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    for part in network.net.children():
+        for index, layer in part.named_children():
+            layer.load_state_dict(vgg.features[int(index)].state_dict())
+    return network.requires_grad_(False).eval()
+
+
 # ---------------------------------------------------------------------------------------------------
 # The style-based discriminator
 
@@ -408,6 +426,9 @@ class StyleDiscriminator(nn.Module):
         self.image_size = image_size
         sides = [image_size >> i for i in range(image_size.bit_length() - 2)]  # 256, 128, ..., 4
         widths = [min(max_width, int(16384 * channel_multiplier) // side) for side in sides]
+        if min(widths) < 1:
+            raise ValueError(f"max_width {max_width} and channel_multiplier {channel_multiplier} leave no "
+                             "channel")
         top = widths[-1]
         self.from_rgb = EqualConv2d(3, widths[0], 1)
         self.blocks = nn.Sequential(*(DiscriminatorBlock(a, b) for a, b in itertools.pairwise(widths)))
@@ -515,7 +536,7 @@ def adaptive_weight(loss_rec, loss_adv, last_weight):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Metrics: nothing below is trained on. The Frechet distance and its relatives are torch-fidelity's
+# Metrics, which nothing is trained on. The Frechet distance and its relatives are torch-fidelity's
 
 
 class ResNet(nn.Module):
@@ -642,20 +663,17 @@ def ssim(x, x_hat):
     return (similarity / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean((1, 2))
 
 
-def build_lpips(vgg):
-    """LPIPS v0.1 of the lpips package on the weights of `load_vgg16`; its linear weights ship with it.
+def lpips_like(vgg, x, x_hat):
+    """LPIPS-style distance of each image pair, (B,) float32, for reports only: never trained on.
 
-    returns: a frozen network: x, x_hat (B, 3, H, W) in [-1, 1] -> (B, 1, 1, 1)
+    As in LPIPS, features are normalised to unit length over channels at each position and squared
+    differences are averaged over positions; unlike LPIPS, layers carry no learned weights and `vgg` may be
+    a judge of one's own, so values compare with each other and with nothing published.
     """
-    import lpips
-
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore")  # lpips calls torchvision in its old way
-        network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
-    for part in network.net.children():
-        for index, layer in part.named_children():
-            layer.load_state_dict(vgg.features[int(index)].state_dict())
-    return network.requires_grad_(False).eval()
+    with torch.no_grad():
+        a, b = vgg(x, LAYERS), vgg(x_hat, LAYERS)
+    unit = [(F.normalize(a[name].float(), dim=1), F.normalize(b[name].float(), dim=1)) for name in LAYERS]
+    return sum((u - v).square().sum(1).mean((1, 2)) for u, v in unit)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -813,16 +831,3 @@ def load_teacher(source):
                            "elsewhere and name it in teachers") from None
     except Exception as error:  # a file of something else
         raise ValueError(f"teacher {source} cannot be read: {_one_line(error)}") from None
-
-
-def lpips_like(vgg, x, x_hat):
-    """LPIPS-style distance of each image pair, (B,) float32, for reports only: never trained on.
-
-    As in LPIPS, features are normalised to unit length over channels at each position and squared
-    differences are averaged over positions; unlike LPIPS, layers carry no learned weights and `vgg` may be
-    a judge of one's own, so values compare with each other and with nothing published.
-    """
-    with torch.no_grad():
-        a, b = vgg(x, LAYERS), vgg(x_hat, LAYERS)
-    unit = [(F.normalize(a[name].float(), dim=1), F.normalize(b[name].float(), dim=1)) for name in LAYERS]
-    return sum((u - v).square().sum(1).mean((1, 2)) for u, v in unit)

@@ -3,8 +3,8 @@
 Reading order: the convolutional blocks, the attention unit of the second phase, encoder and decoder,
 the quantizer (Eq. 1, Eq. 2 and the entropy term of Sec. 3.4), and `VQTokenizer`, which joins them.
 
-The seam for forks: priors, sample.py and visualize.py use only `encode(x) -> tokens`,
-`decode(tokens) -> x_hat`, `codebook_size` and `token_shape`. Nothing outside this file knows the quantizer.
+The seam for forks: priors, sampling and the view use only `encode(x) -> tokens`, `decode(tokens) -> x_hat`,
+`codebook_size` and `token_shape`. No other file knows what the quantizer does.
 """
 
 import math
@@ -49,7 +49,15 @@ class TokenizerConfig:
 
     def __post_init__(self):
         self.channel_mult, self.teacher_widths = tuple(self.channel_mult), tuple(self.teacher_widths)
-        if self.num_codebooks < 1 or len(self.teacher_widths) not in (0, self.num_codebooks):
+        if min(self.widths, default=0) < 1:
+            raise ValueError(f"base_width {self.base_width} and channel_mult {self.channel_mult} give no "
+                             "widths of at least one channel")
+        for name in ("codebook_size", "codebook_dim", "num_codebooks", "kmeans_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.latent_kernel not in (1, 3):
+            raise ValueError(f"latent_kernel must be 1 or 3, got {self.latent_kernel}")
+        if len(self.teacher_widths) not in (0, self.num_codebooks):
             raise ValueError(f"{self.num_codebooks} codebooks need as many teacher_widths (0: no teacher), "
                              f"got {len(self.teacher_widths)}")
         extras = self.num_codebooks > 1 or self.adapter_layers > 0 or any(self.teacher_widths)
@@ -99,19 +107,20 @@ def group_norm(channels):
 
 
 class ResBlock(nn.Module):
-    """Residual block of constant width, 18 c^2 + 4 c parameters (I3: channels change in Down/Up only)."""
+    """Residual block, 18 c^2 + 4 c parameters at constant width c (I3: SeQ-GAN changes channels in Down/Up
+    only). VQGAN's trunk, which FQGAN uses, has a -> b with biases, and then a 1x1 convolution as shortcut."""
 
-    def __init__(self, channels, bias=False):
+    def __init__(self, a, b=None, bias=False):
         super().__init__()
-        self.norm1 = group_norm(channels)
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=bias)
-        self.norm2 = group_norm(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=bias)
+        b = b or a
+        self.norm1, self.conv1 = group_norm(a), nn.Conv2d(a, b, 3, padding=1, bias=bias)
+        self.norm2, self.conv2 = group_norm(b), nn.Conv2d(b, b, 3, padding=1, bias=bias)
+        self.shortcut = nn.Conv2d(a, b, 1) if a != b else nn.Identity()
 
-    def forward(self, x):  # (B, c, H, W) -> (B, c, H, W)
+    def forward(self, x):  # (B, a, H, W) -> (B, b, H, W)
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return x + h
+        return self.shortcut(x) + h
 
 
 class Downsample(nn.Module):
@@ -195,6 +204,9 @@ class BlockAttention(nn.Module):
         if channels % self.heads:
             raise ValueError(f"{channels} channels cannot be split into {self.heads} attention heads")
         self.block = 2 ** math.ceil(math.log2(side) / 2)  # about the square root of the side
+        if side % self.block:
+            raise ValueError(f"attention on a {side}x{side} map needs sides divisible by its block side "
+                             f"{self.block}; image sides that are powers of two always fit")
         self.kind = kind
         self.norm = group_norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1, bias=bias)
@@ -231,10 +243,8 @@ def attention_units(channels, side, config, num):
     for _ in range(num):
         if config.attention == "interleaved":
             layers += [BlockAttention(channels, side, kind, config.bias) for kind in ("regional", "dilated")]
-        elif config.attention == "parallel":
-            layers += [BlockAttention(channels, side, "parallel", config.bias), ConvMLP(channels)]
         else:
-            raise ValueError(f"attention must be 'interleaved' or 'parallel', got {config.attention!r}")
+            layers += [BlockAttention(channels, side, "parallel", config.bias), ConvMLP(channels)]
     return nn.Sequential(*layers)
 
 
@@ -252,7 +262,7 @@ class Encoder(nn.Module):
         for i, width in enumerate(widths):
             last = i == len(widths) - 1
             num_blocks = config.num_res_blocks + (config.num_mid_blocks if last else 0)
-            stage = [ResBlock(width, config.bias) for _ in range(num_blocks)]
+            stage = [ResBlock(width, bias=config.bias) for _ in range(num_blocks)]
             stages.append(nn.Sequential(*stage, *([] if last else [Downsample(width, widths[i + 1])])))
         k = config.latent_kernel
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
@@ -270,7 +280,7 @@ class DecoderStage(nn.Module):
 
     def __init__(self, width, width_next, side, num_blocks, config):
         super().__init__()
-        self.blocks = nn.Sequential(*[ResBlock(width, config.bias) for _ in range(num_blocks)])
+        self.blocks = nn.Sequential(*[ResBlock(width, bias=config.bias) for _ in range(num_blocks)])
         self.attention = attention_units(width, side, config, config.num_attention)
         self.up = Upsample(width, width_next) if width_next else nn.Identity()
 
@@ -380,11 +390,14 @@ class VectorQuantizer(nn.Module):
             nn.init.uniform_(self.codebook.weight, -1 / config.codebook_size, 1 / config.codebook_size)
         if config.codebook == "fq":
             self.codebook.weight.data = F.normalize(self.codebook.weight.data, dim=1)
-        self.bypass = False  # warm-up: the decoder gets z_hat itself
+        self.bypass = False  # warm-up: the decoder gets z_hat itself, normalised where codes are
         self.collecting = False  # while encoder outputs go to the K-means reservoir
         self.reestimations = range(config.warm_start, config.warm_start + bool(config.warm_start))
         if config.codebook == "kmeans":
             self.reestimations = range(config.kmeans_warmup, config.kmeans_last + 1, config.kmeans_every)
+        if self.reestimations and config.codebook_size > self.RESERVOIR:
+            raise ValueError(f"K-means takes its centres from {self.RESERVOIR:,} vectors, so not "
+                             f"{config.codebook_size:,} of them; set warm_start=0 or fewer codes")
         if self.reestimations:
             self.register_buffer("reservoir", torch.zeros(self.RESERVOIR, config.codebook_dim))
             self.register_buffer("reservoir_keys", torch.full((self.RESERVOIR,), -1.0))
@@ -551,20 +564,6 @@ def codebook_usage(counts):
 # ----------------------------------------------------------------------------------------------------------
 
 
-class ChangingResBlock(nn.Module):
-    """VQGAN's residual block a -> b, biases everywhere, a 1x1 shortcut where the width changes."""
-
-    def __init__(self, a, b):
-        super().__init__()
-        self.norm1, self.conv1 = group_norm(a), nn.Conv2d(a, b, 3, padding=1)
-        self.norm2, self.conv2 = group_norm(b), nn.Conv2d(b, b, 3, padding=1)
-        self.shortcut = nn.Conv2d(a, b, 1) if a != b else nn.Identity()
-
-    def forward(self, x):  # (B, a, H, W) -> (B, b, H, W)
-        h = self.conv1(F.silu(self.norm1(x)))
-        return self.shortcut(x) + self.conv2(F.silu(self.norm2(h)))
-
-
 class MapAttention(nn.Module):
     """VQGAN's attention over all positions, one head: x + Out(Attn(GN(x))), 4 c^2 + 6 c parameters."""
 
@@ -583,13 +582,13 @@ def vqgan_stage(a, b, num_blocks, attention):
     """`num_blocks` residual blocks, the first one changing the width, attention after each on demand."""
     layers = []
     for i in range(num_blocks):
-        layers.append(ChangingResBlock(a if i == 0 else b, b))
+        layers.append(ResBlock(a if i == 0 else b, b, bias=True))
         layers += [MapAttention(b)] if attention else []
     return layers
 
 
 def vqgan_middle(width):
-    return [ChangingResBlock(width, width), MapAttention(width), ChangingResBlock(width, width)]
+    return [ResBlock(width, bias=True), MapAttention(width), ResBlock(width, bias=True)]
 
 
 class VQGANEncoder(nn.Module):
@@ -808,14 +807,16 @@ class VQTokenizer(nn.Module):
         return self.decoder(torch.cat(maps, 1))
 
     def forward(self, x, global_probs=None):
-        """Reconstruction for training: x_hat (B, 3, H, W), tokens (B, N), dict of latent losses (Eq. 2).
+        """Reconstruction for training: x_hat (B, 3, H, W), tokens (B, N) or (B, N, k), and a dict of latent
+        losses (Eq. 2), in which FQGAN's quantizer leaves its lists `codes` and `features` too.
 
-        After `freeze_latent_space` the losses are empty: phase 2 trains the decoder on fixed tokens.
+        After `freeze_latent_space` the dict is empty: phase 2 trains the decoder on fixed tokens.
         """
         self._check(x)
         if self.frozen:
-            tokens = self.encode(x)
-            return self.decode(tokens), tokens, {}
+            with torch.no_grad():
+                indices = self.quantizer.quantize(self.encoder(x))
+            return self.decoder(self.quantizer.lookup(indices)), indices.flatten(1, 2), {}
         z_st, indices, losses = self.quantizer(self.encoder(x), global_probs)
         return self.decoder(z_st), indices.flatten(1, 2), losses
 
@@ -832,12 +833,12 @@ class VQTokenizer(nn.Module):
         return self.train(self.training)
 
     def add_attention(self, num=1):
-        """Second phase: `num` new B&D units per decoder stage, which leave the output unchanged at step 0."""
-        self.config.num_attention = num
+        """Second phase: `num` more B&D units per decoder stage, which change nothing at step 0."""
+        self.config.num_attention += num
         for i, stage in enumerate(self.decoder.stages):
             width = self.config.widths[-1 - i]
-            unit = attention_units(width, self.grid_size * 2**i, self.config, num)
-            stage.attention = unit.to(self.decoder.conv_out.weight.device)
+            units = attention_units(width, self.grid_size * 2**i, self.config, num)
+            stage.attention.extend(units.to(self.decoder.conv_out.weight.device))
 
     def start_step(self, step):
         """Called before each training step: the parameters that were just overwritten, usually none."""
@@ -854,7 +855,8 @@ class VQTokenizer(nn.Module):
 
     @torch.no_grad()
     def average_probs(self, x):
-        """D_bar of one micro-batch, (K,), for `global_probs` of `forward`; None without the entropy term."""
+        """D_bar of one micro-batch, (K,) or with trunk="vqgan" (k, K), for `global_probs` of `forward`; None
+        without the entropy term."""
         used = self.config.codebook in ("entropy", "fq") and self.config.entropy_set == "batch"
         if self.frozen or not used:
             return None

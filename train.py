@@ -855,16 +855,20 @@ def build_tokenizer(run, stage):
     if stage == "phase1":
         if run.config["phase1"]["init"] == "required" and not given and not first.exists():
             raise UserError("this preset starts from an ImageNet phase 1 (Table 9): pass --tokenizer FILE")
-        torch.manual_seed(mix(run.config["seed"], "phase1"))
+        sizes = dict(run.config["tokenizer"], image_size=run.config["image_size"])
         with as_user_error():
-            tokenizer = VQTokenizer(
-                TokenizerConfig(image_size=run.config["image_size"], **run.config["tokenizer"]))
+            if run.args.stage == "all":  # what phase 2 would refuse is better known before phase 1
+                with torch.device("meta"):
+                    VQTokenizer(TokenizerConfig(**sizes)).add_attention()
+            torch.manual_seed(mix(run.config["seed"], "phase1"))
+            tokenizer = VQTokenizer(TokenizerConfig(**sizes))
             if given:
                 tokenizer.load_state_dict(load_model(given, ("phase1",))[0].state_dict())
         return tokenizer.to(run.device, memory_format=run.layout), {}
     tokenizer, ckpt = earlier_tokenizer(run, ("phase1",))
     torch.manual_seed(mix(run.config["seed"], "phase2"))
-    tokenizer.add_attention()
+    with as_user_error():
+        tokenizer.add_attention()
     return tokenizer.freeze_latent_space().to(memory_format=run.layout), ckpt["train"].get("disc", {})
 
 
@@ -927,7 +931,8 @@ def train_tokenizer(run, stage):
     teachers = run.teachers if stage == "phase1" else []
     loss_of = {"l1": F.l1_loss, "l2": F.mse_loss}[c["rec"]]
     if disc_weights:  # I21: phase 2 continues the discriminator with a fresh optimizer
-        disc.load_state_dict(disc_weights)
+        with as_user_error():
+            disc.load_state_dict(disc_weights)
     opt_g, opt_d = build_optimizer(tokenizer, c), build_optimizer(disc, c)
     ema = build_ema(tokenizer, c["ema"])
     frozen = latent_hash(tokenizer) if stage == "phase2" else None
@@ -1019,7 +1024,7 @@ def add_fq_losses(latent, teachers, x):
 def build_distance(run, c):
     """(x, x_hat) -> the perceptual loss of Eq. 4, or of a row of Table 6; or LPIPS, FQGAN's."""
     if c["layers"] == "lpips":
-        return lambda x, x_hat: run.lpips(x_hat, x).mean()
+        return lambda x, x_hat: run.lpips(x_hat, x).float().mean()
     judge, weights = run.judge, LAYER_SETS[c["layers"]] if c["layers"] else layer_weights(c["alpha"])
     return lambda x, x_hat: perceptual_loss(judge, x, x_hat, weights)
 

@@ -1776,7 +1776,7 @@ def explain(config, processes=8):
         own = (judge["width"], 10, judge["hidden"], True) if config["vgg"] == "judge" else ()
         vgg = build_vgg16(*own)
         first = VQTokenizer(TokenizerConfig(**sizes))
-        second = VQTokenizer(TokenizerConfig(**dict(sizes, num_attention=1)))
+        second = VQTokenizer(TokenizerConfig(**dict(sizes, num_attention=first.config.num_attention + 1)))
         table1 = {}
         if first.config.trunk == "seqgan":
             table1 = {name: VQTokenizer(TokenizerConfig(**dict(sizes, **{name: 2})))

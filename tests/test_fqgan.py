@@ -13,12 +13,13 @@ from torch import nn
 
 import train
 import visualize
-from perceptual import Dino, disentanglement, load_teacher, representation_loss
+from perceptual import Dino, DinoBlock, Teacher, disentanglement, load_teacher, representation_loss
 from prior_ar import ARPrior, PriorConfig, guide, rotary_angles, rotate
 from prior_nar import NARPrior, mask_tokens
 from sample import load_model
 from tokenizer import (
-    FactorizedQuantizer, TokenizerConfig, VectorQuantizer, VQTokenizer, codebook_usage, count_codes,
+    Branch, FactorizedQuantizer, MapAttention, TokenizerConfig, VectorQuantizer, VQTokenizer, codebook_usage,
+    count_codes, windowed_attention,
 )
 
 REFERENCE = dict(trunk="vqgan", codebook="fq", codebook_size=16_384, codebook_dim=8, adapter_layers=6)
@@ -177,6 +178,27 @@ def test_histograms_and_usage_are_taken_for_each_sub_codebook():
     assert torch.equal(count_codes(tokens[..., 0], 4), counts[0])
 
 
+def test_the_trunk_s_attention_is_full_attention_of_one_head():
+    torch.manual_seed(0)
+    layer, x = MapAttention(8).double(), torch.randn(2, 8, 4, 4, dtype=torch.float64)
+    q, k, v = (part.unsqueeze(1) for part in layer.qkv(layer.norm(x)).chunk(3, 1))
+    whole = windowed_attention(q, k, v, 4, "regional").squeeze(1)
+    torch.testing.assert_close(layer(x), x + layer.out(whole))
+
+
+def test_an_adapter_gets_positions_in_raster_order_and_gives_them_back_so():
+    torch.manual_seed(0)
+    branch, h = Branch(TokenizerConfig(**TINY, adapter_layers=1)), torch.randn(2, 16, 16, 16)
+    seen = []
+    branch.adapter.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    branch.adapter.norm_in, branch.adapter.blocks, branch.adapter.norm_out = (nn.Identity() for _ in range(3))
+    nn.init.zeros_(branch.adapter.positions)
+    with_adapter = branch(h)
+    assert torch.equal(seen[0][:, 5 * 16 + 3], h[:, :, 5, 3])
+    branch.adapter = None
+    torch.testing.assert_close(branch(h), with_adapter)
+
+
 # Teachers -------------------------------------------------------------------------------------------------
 
 
@@ -238,6 +260,32 @@ def test_dino_s_class_token_is_read_from_its_own_file_format(tmp_path):
     torch.save(state, tmp_path / "less.pth")
     with pytest.raises(ValueError, match="norm.bias"):
         load_teacher(str(tmp_path / "less.pth"))
+
+
+def test_a_dino_block_is_a_pre_norm_block_whose_layer_scale_multiplies_both_branches():
+    torch.manual_seed(0)
+    block, x = DinoBlock(128), torch.randn(2, 5, 128)
+    for scale in (block.ls1, block.ls2):
+        nn.init.normal_(scale["gamma"])
+    plain = nn.TransformerEncoderLayer(128, 2, 512, 0.0, "gelu", 1e-6, batch_first=True, norm_first=True)
+    pairs = {plain.norm1: block.norm1, plain.norm2: block.norm2, plain.self_attn.out_proj: block.attn["proj"],
+             plain.linear1: block.mlp["fc1"], plain.linear2: block.mlp["fc2"]}
+    with torch.no_grad():
+        for ours, theirs in pairs.items():
+            ours.load_state_dict(theirs.state_dict())
+        plain.self_attn.in_proj_weight.copy_(block.attn["qkv"].weight)
+        plain.self_attn.in_proj_bias.copy_(block.attn["qkv"].bias)
+        for linear, scale in ((plain.self_attn.out_proj, block.ls1), (plain.linear2, block.ls2)):
+            linear.weight.mul_(scale["gamma"][:, None])
+            linear.bias.mul_(scale["gamma"])
+    torch.testing.assert_close(block(x), plain(x), atol=1e-4, rtol=1e-4)
+
+
+def test_a_teacher_sees_pixels_from_0_to_1_less_its_mean_over_its_deviation():
+    teacher = Teacher(nn.Flatten(), 3 * 224**2, (0.1, 0.2, 0.3), (0.5, 0.25, 2.0))
+    seen = teacher(torch.tensor([-1.0, 0.0, 1.0]).view(1, 3, 1, 1).expand(1, 3, 8, 8)).view(3, -1)
+    expected = torch.tensor([(0 - 0.1) / 0.5, (0.5 - 0.2) / 0.25, (1 - 0.3) / 2.0])
+    torch.testing.assert_close(seen, expected[:, None].expand_as(seen))
 
 
 def test_the_reference_dino_has_22_million_parameters(tmp_path):

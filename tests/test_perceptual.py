@@ -403,6 +403,7 @@ def test_patch_discriminator_gives_a_map_of_logits():
 
 def test_blur_kernel_sums_to_1_and_halves_exactly():
     blur = P.Blur(padding=2)
+    assert (blur.kernel[0] * 64).tolist() == [1, 3, 3, 1]
     assert blur.kernel.sum() == 1 and not tiny_discriminator().state_dict().keys() & {"blocks.0.blur.kernel"}
     for side in (8, 16, 32):
         x = torch.randn(1, 4, side, side)

@@ -160,7 +160,6 @@ def test_tokens_and_images_have_the_shapes_of_any_divisible_resolution(codebook,
 
 
 def test_tokens_are_in_raster_order():
-    """Tokens of the grid's upper half are the tokens of the image's upper half, far from the cut."""
     model, x = tiny_tokenizer().eval(), images(1, 32)
     tokens, grid = model.encode(x), model.quantizer.quantize(model.encoder(x))
     assert torch.equal(tokens, grid.reshape(1, -1))
@@ -232,6 +231,19 @@ def test_attention_on_a_map_that_its_blocks_do_not_tile_is_refused():
         model(x)
     with pytest.raises(ValueError, match="6 channels cannot be split into 4"):
         BlockAttention(6, 16, "regional")
+    with pytest.raises(ValueError, match="6x6 map needs sides divisible by its block side 4"):
+        BlockAttention(8, 6, "regional")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [(dict(channel_mult=()), "widths"), (dict(base_width=0), "widths"), (dict(latent_kernel=2), "1 or 3"),
+     (dict(kmeans_every=0), "kmeans_every must be at least 1"), (dict(num_codebooks=0), "num_codebooks"),
+     (dict(codebook_size=20_000, warm_start=2), "16,384 vectors")],
+)
+def test_sizes_that_make_no_tokenizer_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        VQTokenizer(TokenizerConfig(**{**TINY, **changes}))
 
 
 # Quantizer: indices, straight-through, Eq. 2 --------------------------------------------------------------
@@ -410,15 +422,18 @@ def test_the_global_mean_makes_two_half_batches_equal_one_batch_in_float64():
     assert (naive[1] - full[1]).abs().max() > 1e-4 and (naive[2] - full[2]).abs().max() > 1e-4
 
 
-def test_accumulated_micro_batches_give_the_gradients_of_the_whole_batch():
-    model, x = tiny_tokenizer(), images(4)
+@pytest.mark.parametrize("changes", [dict(), dict(trunk="vqgan", codebook="fq", num_codebooks=2)])
+def test_accumulated_micro_batches_give_the_gradients_of_the_whole_batch(changes):
+    torch.manual_seed(0)
+    model = VQTokenizer(TokenizerConfig(**TINY, **changes)) if changes else tiny_tokenizer()
+    x = images(4)
     x[2:] = x[2:] * 0.1 + 0.5
 
     def gradients(parts, probs):
         model.zero_grad()
         for part in parts:
             (model(part, probs)[2]["loss_entropy"] / len(parts)).backward()
-        moved = (*model.encoder.parameters(), model.quantizer.codebook.weight)
+        moved = (*model.encoder.parameters(), *model.quantizer.parameters())
         return torch.cat([p.grad.flatten() for p in moved])
 
     def gap(some, others):
@@ -657,15 +672,18 @@ def test_images_of_a_batch_do_not_mix(kind):
 # Second phase ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("there", [0, 2])
 @pytest.mark.parametrize("attention", ["interleaved", "parallel"])
-def test_new_units_leave_the_reconstruction_bit_equal_and_the_weights_load_again(attention):
-    model, x = tiny_tokenizer(attention=attention).eval(), images(2)
+def test_new_units_leave_the_reconstruction_bit_equal_and_the_weights_load_again(attention, there):
+    model, x = tiny_tokenizer(attention=attention, num_attention=there).eval(), images(2)
+    for parameter in model.decoder.stages[0].attention.parameters():
+        torch.nn.init.normal_(parameter)  # units of phase 1 were trained; the new ones come behind them
     before, size = model(x)[0], count(model)
     model.add_attention()
     widths = model.config.widths
     per_width = 8 if attention == "parallel" else 6
     assert count(model) - size == sum(8 * width**2 + per_width * width for width in widths)
-    assert torch.equal(model(x)[0], before)
+    assert torch.equal(model(x)[0], before) and model.config.num_attention == there + 1
     again = VQTokenizer(model.config)
     again.load_state_dict(model.state_dict(), strict=True)
 
@@ -691,6 +709,13 @@ def test_phase_2_moves_the_decoder_and_leaves_encoder_codebook_and_tokens_bit_id
     assert all(torch.equal(model.state_dict()[name], value) for name, value in frozen.items())
     assert torch.equal(model.encode(x), tokens)
     assert not any(torch.equal(before[name], value) for name, value in model.decoder.state_dict().items())
+
+
+def test_phase_2_takes_images_that_are_not_square():
+    model, x = tiny_tokenizer().eval(), images(1, 32)[:, :, :16]
+    model.add_attention()
+    before = model(x)[0]
+    torch.testing.assert_close(model.freeze_latent_space()(x)[0], before)
 
 
 def test_after_freezing_encoder_and_codebook_stay_in_eval_mode_without_gradients():
