@@ -69,8 +69,19 @@ def test_a_wide_spread_or_a_missing_arm_decides_nothing():
     assert verdicts(rows)["(a)"] == "not decided"
     rows = [row for row in as_the_paper_says() if row["arm"] != "vqgan"]
     assert verdicts(rows)["(e)"] == "not decided" and verdicts(rows)["(a)"] == "holds"
+    rows = as_the_paper_says()
+    for row in rows:  # one code of 256 is no difference in usage, though no seed differs from another
+        row["rec_phase1_usage"] = 0.996 if row["arm"] == "entropy" else 1.0
+    assert verdicts(rows)["(e)"] == "not decided"
     one = [row for row in as_the_paper_says() if row["seed"] == 0]  # no two seeds: no interval
     assert set(verdicts(one).values()) <= {"not decided", "holds"} and verdicts(one)["(a)"] == "not decided"
+
+
+def test_samples_that_surely_fall_refute_that_they_do_not_however_little_it_is():
+    rows = as_the_paper_says()
+    for row in rows:  # by 0.3, within the margin, which is half of the gain of 1 in rFD
+        row["ar_phase1_fid"] -= 1.3 * (row["arm"] == "attention2")
+    assert verdicts(rows)["(c)"] == "does not hold"
 
 
 def test_intervals_are_student_s_of_the_variance_pooled_over_arms():
