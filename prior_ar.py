@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 @dataclass
 class PriorConfig:
-    """Sizes of a prior; the defaults are the 172M "base" model of Table 8. Large is n_embd=1024.
+    """Sizes of a prior; the defaults are Table 8's "base" (172M with 1,000 classes). Large is n_embd=1024.
 
     num_classes = 0 means unconditional: the only condition is the null one, a learned start vector.
     """

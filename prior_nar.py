@@ -35,17 +35,17 @@ def mask_tokens(tokens, mask_id, noise):
     raises:    ValueError for shapes that do not fit.
     deviation: the paper does not say how the count is rounded; ceil, and at least one, is ours.
     """
-    num_tokens = tokens.shape[1]
     check_tokens(tokens, tokens.shape[1:])
+    num_tokens = tokens.shape[1]
     if noise.shape != (tokens.shape[0], num_tokens + 1):
         raise ValueError(f"noise: expected {(tokens.shape[0], num_tokens + 1)}, got {tuple(noise.shape)}")
     count = torch.ceil(mask_schedule(noise[:, :1].double()) * num_tokens).clamp(min=1)  # (B, 1)
-    mask = rank(noise[:, 1:]) < count  # (B, N)
+    mask = order(noise[:, 1:]) < count  # (B, N)
     mask = mask if tokens.ndim == 2 else mask[..., None].expand_as(tokens)
     return tokens.masked_fill(mask, mask_id), mask
 
 
-def rank(scores):
+def order(scores):
     """scores: (B, N) -> (B, N) int64: 0 for the lowest of its row, N - 1 for the highest."""
     return scores.argsort(dim=1, stable=True).argsort(dim=1)
 
@@ -99,8 +99,8 @@ class NARPrior(nn.Module):
 
         logits:    (B, N, K), any float dtype; tokens: (B, N) int64 in [0, K), the originals;
                    mask: (B, N) bool, True where the input was hidden. All with k after N, where k > 1.
-        returns:   (loss, accuracy), 0-dim float32 tensors. The mean is over this batch's masked tokens:
-                   processes with different counts of them average their means, not their tokens.
+        returns:   (loss, accuracy), 0-dim float32 tensors. The mean is over this batch's masked tokens; a
+                   caller with several micro-batches or processes weights it by their number.
         deviation: MaskGIT smooths labels by 0.1; the paper does not mention it, so our default is 0.
         """
         check_tokens(tokens, logits.shape[1:-1])
@@ -179,7 +179,7 @@ class NARPrior(nn.Module):
                 anneal = (1 - (t + 1) / row_steps).clamp(min=0)  # (B, 1), 0 in the last round
                 score = confidence + choice_temperature * anneal * gumbel
                 score = score.masked_fill(~masked, math.inf)  # what is fixed stays fixed
-                fix = masked & (rank(score) >= left[:, t : t + 1])  # the lowest `left` stay masked
+                fix = masked & (order(score) >= left[:, t : t + 1])  # the lowest `left` stay masked
                 tokens = torch.where(fix if k == 1 else fix[..., None], candidates, tokens)
                 fixed_at = fixed_at.masked_fill(fix, t)
         return (tokens, fixed_at) if return_steps else tokens

@@ -186,6 +186,9 @@ def one_line_errors():
     try:
         yield
         barrier()
+    except torch.OutOfMemoryError:
+        print("error: out of GPU memory; pass a smaller --batch", file=sys.stderr)
+        sys.exit(1)
     except (UserError, OSError) as error:
         if int(os.environ.get("RANK", 0)) == 0 or not getattr(error, "shared", False):
             print(f"error: {error}", file=sys.stderr)
@@ -445,11 +448,11 @@ class Cifar10(ImageData):
 
 
 class Shapes(ImageData):
-    """Procedural images, a function of (seed, split, index): ten classes of structure under free detail.
+    """Procedural images, a function of (split, index): ten classes of structure under free detail.
 
     Structure is what, where, how large and which orientation; detail is colours, fine texture and lighting.
     Both come from generators of their own, so that one can be redrawn while the other stays
-    (`detail_seed`). Any resolution; values and factors are the same at each.
+    (`detail_seed`). Any resolution; values and factors are the same at each. `seed` orders and flips them.
     """
 
     NAMES = ["disk", "ring", "square", "triangle", "cross", "star", "bar", "crescent", "pair", "hourglass"]
@@ -467,7 +470,7 @@ class Shapes(ImageData):
 
     def factors(self, index):
         """All factors of one image: floats and tuples. Lengths in half image sides, angles in radians."""
-        key = (self.seed, self.split, index)
+        key = (0, self.split, index)
         s, d = random.Random(mix("structure", *key)), random.Random(mix("detail", *key, self.detail_seed))
         radius = s.uniform(0.6, 0.85)
         dark, bright = [tuple(d.uniform(*span) for _ in range(3)) for span in ((0.0, 0.45), (0.55, 1.0))]
@@ -540,7 +543,12 @@ def images_in(folder):
     """Paths of the images in a folder, sorted: strings, as a million Path objects take ten times as long."""
     with os.scandir(folder) as entries:
         return sorted(e.path for e in entries
-                      if e.name.lower().endswith(EXTENSIONS) and not e.name.startswith(".") and e.is_file())
+                      if e.name.lower().endswith(EXTENSIONS) and not e.name.startswith(".") and is_file(e))
+
+
+def is_file(entry):
+    with contextlib.suppress(OSError):  # links in a circle
+        return entry.is_file()
 
 
 def scan_folder(folder, flag="--data"):
@@ -561,14 +569,25 @@ def scan_folder(folder, flag="--data"):
     names = [p.name for p, found in classes.items() if found]
     if names and len(names) < len(classes) and rank() == 0:
         warn(f"no images in {', '.join(p.name for p, found in classes.items() if not found)} under {folder}")
+    if names and rank() == 0 and (loose := images_in(folder)):
+        warn(f"{len(loose)} images beside the class folders of {folder} are left out")
     return files, names
+
+
+def with_data(config, data):
+    """A run's configuration with `--data` in place of its images: the train and val folders of DATA where it
+    has both, else all of its images as training and as validation images. None changes nothing."""
+    if data is None:
+        return config
+    both = all((Path(data).expanduser() / split).is_dir() for split in ("train", "val"))
+    return dict(config, data=data, val=None if both else data)
 
 
 def load_data(config):
     """(train, val) ImageData of a run's configuration: 'shapes', 'cifar10' or a folder of images."""
     source, S, seed, limit = config["data"], config["image_size"], config["seed"], config["limit"]
     if source == "shapes":
-        return Shapes("train", limit or 20_000, S), Shapes("val", 1_000, S)
+        return Shapes("train", limit or 20_000, S, seed), Shapes("val", 1_000, S, seed)
     if source is None:
         raise UserError("this preset needs --data FOLDER. Without data: --preset demo")
     if source == "cifar10":
@@ -769,7 +788,8 @@ def read_checkpoint(path, stages):
     """The checkpoint dict in `path`, which must be of one of `stages`. Pickled code is never executed.
 
     Keys: format, stage, step, config (the run's preset), model_config, model (weights), ema (weights or
-    None), class_names, tokenizer_hash, fingerprint (of the data), note, train (optimizers, for resuming).
+    None), class_names, tokenizer_hash, fingerprint (of the data), note; to go on with: train (optimizers),
+    world (processes), seconds, skips (updates left out).
     """
     path = Path(path)
     if not path.is_file():
@@ -860,25 +880,33 @@ class PackedLinear(torch.nn.Module):
 
 
 def pack_linears(module, batch):
-    """Replaces the linear layers of a bf16 network on a CPU by packed ones, where torch has them."""
-    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    """Replaces the linear layers of a bf16 network on a CPU by packed ones, where torch and the CPU can."""
+    ops = torch.ops.mkldnn
+    can = torch.backends.mkldnn.is_available() and hasattr(ops, "_linear_pointwise")
+    if can and ops._is_mkldnn_bf16_supported():
         for name, child in module.named_children():
             linear = isinstance(child, torch.nn.Linear)
             setattr(module, name, PackedLinear(child, batch) if linear else pack_linears(child, batch))
     return module
 
 
+SAMPLER = dict(  # the settings that each prior reads
+    ar=("temperature", "top_k", "top_p", "guidance"),
+    nar=("nar_steps", "token_temperature", "choice_temperature", "confidence_space", "guidance"))
+
+
 def generate_tokens(prior, labels, seed, indices, settings):
     """Tokens (B, N) of the images `indices`, whose random numbers depend on (seed, index) only.
 
-    labels: (B,) int64 or None;  settings: the `sample` section of a preset
+    labels: (B,) int64 or None;  settings: the `sample` section of a preset, or its SAMPLER part
     """
     settings = dict(guidance=1.0, top_k=0) | settings
-    c, steps, device = prior.config, settings["nar_steps"], next(prior.parameters()).device
+    c, device = prior.config, next(prior.parameters()).device
     if isinstance(prior, ARPrior):
         noise = torch.stack([seeded_rand(*c.token_shape, seed=mix(seed, "sample", i)) for i in indices])
         return prior.generate(labels, noise.to(device), settings["temperature"], settings["top_k"],
                               settings["top_p"], guidance=settings["guidance"])
+    steps = min(settings["nar_steps"], c.num_tokens)  # more would be rounds without a hole
     shape = (steps, c.num_codebooks + 1, c.num_tokens)
     noise = torch.stack([seeded_rand(*shape, seed=mix(seed, "sample", i)) for i in indices])
     return prior.generate(
@@ -1056,7 +1084,7 @@ def load_lpips(source, device):
     return build_lpips(load()).to(device)
 
 
-def collect(chunks, parts, what, num):
+def collect(chunks, parts, what, num, flag="--out"):
     """All rows of chunks (start, dict of tensors (n, ...)), in order, in the first process; None in others.
 
     Each chunk becomes a file in the folder `parts` at once, and one that is there is not made again: so an
@@ -1067,7 +1095,7 @@ def collect(chunks, parts, what, num):
         return parts / f"{start:09d}.pt"
 
     def begin():
-        locks.append(claim(parts))
+        locks.append(claim(parts, flag))
         return sum(intact(path) or bool(path.unlink()) for path in parts.glob("*.pt"))
 
     locks, count = [], 0
@@ -1133,13 +1161,14 @@ def load_reference(args, extractor, config, split):
     if not args.reference and not on_rank0(lambda: intact(path)):
         extractor.check_number(len(data), f"{split} images")
         print0(f"reference: features of {len(data):,} {split} images -> {path}")
-        rows = collect(chunks, path.with_suffix(f".parts{args.batch}"), "reference", len(data))
+        parts = path.with_suffix(f".parts{args.batch}")
+        rows = collect(chunks, parts, "reference", len(data), "--references")
 
         def finish():
             about = dict(reference_images=len(data), reference_hash=joint_hash(rows["digests"]),
                          reference_accuracy=class_accuracy(extractor, data.class_names, rows).get("all"))
             save_torch(reference_statistics(rows["features"]) | about | wanted, path)
-            shutil.rmtree(path.with_suffix(f".parts{args.batch}"))
+            shutil.rmtree(parts)
 
         on_rank0(finish)
     found = []
@@ -1173,7 +1202,7 @@ def class_accuracy(extractor, class_names, rows):
 def evaluate(args, device):
     """--metrics: measures a checkpoint by its protocol and writes one JSON. An interrupted call goes on."""
     ckpt = read_checkpoint(args.ckpt, ("phase1", "phase2", "ar", "nar"))
-    config = dict(ckpt["config"], **({"data": args.data, "val": args.data} if args.data else {}))
+    config = with_data(ckpt["config"], args.data)
     protocol = "rfid-val" if ckpt["stage"] in ("phase1", "phase2") else "gfid-train"
     if args.predict:
         if ckpt["stage"] != "ar":
@@ -1316,11 +1345,9 @@ def measure_view(args, extractor, data, device):
 def evaluate_sweep(args, device):
     """--sweep: one result for each value, a CSV of all and a plot. Values that are measured are not again."""
     stage, name = read_checkpoint(args.ckpt, ("ar", "nar"))["stage"], args.values[0][0]
-    own = ("top_p", "top_k", "temperature", "guidance")
-    if stage == "nar":
-        own = ("nar_steps", "token_temperature", "choice_temperature", "guidance")
-    if name not in own:
-        raise UserError(f"--sweep {name} does nothing for {stage.upper()}; it has {', '.join(own)}")
+    if name not in SAMPLER[stage]:
+        raise UserError(f"--sweep {name} does nothing for {stage.upper()}, which reads "
+                        f"{', '.join(SAMPLER[stage])}")
     stem, rows = args.out or args.ckpt.with_name(f"sweep_{args.ckpt.stem}_{name}"), []
     for _, value in args.values:
         print0(f"\n{name} = {value}")
@@ -1364,10 +1391,17 @@ def draw_sweep(rows, name, result, path):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def sample_settings(args, config):
-    """The preset's sampler with the flags written over it."""
+def sample_settings(args, config, stage):
+    """What the prior of a stage reads of the preset's sampler, with the flags written over it.
+
+    raises: UserError for a flag that is the other prior's
+    """
     settings = dict(guidance=1.0, top_k=0) | config["sample"]
-    return settings | {key: getattr(args, key) for key in settings if getattr(args, key, None) is not None}
+    given = {key: getattr(args, key) for key in settings if getattr(args, key, None) is not None}
+    strange = [key.removeprefix("nar_").replace("_", "-") for key in given if key not in SAMPLER[stage]]
+    if strange:
+        raise UserError(f"--{strange[0]} does nothing for {stage.upper()}")
+    return {key: settings[key] for key in SAMPLER[stage]} | given
 
 
 def choose_classes(text, names):
@@ -1388,7 +1422,8 @@ def sample(args, device):
     """(chunks(done) of images, what identifies them, a name, columns of a sheet)"""
     prior, ckpt = load_model(args.ckpt, ("ar", "nar"), device)
     tokenizer, decoder_ckpt = load_tokenizer_of(args.ckpt, ckpt, args.tokenizer, device)
-    settings = sample_settings(args, ckpt["config"])
+    args.num = args.num or 80
+    settings = sample_settings(args, ckpt["config"], ckpt["stage"])
     if settings["guidance"] != 1 and prior.config.num_classes and not prior.config.class_dropout:
         raise UserError(f"guidance {settings['guidance']:g}, but {args.ckpt} was trained without "
                         "prior.class_dropout and knows no null class; pass --guidance 1")
@@ -1413,8 +1448,8 @@ def sample(args, device):
 
 def reconstruct(args, device):
     tokenizer, ckpt = load_model(args.ckpt, ("phase1", "phase2"), device)
-    config = dict(ckpt["config"], **({"data": args.data, "val": args.data} if args.data else {}))
-    data = load_data(config)[1]
+    data = load_data(with_data(ckpt["config"], args.data))[1]
+    args.num = args.num or min(80, len(data))
     if args.num > len(data):
         raise UserError(f"--num {args.num}, but there are only {len(data)} images")
 
@@ -1483,7 +1518,6 @@ def main(args):
         device = setup_device(args.device)
         if args.metrics:
             return (evaluate_sweep if args.values else evaluate)(args, device) and None
-        args.num = args.num or 80
         chunks, info, name, columns = (reconstruct if args.reconstruct else sample)(args, device)
         suffix = {"sheet": ".png", "npz": ".npz", "files": ""}[args.format]
         out = args.out or args.ckpt.with_name(name + suffix)

@@ -183,17 +183,19 @@ def expand_ablation(name, config):
     single = untaught | {"tokenizer.num_codebooks": 1, "tokenizer.adapter_layers": 0}
     rows |= {"fq-1x": single, "fq-2x": single | {"tokenizer.codebook_size": 2 * K}, "fq-dis": untaught,
              "fq-none": untaught | {"phase1.disentangle": 0.0}, "fq-rep": low | {"phase1.disentangle": 0.0},
-             "fq-both": low, "fq-alpha1": {"phase1.alpha": 1.0, "phase1.layers": None}}
+             "fq-both": low, "fq-alpha1": {"phase1.alpha": 1.0}}
     rows |= {f"head-{head}": low | {"prior.head": head} for head in ("linear", "mlp")}
     if name in FQ_ABLATIONS and tokenizer.get("trunk") != "vqgan":
         raise ValueError(f"--ablation {name} needs an FQGAN preset")
     if name.startswith("alpha="):
         try:
-            return {"phase1.alpha": float(name.removeprefix("alpha="))}
+            rows[name] = {"phase1.alpha": float(name.removeprefix("alpha="))}
         except ValueError:
             raise ValueError(f"--ablation {name}: expected alpha=NUMBER") from None
     if name not in rows:
         raise ValueError(f"--ablation {name}: not one of {', '.join(rows)} or alpha=NUMBER")
+    if "phase1.alpha" in rows[name] and config["phase1"]["layers"]:  # which alpha would not touch
+        return rows[name] | {"phase1.layers": None}
     return rows[name]
 
 
@@ -209,7 +211,8 @@ def parse_args(argv=None):
     add("--val", help="folder of validation images (default: DATA/val beside DATA/train, else a 5 %% split)")
     add("--out", type=Path, help="run folder (default: runs/<preset>)")
     add("--tokenizer", type=Path, help="tokenizer checkpoint for phase2, ar, nar; initial weights of phase1")
-    add("--vgg", help="perceptual network: 'imagenet', a torchvision .pth, a vgg.pt of ours, or 'random'")
+    add("--vgg", help="perceptual network: 'imagenet', a torchvision .pth, a vgg.pt of ours, 'judge' (this "
+        "run's own) or 'random'")
     add("--steps", type=int, help="optimizer steps of this stage")
     add("--batch", type=int, help="global batch of this stage, over all processes")
     add("--micro-batch", type=int, help="largest batch per process and forward pass; the rest is accumulated")
@@ -249,8 +252,8 @@ KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "
 CHOICES = dict(
     precision=("bf16", "fp32"), kind=("style", "patch"), gan=("logistic", "hinge"),
     schedule=("cosine", "exponential", "linear", "constant"), confidence_space=("prob", "log"),
-    layers=(*LAYER_NAMES, "lpips"), rec=("l1", "l2"), head=("tied", "ar", "linear", "mlp"),
-    block=("gpt", "llama"))
+    layers=(*LAYER_NAMES, "lpips"), init=("required",), rec=("l1", "l2"),
+    head=("tied", "ar", "linear", "mlp"), block=("gpt", "llama"))
 BOUNDS = dict(  # of flags and of values of a preset, wherever a name occurs; VGG-16 needs 32 pixels
     steps=(0, 1e12), batch=(1, 1e9), micro_batch=(1, 1e9), workers=(0, 1e4), timeout=(0.1, 1e9),
     log_every=(1, 1e12), eval_every=(0, 1e12), save_every=(1, 1e12), seed=(0, 2**63 - 1), limit=(1, 1e12),
@@ -273,7 +276,10 @@ def check_values(values, name):
                 raise ValueError(f"{name(key)} must be a number between {low:g} and {high:g}, got {value}")
         if value is not None and value not in CHOICES.get(key, [value]):
             raise ValueError(f"{name(key)} must be one of {', '.join(CHOICES[key])}, got {value}")
-        if key == "betas" and not (len(value) == 2 and all(0 <= beta < 1 for beta in value)):
+        if key == "limit" and isinstance(value, float):
+            raise ValueError(f"{name(key)} must be a whole number, got {value}")
+        if key == "betas" and not (len(value) == 2 and all(
+                isinstance(beta, int | float) and 0 <= beta < 1 for beta in value)):
             raise ValueError(f"{name(key)} must be two numbers from 0 to below 1, got {value}")
 
 
@@ -295,7 +301,7 @@ def build_config(args):
         old = target.get(key)
         if old is not None and type(value) is not type(old) and (type(old), type(value)) != (float, int):
             raise ValueError(f"--set {item}: expected {KINDS.get(type(old), 'one value of this section')}")
-        if key in ("data", "val", "init") and not isinstance(value, str):
+        if key in ("data", "val") and not isinstance(value, str):
             raise ValueError(f"--set {item}: expected a word")
         target[key] = value
     for key in ("data", "val", "vgg", "seed", "limit", "precision"):
@@ -307,6 +313,9 @@ def build_config(args):
                 raise ValueError(f"--{key} belongs to one stage; use --set phase1.{key}=... with --stage all")
             config["judge" if args.stage in ("vgg", "resnet") else args.stage][key] = getattr(args, key)
     if args.alpha is not None:
+        if config["phase1"]["layers"]:
+            raise ValueError(f"--alpha does nothing beside phase1.layers = {config['phase1']['layers']}; "
+                             "--ablation alpha=NUMBER puts it in their place")
         config["phase1"]["alpha"] = args.alpha
     if args.ablation:
         if args.alpha is not None:
@@ -315,6 +324,10 @@ def build_config(args):
         for path, value in args.expanded.items():
             *section, key = path.split(".")
             (config[section[0]] if section else config)[key] = value
+    guided = config["conditional"] and config["sample"]["guidance"] != 1
+    if guided and not config["prior"]["class_dropout"]:
+        raise ValueError("sample.guidance needs a prior that knows the null class: --set "
+                         "prior.class_dropout=0.1 too")
     check_values(config, str)
     for section, values in config.items():
         if isinstance(values, dict):
@@ -371,9 +384,9 @@ from visualize import (
 
 
 def lr_at(step, c):
-    """Learning rate after `step` updates (Tables 9 and 10; spec of the schedules in the README).
+    """Learning rate after `step` updates (Tables 9 and 10; a linear warm-up comes on top).
 
-    cosine:      from lr at 0 to lr_end at `steps`
+    cosine:      lr until lr_start, then half a cosine to lr_end at `steps`
     exponential: lr until lr_start, then geometrically to lr_end at `steps`
     linear:      lr until lr_start, then in a straight line to lr_end ("start_iter" begins the decay, I17)
     constant:    lr
@@ -701,7 +714,8 @@ class Run:
         values = {k: float(f"{v:.6g}") if math.isfinite(v) else None for k, v in values.items()}
         values |= {f"skipped_{name}": skipped for name, skipped in self.count_skips().items() if skipped}
         row = dict(stage=stage, step=step + 1, **values, seconds=round(time.time() - self.clock, 1))
-        self.rows = [r for r in self.rows[:-5] if "lr" not in r] + self.rows[-5:] + [row]  # for the warnings
+        losses = [r for r in self.rows if "lr" in r][-5:]  # the warnings want no older ones
+        self.rows = [r for r in self.rows if "lr" not in r or r in losses] + [row]
 
         def append():
             with open(self.out / "metrics.jsonl", "a") as file:
@@ -865,26 +879,31 @@ def build_tokenizer(run, stage):
             if given:
                 tokenizer.load_state_dict(load_model(given, ("phase1",))[0].state_dict())
         return tokenizer.to(run.device, memory_format=run.layout), {}
-    tokenizer, ckpt = earlier_tokenizer(run, ("phase1",))
+    tokenizer, ckpt = earlier_tokenizer(run, ("phase1",), "discriminator")
     torch.manual_seed(mix(run.config["seed"], "phase2"))
     with as_user_error():
         tokenizer.add_attention()
     return tokenizer.freeze_latent_space().to(memory_format=run.layout), ckpt["train"].get("disc", {})
 
 
-def earlier_tokenizer(run, stages):
-    """(tokenizer, checkpoint): --tokenizer FILE, else the last of `stages` in the run folder."""
+def earlier_tokenizer(run, stages, *also):
+    """(tokenizer, checkpoint): --tokenizer FILE, else the last of `stages` in the run folder.
+
+    also: sections of the preset besides `tokenizer` that must be as they were in this folder. The run's own
+    phase1 section becomes that of the tokenizer, so that later stages record with which alpha it was trained.
+    """
     given, found = run.args.tokenizer, [run.out / f"{s}.pt" for s in stages if (run.out / f"{s}.pt").exists()]
     if not given and not found:
         raise UserError(f"no {run.out / 'phase1.pt'}: run --stage phase1 first, or pass --tokenizer FILE")
     tokenizer, ckpt = load_model(given or on_rank0(lambda: newest_intact(found[-1])), stages, run.device)
     run.note = run.note or ckpt["note"]
     if not given:
-        refuse_other_config(found[-1], ["tokenizer"], ckpt["config"], run.config)
+        refuse_other_config(found[-1], ["tokenizer", *also], ckpt["config"], run.config)
         if ckpt["step"] < run.steps(ckpt["stage"]) and rank() == 0:
             warn(f"stage {ckpt['stage']} ended at step {ckpt['step']} of {run.steps(ckpt['stage'])}")
     if tokenizer.config.image_size != run.config["image_size"]:
         raise UserError(f"{given} is for {tokenizer.config.image_size}-pixel images, this preset for others")
+    run.config = dict(run.config, phase1=ckpt["config"]["phase1"])
     return tokenizer, ckpt
 
 
@@ -948,7 +967,7 @@ def train_tokenizer(run, stage):
         x = to_float(next(stream)[0], device)
         parts, adv = run.micro(x), adv_ramp(step, c)
         with run.autocast:
-            global_probs, fakes, logs = mean_probs(tokenizer, parts), [], {}
+            global_probs, fakes, seen, logs = mean_probs(tokenizer, parts), [], [], {}
 
         disc.requires_grad_(False)
         opt_g.zero_grad(set_to_none=True)
@@ -966,6 +985,7 @@ def train_tokenizer(run, stage):
             loss = loss_rec + loss_vq(latent, c) + c["per_weight"] * loss_per + scale * loss_adv  # Eq. 2, 4
             (loss * (len(part) / len(x))).backward()
             fakes.append(x_hat.detach())
+            seen.append(tokens)
             terms = dict(loss_rec=loss_rec, loss_per=loss_per, **latent)
             terms |= dict(loss_adv=loss_adv) if adv else {}
             terms |= dict(adaptive_weight=scale / adv) if adv and c["adaptive"] else {}
@@ -988,7 +1008,8 @@ def train_tokenizer(run, stage):
             ema.update_parameters(tokenizer)
 
         if run.due("log", stage, step):
-            usage = codebook_usage(count_codes(tokens, tokenizer.codebook_size))[0]
+            counts = all_reduce_mean(count_codes(torch.cat(seen), tokenizer.codebook_size).float())
+            usage = codebook_usage(counts)[0]  # of the global batch
             run.log(stage, step, lr=lr_at(step, c), **logs, adv_weight=adv, batch_usage=usage)
         if run.due("eval", stage, step):
             evaluate_tokenizer(run, stage, step, ema.module if ema else tokenizer)
@@ -1108,9 +1129,9 @@ def train_prior(run, stage):
     for step in run.loop(stage, start):
         set_lr(optimizer, lr_at(step, c))
         tokens, labels = code_batch(run, codes, step, c["batch"])
-        noise = seeded_rand(c["batch"], N + 1, seed=mix(seed, "mask", step))[my_rows(c["batch"])]
         inputs, mask = tokens, torch.ones_like(tokens, dtype=torch.bool)
         if stage == "nar":
+            noise = seeded_rand(c["batch"], N + 1, seed=mix(seed, "mask", step))[my_rows(c["batch"])]
             inputs, mask = mask_tokens(tokens, K, to_device(noise, device))
         masked = all_reduce_mean(mask.sum().float())
         optimizer.zero_grad(set_to_none=True)

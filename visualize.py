@@ -114,14 +114,14 @@ def parse_args(argv=None):
     add("--tokenizer", type=Path, nargs="+", default=[], help="one per CKPT (default: found beside each); "
         "fig7a, fig9: that of phase 1 and that of phase 2")
     add("--data", help="folder of images (default: the validation images of the first run)")
-    add("--num", type=int, default=64, help="images for the numbers; the first few are drawn (default 64)")
+    add("--num", type=int, help="images for the numbers; the first few are drawn (default: 64 at most)")
     add("--pdf", action="store_true", help="figures: write a PDF too")
-    add("--steps", type=int, default=400, help="of compare: training steps of the probe (default 400)")
+    add("--steps", type=int, help="of compare: training steps of the probe (default 400)")
     add("--preset", default="demo", choices=PRESETS, help="of tables: what all rows vary (default demo)")
     add("--run", action="store_true", help="of tables: train and measure what is missing, row by row")
     add("--stages", default="phase1,ar,nar", help="of tables: what --run makes (default phase1,ar,nar)")
-    add("--samples", type=int, help="of tables: images a prior draws (default: demo 2,000, cifar10 10,000, "
-        "else 50,000); of compare: training images of the probe (default 5,000)")
+    add("--samples", type=int, help="of tables: images a prior draws (default: demo 2,000, cifar10 and "
+        "claims 10,000, else 50,000); of compare: training images of the probe (default 5,000)")
     add("--nproc", type=int, default=1, help="of tables: processes of each command, by torchrun (default 1)")
     add("--workers", type=int, default=0, help="of tables: data loading processes, for train.py")
     add("--extractor", help="of tables and compare: see sample.py (tables: a scorer that --run trains)")
@@ -143,13 +143,15 @@ def parse_args(argv=None):
         parser.error("claims trains its own judge: --preset claims, demo or cifar10")
     if args.out and args.figure in FIGURES and not listed and args.out.suffix != ".png":
         parser.error(f"--out {args.out}: a figure's name must end in .png (JSON and PDF go beside it)")
-    for name in ("samples", "nproc"):
+    unread = [name for name in ("ckpt", "tokenizer", "num", "steps") if getattr(args, name)]
+    if args.figure in TABLES and unread:
+        parser.error(f"--{unread[0]} is of figures; {args.figure} has --samples, and --set for training")
+    for name in ("samples", "nproc", "num", "steps"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     wanted = 2 if args.figure in ("fig7a", "fig9") else len(args.ckpt)
-    if args.num < 1 or args.steps < 1 or (args.tokenizer and len(args.tokenizer) != wanted):
-        parser.error("--num and --steps must be at least 1, and --tokenizer needs one file per --ckpt "
-                     "(fig7a and fig9: two)")
+    if args.tokenizer and len(args.tokenizer) != wanted:
+        parser.error("--tokenizer needs one file per --ckpt (fig7a and fig9: two)")
     return args
 
 
@@ -164,6 +166,8 @@ import io
 import itertools
 import json
 import math
+import pickle
+import random
 import resource
 import shlex
 import subprocess
@@ -187,7 +191,7 @@ from prior_nar import mask_tokens
 from sample import (
     HOW, Shapes, UserError, decode, evaluate, generate_images, generate_tokens, latent_hash, load_data,
     load_model, load_tokenizer_of, make_sheet, mix, one_line_errors, print0, psnr, rank, read_checkpoint,
-    read_result, save_atomic, seeded_rand, setup_device, to_float, to_uint8, world,
+    read_result, save_atomic, seeded_rand, setup_device, to_float, to_uint8, with_data, world,
 )
 from sample import parse_args as sample_args
 from tokenizer import TokenizerConfig, VQTokenizer, all_reduce_mean, codebook_usage, count_codes
@@ -303,6 +307,17 @@ def find_judge(path, ckpt, device):
     return load_model(found, ("vgg",), device)[0] if found else None
 
 
+def alpha_of(config):
+    """alpha of the tokenizer; None, and the name of its layers, where another loss took its place"""
+    c = config["phase1"]
+    return dict(alpha=None, layers=c["layers"]) if c["layers"] else dict(alpha=c["alpha"])
+
+
+def told_loss(config):
+    c = config["phase1"]
+    return f"layers {c['layers']}" if c["layers"] else f"α = {c['alpha']:g}"
+
+
 def same_size(path, ckpt, config, other):
     if ckpt["config"]["image_size"] != config["image_size"]:
         raise UserError(f"{path} is for {ckpt['config']['image_size']}-pixel images, {other} for others")
@@ -310,7 +325,8 @@ def same_size(path, ckpt, config, other):
 
 def load_images(config, num, data):
     """The first `num` validation images of a run, or images of a folder: (ImageData, x (num, 3, S, S))."""
-    images = load_data(dict(config, **({"data": data, "val": data} if data else {})))[1]
+    images = load_data(with_data(config, data))[1]
+    num = num or min(64, len(images))
     if num > len(images):
         raise UserError(f"--num {num}, but there are only {len(images)} images")
     return images, torch.stack([images.view(i) for i in range(num)])
@@ -336,15 +352,16 @@ def load_pairs(ckpts, num, device, tokenizers=(), data=None):
         same_size(path, ckpt, first, ckpts[0])
         if names and images.class_names != names:
             raise UserError(f"the classes of the images are not those that {path} was trained on")
-        labels = torch.tensor([images.label(j) for j in range(num)], device=device) if names else None
+        labels = torch.tensor([images.label(j) for j in range(len(x))], device=device) if names else None
         view = teacher_forced_view(tokenizer, prior, x, labels)
         numbers = dict(
             ckpt=str(path), tokenizer_hash=ckpt["tokenizer_hash"], tokenizer_stage=tokenizer_ckpt["stage"],
-            num_images=num, alpha=config["phase1"]["alpha"], note=ckpt["note"] or tokenizer_ckpt["note"],
+            num_images=len(x), **alpha_of(config), note=ckpt["note"] or tokenizer_ckpt["note"],
             **view_numbers(x, view, find_judge(path, ckpt, device)))
         if isinstance(images, Shapes):
-            numbers["survival"] = {key: survival(images, range(num), view[key]) for key in list(LABELS)[:2]}
-        name = f"{Path(path).absolute().parent.name} (α = {numbers['alpha']:g})"
+            numbers["survival"] = {
+                key: survival(images, range(len(x)), view[key]) for key in list(LABELS)[:2]}
+        name = f"{Path(path).absolute().parent.name} ({told_loss(config)})"
         pairs.append(dict(name=name, view=view, numbers=numbers, labels=labels))
     return pairs, x
 
@@ -416,7 +433,7 @@ def figure_views(figure, args, device):
 def views_grid(figure, pairs, x):
     keys, side = VIEWS[figure], math.isqrt(pairs[0]["view"]["hits"].shape[1])
     if figure == "fig5a":
-        pairs = sorted(pairs, key=lambda pair: pair["numbers"]["alpha"])
+        pairs = sorted(pairs, key=lambda pair: pair["numbers"]["alpha"] or 0)
 
     def panels(pair, i, above):
         for key in keys:
@@ -436,14 +453,6 @@ def views_grid(figure, pairs, x):
     notes = {pair["numbers"]["note"] for pair in pairs} - {""}
     note = "hits: yellow where the prediction is the true token" if "hits" in keys else ""
     return draw_grid(rows, names, "  ".join([note, *notes]).strip())
-
-
-def write_view(ckpts, num, device, out, tokenizers=(), data=None):
-    """The figure `view` of one or several (tokenizer, AR prior) pairs; returns the numbers."""
-    pairs, x = load_pairs(ckpts, num, device, tokenizers, data)
-    numbers = [pair["numbers"] for pair in pairs]
-    save_figure(views_grid("view", pairs, x), out, numbers)
-    return numbers
 
 
 def figure_example(args, device):
@@ -501,7 +510,7 @@ def figure_phases(figure, args, device):
         if len(files) != 2:
             raise UserError("--tokenizer takes two files here, of phase 1 and of phase 2")
         first, second = (load_tokenizer_of(path, ckpt, file, device)[0] for file in files)
-        num = min(args.num, 6 if figure == "fig7a" else 3)
+        num = min(args.num or 64, 6 if figure == "fig7a" else 3)
         classes = prior.config.num_classes
         labels = torch.arange(num, device=device) % classes if classes else None
         tokens = generate_tokens(prior, labels, ckpt["config"]["seed"], range(num), ckpt["config"]["sample"])
@@ -563,10 +572,9 @@ def figure_stability(args, device):
             rows.append([("x", x[i], ""), ("x + noise", noisy[i], ""), ("tokens of x", before, ""),
                          ("tokens of x + noise", after, ""),
                          ("changed", changed, f"{changed.float().mean():.0%} of tokens")])
-            names.append(f"{Path(path).absolute().parent.name}\nα = {ckpt['config']['phase1']['alpha']:g}")
+            names.append(f"{Path(path).absolute().parent.name}\n{told_loss(ckpt['config'])}")
         numbers.append(dict(ckpt=str(path), tokenizer_hash=latent_hash(tokenizer), num_images=len(x),
-                            alpha=ckpt["config"]["phase1"]["alpha"], note=ckpt["note"],
-                            changed=stability(tokenizer, x)))
+                            **alpha_of(ckpt["config"]), note=ckpt["note"], changed=stability(tokenizer, x)))
     return draw_grid(rows, names, "changed: yellow; noise of deviation 0.01 on [0, 1]"), numbers
 
 
@@ -581,13 +589,13 @@ def figure_losses(args, device):
                 if row["stage"] == ckpt["stage"] and "val_loss" in row]
         if not rows:
             raise UserError(f"no validation losses of {path} in {Path(path).with_name('metrics.jsonl')}")
-        alpha, entropy = ckpt["config"]["phase1"]["alpha"], rows[-1]["unigram_entropy"]
+        entropy, name = rows[-1]["unigram_entropy"], Path(path).absolute().parent.name
         steps, losses = [row["step"] for row in rows], [row["val_loss"] for row in rows]
         for axis, values in zip(axes, (losses, [loss / entropy for loss in losses]), strict=True):
             axis.plot(steps, values, "osD^vPX"[i % 7] + "-", markersize=3, color=f"C{i}",
-                      label=f"{Path(path).absolute().parent.name} {ckpt['stage'].upper()} (α = {alpha:g})")
-        numbers.append(dict(ckpt=str(path), stage=ckpt["stage"], alpha=alpha, steps=steps, val_loss=losses,
-                            unigram_entropy=entropy))
+                      label=f"{name} {ckpt['stage'].upper()} ({told_loss(ckpt['config'])})")
+        numbers.append(dict(ckpt=str(path), stage=ckpt["stage"], **alpha_of(ckpt["config"]), steps=steps,
+                            val_loss=losses, unigram_entropy=entropy))
     for axis, label in zip(axes, ("nats per token", "relative to the unigram entropy"), strict=True):
         axis.set(xlabel="training step", ylabel=label)
     fig.suptitle("validation loss", fontsize=9)
@@ -696,9 +704,11 @@ def compare(args, device):
     rows, measured, ckpts = [], {}, [read_checkpoint(path, ("phase1", "phase2")) for path in args.files]
     for path, ckpt in zip(args.files, ckpts, strict=True):
         same_size(path, ckpt, ckpts[0]["config"], args.files[0])
-    config = ckpts[0]["config"] | (dict(data=args.data, val=args.data) if args.data else {})
-    images = [torch.stack([split.view(i) for i in range(min(limit, len(split)))])
-              for split, limit in zip(load_data(config), (args.samples or 5000, 1000), strict=True)]
+    config = ckpts[0]["config"] | (dict(data=args.data, val=None) if args.data else {})
+    images = []
+    for split, limit in zip(load_data(config), (args.samples or 5000, 1000), strict=True):
+        drawn = random.Random(mix(0, "compare")).sample(range(len(split)), min(limit, len(split)))
+        images.append(torch.stack([split.view(i) for i in drawn]))  # training images lie class by class
     for path in args.files:
         tokenizer, ckpt = load_model(path, ("phase1", "phase2"), device)
         tokens = [torch.cat([tokenizer.encode(to_float(part, device)).cpu() for part in split.split(100)])
@@ -706,10 +716,11 @@ def compare(args, device):
         x = to_float(images[1][:200], device)
         x_hat = decode(tokenizer, tokens[1][:200].to(device))
         row = dict(
-            ckpt=str(path), tokenizer_hash=latent_hash(tokenizer), alpha=ckpt["config"]["phase1"]["alpha"],
+            ckpt=str(path), tokenizer_hash=latent_hash(tokenizer), **alpha_of(ckpt["config"]),
             train_images=len(images[0]), val_images=len(images[1]), psnr_images=len(x),
             psnr=psnr(x, x_hat).mean().item(),
-            changed=stability(tokenizer, x), **probe(*tokens, tokenizer.codebook_size, device, args.steps))
+            changed=stability(tokenizer, x),
+            **probe(*tokens, tokenizer.codebook_size, device, args.steps or 400))
         if args.extractor:
             out = Path(path).with_name(f"metrics_{Path(path).stem}_compare.json")
             words = ["--ckpt", path, "--metrics", "--lpips", "none", "--out", out]
@@ -840,8 +851,8 @@ def report(args, device):
     if rows:
         section("Loss curves", plot(draw_curves(rows), "loss curves of all stages"))
 
-    config |= dict(data=args.data, val=args.data) if args.data else {}
-    images, x = load_images(config, min(args.num, 200, len(load_data(config)[1])), None)
+    config = with_data(config, args.data)
+    images, x = load_images(config, args.num and min(args.num, 200), None)
     x, shown = to_float(x, device), min(8, len(x))
     tokens = torch.cat([last.encode(part) for part in x.split(50)])
     codes = torch.load(run / "codes.pt", weights_only=True, mmap=True) if (run / "codes.pt").is_file() else {}
@@ -940,7 +951,8 @@ def refuse_unlike(results):
     """
     first, *others = results
     for other in others:
-        for key in HOW:
+        both = all("lpips" in results[name]["results"] for name in (first, other))
+        for key in (*HOW, *["lpips"] * both):
             a, b = results[first][key], results[other][key]
             if a != b:
                 raise UserError(f"{first} and {other} cannot share a column: {key} is {a} in the one and {b} "
@@ -1109,7 +1121,7 @@ class Table:
                 how.setdefault(stage, {})[f"{label} ({stage})"] = result
             seconds = [row_seconds(path) for path, _ in commands if path.exists()]
             made = [path for path, _ in commands if path.suffix == ".pt" and path.exists()]
-            steps = {path.stem: torch.load(path, weights_only=True, mmap=True)["step"] for path in made}
+            steps = {path.stem: header(path)["step"] for path in made}
             rows.append(dict(
                 label=label, ablation=ablation, steps=steps, ours=ours,
                 paper=dict(zip(columns, paper, strict=True)), seconds=round(sum(seconds)),
@@ -1217,7 +1229,7 @@ class Claims(Table):
         row |= {f"changed_by_{name}": changed[name] for name in ("noise", "shift", "jpeg")}
         trained = [path for path, _ in commands if path.suffix == ".pt"]
         return row | dict(
-            steps={path.stem: torch.load(path, weights_only=True, mmap=True)["step"] for path in trained},
+            steps={path.stem: header(path)["step"] for path in trained},
             seconds=round(sum(row_seconds(path) for path, _ in commands)),
             commands=[self.shown(words) for _, words in commands])
 
@@ -1441,13 +1453,21 @@ def kind(words):
     return (words[0], words[2]) if words[0] == "train.py" else (words[0], Path(words[2]).stem)
 
 
+def header(path):
+    """A checkpoint whose tensors stay on disk; its checksum is not looked at. raises: UserError if damaged"""
+    try:
+        return torch.load(path, weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError):
+        raise UserError(f"{path} is damaged; delete it and --run again") from None
+
+
 def finished(path, words):
     """Whether a command need not be run again: its checkpoint has all its steps, or its result is newer than
     what was measured and of the same extractor and number. Settings are those of settings.json."""
     if not path.exists():
         return False
     if path.suffix == ".pt":
-        ckpt = torch.load(path, weights_only=True, mmap=True)
+        ckpt = header(path)
         section = "judge" if ckpt["stage"] in ("vgg", "resnet") else ckpt["stage"]
         return ckpt["step"] >= ckpt["config"][section]["steps"]
     num = int(words[words.index("--num") + 1]) if "--num" in words else None
@@ -1459,7 +1479,7 @@ def finished(path, words):
 
 
 def row_seconds(path):
-    return load_seconds(path) if path.suffix == ".pt" else read_result(path)["seconds"]
+    return header(path)["seconds"] if path.suffix == ".pt" else read_result(path)["seconds"]
 
 
 def draw_alpha(rows, extractor, path):
@@ -1537,7 +1557,7 @@ def evaluate_tokenizer(run, stage, step, tokenizer, limit=1000):
 def evaluate_prior(run, stage, step, prior, tokenizer, codes, unigram, limit=5000, batch=100):
     """Nats per token and top-1 accuracy on validation codes, beside ln K and the unigram entropy; samples.
 
-    NAR is measured at mask ratios that the seed fixes, the same at every call.
+    NAR is measured at fixed mask ratios, the same at every call and in every run.
     """
     prior.eval()
     classes, sums = prior.config.num_classes, [0.0, 0.0, 0]
@@ -1678,15 +1698,16 @@ def summarize(run, num=1000):
     summary["recon_class_accuracy"] = summary["recon_class_accuracy_phase2"]
     for stage in ("ar", "nar"):
         summary |= sample_summary(run, stage, second, num)
-    x = torch.stack([run.val.view(i) for i in range(10)])
+    x = torch.stack([run.val.view(i) for i in range(min(10, len(run.val)))])
     tokens = first.encode(to_float(x, run.device))
-    run.sheet("phases", torch.cat([x, *(to_uint8(t.decode(tokens)) for t in (first, second))]), 10)
-    view = write_view([run.out / "ar.pt"], min(64, len(run.val)), run.device, run.out / "view.png")
-    summary["view"] = view[0]
+    run.sheet("phases", torch.cat([x, *(to_uint8(t.decode(tokens)) for t in (first, second))]), len(x))
+    pairs, x = load_pairs([run.out / "ar.pt"], min(64, len(run.val)), run.device)
+    summary["view"] = pairs[0]["numbers"]
+    save_figure(views_grid("view", pairs, x), run.out / "view.png", [summary["view"]])
     files = [run.out / f"{stage}.pt" for stage in ("vgg", "phase1", "phase2", "ar", "nar")]
-    seconds = {path.stem: round(load_seconds(path)) for path in files if path.exists()}
+    seconds = {path.stem: round(header(path)["seconds"]) for path in files if path.exists()}
     summary |= dict(
-        latent_hash=latent_hash(second), alpha=run.config["phase1"]["alpha"], note=run.note,
+        latent_hash=latent_hash(second), **alpha_of(run.config), note=run.note,
         seconds_by_stage=seconds, seconds=sum(seconds.values()),
         peak_rss_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         threads=torch.get_num_threads(), torch=torch.__version__, command=" ".join(["python", *sys.argv]),
@@ -1697,10 +1718,6 @@ def summarize(run, num=1000):
     for name, value in summary.items():
         print0(f"  {name:28s} {value:.4g}" if isinstance(value, float) else f"  {name:28s} {value}")
     print0(f"pictures: {run.out}/phases.png, samples_ar.png, samples_nar.png, view.png")
-
-
-def load_seconds(path):
-    return torch.load(path, weights_only=True, mmap=True)["seconds"]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1803,9 +1820,7 @@ def explain(config, processes=8):
             print_cost("vgg", judge, *cost([lambda: vgg(x).sum().backward()], vgg), count(vgg), 0, processes)
         for name, tokenizer in (("phase1", first), ("phase2", second)):
             c, frozen = config[name], "frozen" if name == "phase2" else "trainable"
-            loss = f"layers {c['layers']} of Table 6" if c["layers"] else f"alpha {c['alpha']:g}"
-            loss = "LPIPS" if c["layers"] == "lpips" else loss
-            stage(f"{name}, {loss}", c)
+            stage(f"{name}, {told_loss({'phase1': c})}", c)
             row("encoder", tokenizer.encoder, frozen, c)
             row("codebook", tokenizer.quantizer, frozen, c)
             row("decoder", tokenizer.decoder, "trainable", c)

@@ -282,7 +282,8 @@ def test_samples_measured_in_other_batches_are_the_same_pictures_with_the_same_n
     assert results[0]["protocol"] == "gfid-train" and results[0]["reference_images"] == 60
     assert {"fid", "inception_score", "kid", "precision", "recall", "class_accuracy"} <= results[0][
         "results"].keys()
-    assert results[0]["top_p"] == 0.8 and results[0]["seed"] == 0
+    assert results[0]["seed"] == 0 and ("top_p" in results[0], "nar_steps" in results[0]) == (
+        name == "ar.pt", name == "nar.pt")  # what the prior does not read decides nothing
 
 
 def test_an_interrupted_evaluation_makes_the_missing_images_only_and_gives_the_same_result(

@@ -56,6 +56,33 @@ def test_block_has_12_d_squared_plus_13_d_parameters(width, expected):
     assert count(block) == expected == 12 * width**2 + 13 * width
 
 
+def test_a_block_is_a_pre_norm_transformer_layer_with_exact_gelu():
+    torch.manual_seed(0)
+    block = Block(PriorConfig(n_head=4, n_embd=32, dropout=0.0), causal=True)
+    plain = torch.nn.TransformerEncoderLayer(32, 4, 128, 0.0, "gelu", batch_first=True, norm_first=True)
+    state = {name: torch.randn_like(value) * 0.3 for name, value in block.state_dict().items()}
+    block.load_state_dict(state)
+    matrices = [value for value in state.values() if value.ndim == 2]  # qkv, out, up, down
+    vectors = [value for value in state.values() if value.ndim == 1]
+    names = ("norm1.weight", "norm1.bias", "self_attn.in_proj_bias", "self_attn.out_proj.bias",
+             "norm2.weight", "norm2.bias", "linear1.bias", "linear2.bias")
+    copied = dict(zip(names, vectors, strict=True))
+    names = ("self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight", "linear2.weight")
+    plain.load_state_dict(copied | dict(zip(names, matrices, strict=True)))
+    x, mask = torch.randn(2, 6, 32), torch.nn.Transformer.generate_square_subsequent_mask(6)
+    torch.testing.assert_close(block(x), plain(x, mask, is_causal=True), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("place", ["embedding", "attention", "branches"])
+def test_dropout_is_where_table_10_has_it(place):
+    model = (prior := tiny_prior(sharpen=5.0, dropout=0.5)).train().transformer
+    model.drop.p = 0.5 * (place == "embedding")
+    for block in model.blocks:
+        block.drop.p, block.attn.dropout = 0.5 * (place == "branches"), 0.5 * (place == "attention")
+    assert not torch.equal(*(prior(random_tokens(2)) for _ in range(2)))
+    assert torch.equal(*(prior.eval()(random_tokens(2)) for _ in range(2)))
+
+
 def test_initial_weights_are_normal_002_with_zero_biases():
     prior = tiny_prior(n_embd=64)
     for name, parameter in prior.named_parameters():

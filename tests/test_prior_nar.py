@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from prior_ar import PriorConfig
+from prior_ar import PriorConfig, sample_logits
 from prior_nar import NARPrior, decode_counts, mask_schedule, mask_tokens
 
 TINY = dict(codebook_size=32, num_tokens=12, num_classes=3, n_layer=2, n_head=2, n_embd=32, dropout=0.0)
@@ -150,6 +150,29 @@ def test_each_round_fixes_the_scheduled_number_and_no_hole_is_left(steps, space)
     for row in fixed_at:
         assert [int((row > t).sum()) for t in range(len(counts))] == counts
         assert set(row.tolist()) == set(range(len(counts)))
+
+
+@pytest.mark.parametrize("space", ["prob", "log"])
+@pytest.mark.parametrize("token_temperature, choice_temperature", [(0.6, 0.45), (1.7, 4.5)])
+def test_decoding_is_the_loop_of_maskgit_written_out(space, token_temperature, choice_temperature):
+    prior, noise, labels = tiny_prior(sharpen=5.0), uniforms(3, 5, 2, 12), torch.tensor([0, 2, 1])
+    tokens, rounds = torch.full((3, 12), MASK), torch.full((3, 12), -1)
+    for t, left in enumerate(decode_counts(12, 5)):
+        logits = prior(tokens, labels).detach()
+        for b in range(3):
+            scores, candidates = {}, {}
+            for n in (tokens[b] == MASK).nonzero().flatten().tolist():
+                probs = (logits[b, n] / token_temperature).softmax(0)
+                drawn = sample_logits(logits[b, n : n + 1], noise[b, t, 0, n : n + 1], token_temperature)
+                candidates[n] = drawn.item()
+                confidence = probs[candidates[n]].item()
+                gumbel = -math.log(-math.log(noise[b, t, 1, n].item()))
+                scores[n] = confidence if space == "prob" else math.log(confidence)
+                scores[n] += choice_temperature * (1 - (t + 1) / 5) * gumbel
+            for n in sorted(scores, key=scores.get)[left:]:
+                tokens[b, n], rounds[b, n] = candidates[n], t
+    found = prior.generate(labels, noise, 5, token_temperature, choice_temperature, space, return_steps=True)
+    assert torch.equal(found[0], tokens) and torch.equal(found[1], rounds)
 
 
 def test_a_fixed_token_never_changes():

@@ -526,6 +526,15 @@ def test_each_early_warning_names_its_cause_and_a_setting_and_comes_only_then(na
     assert visualize.early_warnings([FINE, *almost], "phase1", c) == {}
 
 
+def test_a_discriminator_that_wins_is_told_between_validations_too(trained, data, tmp_path, capsys):
+    run = open_run("phase1", earlier(trained, tmp_path / "out", "phase1"), data)
+    run.rows, run.warned, run.skips, run.clock = [], set(), {}, 0.0
+    for step in range(5):  # a validation after every line of losses
+        run.log("phase1", 2 * step, lr=0.1, loss_disc=0.01)
+        run.log("phase1", 2 * step, usage=0.9)
+    assert capsys.readouterr().err.count("the discriminator wins") == 1
+
+
 def test_a_warning_is_printed_once(trained, data, tmp_path, capsys):
     run = open_run("phase1", earlier(trained, tmp_path / "out", "phase1"), data)
     run.rows, run.warned, run.skips, run.clock = [], set(), {}, 0.0

@@ -1,5 +1,6 @@
 """Claims about sample.py: data as functions of their address, image files, checkpoints, samples, pictures."""
 
+import inspect
 import itertools
 import math
 import os
@@ -97,13 +98,13 @@ def test_seeded_numbers_depend_on_the_seed_only():
 # Shapes ---------------------------------------------------------------------------------------------------
 
 
-def test_shapes_are_a_function_of_seed_split_and_index():
+def test_shapes_are_a_function_of_split_and_index():
     first, again = Shapes("train", 30, 16), Shapes("train", 100, 16)
     for index in (0, 7, 29):
         assert torch.equal(first.render(index), again.render(index))
         assert torch.equal(first.pixels(index), first.pixels(index))
-        for other in (Shapes("val", 30, 16), Shapes("train", 30, 16, seed=1)):
-            assert not torch.equal(first.mask(index), other.mask(index))
+        assert not torch.equal(first.mask(index), Shapes("val", 30, 16).mask(index))
+        assert torch.equal(first.render(index), Shapes("train", 30, 16, seed=1).render(index))
         assert not torch.equal(first.mask(index), first.mask(index + 10))  # the same class, another structure
 
 
@@ -501,10 +502,52 @@ def test_classes_are_chosen_by_name_or_number():
 
 
 def test_flags_are_written_over_the_sampler_of_the_preset_and_zero_counts():
-    args = Namespace(temperature=0.0, top_p=None, nar_steps=5, confidence_space="log")
-    settings = sample.sample_settings(args, CONFIG)
-    assert settings == dict(SETTINGS, temperature=0.0, nar_steps=5, confidence_space="log")
-    assert SETTINGS["nar_steps"] == 3  # the preset is not touched
+    args = Namespace(top_p=None, nar_steps=5, confidence_space="log", choice_temperature=0.0)
+    settings = sample.sample_settings(args, CONFIG, "nar")
+    expected = dict(nar_steps=5, confidence_space="log", choice_temperature=0.0, guidance=1.0,
+                    token_temperature=SETTINGS["token_temperature"])
+    assert settings == expected and SETTINGS["nar_steps"] == 3  # the preset is not touched
+    with pytest.raises(UserError, match="--steps does nothing for AR"):
+        sample.sample_settings(args, CONFIG, "ar")
+    assert sample.sample_settings(Namespace(temperature=0.0), CONFIG, "ar")["temperature"] == 0
+
+
+@pytest.mark.parametrize("kind", [ARPrior, NARPrior])
+def test_every_setting_of_the_sampler_reaches_its_prior(kind, monkeypatch):
+    settings = dict(temperature=0.9, top_k=3, top_p=0.8, guidance=1.5, nar_steps=2, token_temperature=0.7,
+                    choice_temperature=0.3, confidence_space="log")
+    wanted, got = dict.fromkeys(sample.SAMPLER["ar" if kind is ARPrior else "nar"]), {}
+    prior = tiny_prior(kind, class_dropout=0.1)
+    real = inspect.signature(kind.generate)
+    monkeypatch.setattr(kind, "generate", lambda *a, **k: got.update(real.bind(*a, **k).arguments))
+    sample.generate_tokens(prior, torch.tensor([0]), 0, [0], settings)
+    got["nar_steps"] = got.pop("steps", None)
+    assert {name: got[name] for name in wanted} == {name: settings[name] for name in wanted}
+
+
+def test_data_of_train_and_val_folders_is_split_as_in_training_and_another_folder_is_taken_whole(tmp_path):
+    for split, count in (("train", 6), ("val", 2)):
+        for i in range(count):
+            picture(tmp_path / split / f"{i}.png")
+    config = dict(CONFIG, data="shapes", val="elsewhere")
+    assert [len(part) for part in sample.load_data(sample.with_data(config, str(tmp_path)))] == [6, 2]
+    whole = sample.load_data(sample.with_data(config, str(tmp_path / "train")))
+    assert [len(part) for part in whole] == [6, 6] and sample.with_data(config, None) == config
+
+
+def test_images_beside_class_folders_are_told_and_links_in_a_circle_left_out(tmp_path, capsys):
+    picture(tmp_path / "cat" / "1.png")
+    picture(tmp_path / "loose.png")
+    (tmp_path / "cat" / "circle.png").symlink_to(tmp_path / "cat" / "circle.png")
+    files, names = sample.scan_folder(tmp_path)
+    assert len(files) == 1 and names == ["cat"]
+    assert "1 images beside the class folders" in capsys.readouterr().err
+
+
+def test_the_seed_orders_and_flips_procedural_images_too():
+    data = [sample.load_data(dict(CONFIG, seed=seed, limit=30))[0] for seed in (0, 1)]
+    assert [data[0].shuffled(i) for i in range(30)] != [data[1].shuffled(i) for i in range(30)]
+    assert all(torch.equal(data[0].view(i), data[1].view(i)) for i in range(5))
 
 
 @pytest.mark.parametrize("flag", ["--temperature", "--token-temperature", "--choice-temperature"])

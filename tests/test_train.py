@@ -5,6 +5,7 @@ What happens when something fails is in test_reliability.py.
 
 import argparse
 import ast
+import inspect
 import json
 import math
 import os
@@ -121,11 +122,11 @@ def test_every_flag_is_read_and_has_a_help_text_of_its_own(monkeypatch):
     actions = [action for action in parsers[0]._actions if action.dest != "help"]
     texts = [action.help for action in actions]
     assert len(texts) > 15 and all(texts) and len(set(texts)) == len(texts)
-    lines = "".join((ROOT / f"{name}.py").read_text() for name in ("train", "visualize")).splitlines()
-    code = "\n".join(line for line in lines if not line.strip().startswith("add("))
+    code = (ROOT / "train.py").read_text()
+    by_name = inspect.getsource(train.build_config) + inspect.getsource(train.Run.due)
     for action in actions:
         name = action.dest.removesuffix("_every")  # Run.due puts the two together
-        assert re.search(rf'args\.{action.dest}\b|"{name}"', code), action.dest
+        assert re.search(rf"args\.{action.dest}\b", code) or f'"{name}"' in by_name, action.dest
 
 
 @pytest.mark.parametrize(
@@ -154,7 +155,9 @@ def test_every_flag_is_read_and_has_a_help_text_of_its_own(monkeypatch):
         ("--set sample.top_p=0", "sample.top_p"),
         ("--set discriminator.kind=patchh", "discriminator.kind"),
         ("--set precision=fp8", "precision"),
-        ("--set limit=abc", "limit"),
+        ("--set limit=abc", "limit"), ("--set limit=2.5", "limit must be a whole number"),
+        ('--set phase1.betas=["a",0.9]', "phase1.betas"), ("--set phase1.betas=[null,0.9]", "phase1.betas"),
+        ("--set phase1.init=FILE", "phase1.init"), ("--set sample.guidance=2", "prior.class_dropout=0.1"),
         ("--set data=5", "data"),
         ("--precision fp16", "bf16"),
         ("--workers -1", "--workers"),
@@ -227,6 +230,7 @@ def test_a_finished_stage_started_again_changes_no_checkpoint(trained, data, tmp
     [
         ("phase1", dict(phase1__lr=1e-3), "phase1.lr"),
         ("phase1", dict(phase1__betas=[0.5, 0.9]), "phase1.betas"),
+        ("phase2", dict(discriminator__max_width=4), "phase1.pt was made with discriminator.max_width"),
         ("phase1", dict(tokenizer__codebook_size=64), "tokenizer.codebook_size"),
         ("phase1", dict(seed=1), "seed"),
         ("phase2", dict(phase2__per_weight=2.0), "phase2.per_weight"),
@@ -567,6 +571,23 @@ def test_a_stage_without_the_one_before_it_is_refused(trained, data, tmp_path, c
     assert "phase1.pt" in error and "--stage phase1" in error and contents(out) == before
 
 
+def test_a_data_set_with_five_validation_images_goes_through_all_stages_to_its_summary(data, tmp_path):
+    for split, count in (("train", 6), ("val", 1)):
+        for folder in sorted((data / split).iterdir())[:5]:
+            for file in sorted(folder.iterdir())[:count]:
+                (tmp_path / split / folder.name).mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, tmp_path / split / folder.name)
+    stages = ("judge", "phase1", "phase2", "ar", "nar")
+    call("all", tmp_path / "out", tmp_path, **{f"{stage}__steps": 2 for stage in stages})
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["num_val"] == 5
+    assert (tmp_path / "out" / "phases.png").exists()
+
+
+def test_phase_2_is_refused_before_phase_1_where_its_attention_cannot_be_built(data, tmp_path, capsys):
+    error = refusal(capsys, "all", tmp_path / "out", data, tokenizer__base_width=9)
+    assert "attention heads" in error and not (tmp_path / "out" / "phase1.pt").exists()
+
+
 @pytest.mark.parametrize("stage", ["phase2", "ar", "nar"])
 def test_a_checkpoint_made_with_another_tokenizer_is_not_continued(trained, data, tmp_path, capsys, stage):
     out = tmp_path / "out"
@@ -723,7 +744,7 @@ def config_of(*words):
                "--set tokenizer.codebook_size=8192"),
         ("kmeans", "--alpha 0 --set tokenizer.codebook=kmeans --set tokenizer.kmeans_warmup=10000 "
                    "--set tokenizer.kmeans_every=2000 --set tokenizer.kmeans_last=30000"),
-        *((name, f"--alpha 0 --set phase1.layers={name}") for name in "ABCDE"),
+        *((name, f"--set phase1.layers={name}") for name in "ABCDE"),
     ],
 )
 def test_an_ablation_is_the_plain_flags_that_the_paper_s_row_needs(name, words):
@@ -732,6 +753,16 @@ def test_an_ablation_is_the_plain_flags_that_the_paper_s_row_needs(name, words):
     if name in train.ABLATIONS[4:8]:
         expected["tokenizer"]["warm_start"] = 0  # which is the default
     assert config_of(*preset, "--ablation", name) == expected
+
+
+def test_alpha_is_never_given_where_other_layers_would_take_its_place(capsys):
+    for words in (["--preset", "fqgan-dual"], ["--set", "phase1.layers=A"]):
+        with pytest.raises(SystemExit):
+            config_of(*words, "--alpha", "0")
+        assert "--alpha does nothing beside phase1.layers" in capsys.readouterr().err
+    for name in ("alpha=0.5", "sem", "baseline"):
+        phase1 = config_of("--preset", "fqgan-dual", "--ablation", name)["phase1"]
+        assert phase1["layers"] is None and phase1["alpha"] == {"alpha=0.5": 0.5, "sem": 1}.get(name, 0)
 
 
 def test_the_ablation_setting_is_the_paper_s_and_every_row_of_its_tables_has_a_name():

@@ -7,11 +7,12 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, command
+from helpers import ROOT, command, open_run
 from PIL import Image
 
 import sample
@@ -390,6 +391,41 @@ def test_compare_probes_several_tokenizers_on_the_same_images(run, capsys):
     assert one["tokenizer_hash"] == two["tokenizer_hash"] and one["bits_per_image"] == two["bits_per_image"]
     assert one["psnr"] != two["psnr"] and all_finite(one) and one["train_images"] == 60
     assert "bits_per_image" in capsys.readouterr().out
+
+
+def test_compare_draws_from_all_training_images_and_never_from_those_it_validates_on(
+        trained, data, monkeypatch, tmp_path):
+    seen, whole = [], shutil.copytree(data / "train", tmp_path / "whole")  # 6 images of each of ten classes
+
+    def spy(self, index):
+        seen.append(self.files[index])
+        return real(self, index)
+
+    real = sample.FolderData.view
+    monkeypatch.setattr(sample.FolderData, "view", spy)
+    visualize.main(visualize.parse_args([
+        "compare", str(trained / "phase1.pt"), "--steps", "1", "--device", "cpu", "--data", str(whole),
+        "--samples", "20", "--out", str(tmp_path / "x.json")]))
+    train_files, val_files = seen[:20], seen[20:]
+    assert len({Path(file).parent.name for file in train_files}) > 5  # the first 20 files are of 4 classes
+    assert len(val_files) == 3 and not set(train_files) & set(val_files)
+
+
+def test_a_figure_tells_with_which_loss_the_tokenizer_was_trained_whatever_the_prior_s_command_said(
+        trained, data, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+    ckpt = torch.load(out / "phase1.pt", weights_only=True)
+    ckpt["config"]["phase1"]["alpha"] = 0.25
+    torch.save(ckpt, out / "phase1.pt")
+    (out / "phase2.pt").unlink()
+    run = open_run("ar", out, data, "--alpha", "0.75")
+    train.earlier_tokenizer(run, ("phase1", "phase2"))
+    assert visualize.told_loss(run.config) == "α = 0.25"
+    assert visualize.alpha_of(run.config) == dict(alpha=0.25)
+    layers = dict(phase1=dict(alpha=0.25, layers="A"))
+    assert visualize.told_loss(layers) == "layers A"
+    assert visualize.alpha_of(layers) == dict(alpha=None, layers="A")
 
 
 # The report -----------------------------------------------------------------------------------------------
