@@ -171,6 +171,13 @@ def on_rank0(action):
     return result
 
 
+def fetched(load):
+    """What `load()` gives, first in one process alone, which downloads what is missing."""
+    if world() > 1:
+        on_rank0(lambda: load() and None)
+    return load()
+
+
 def agreed(request):
     """The largest of all processes' requests, an int. One small all-reduce, on the CPU even beside NCCL."""
     if world() == 1:
@@ -895,6 +902,15 @@ SAMPLER = dict(  # the settings that each prior reads
     nar=("nar_steps", "token_temperature", "choice_temperature", "confidence_space", "guidance"))
 
 
+@torch.no_grad()
+def predict_tokens(prior, tokens, labels):
+    """Teacher-forced (Sec. 3.2): the AR prior's top-1 prediction of each token, given the true ones before
+    it, and the nats of the true one; both like tokens, (B, N) or (B, N, k)."""
+    logits = prior(tokens, labels).float()  # (B, N, K) or (B, N, k, K)
+    nats = F.cross_entropy(logits.flatten(0, -2), tokens.flatten(), reduction="none")
+    return logits.argmax(-1), nats.view_as(tokens)
+
+
 def generate_tokens(prior, labels, seed, indices, settings):
     """Tokens (B, N) of the images `indices`, whose random numbers depend on (seed, index) only.
 
@@ -1023,8 +1039,8 @@ class Extractor:
                                 f"{image_size}; train one with --set image_size={image_size}")
             self.network, layer, resize = register_scorer(getattr(network, "vgg", network)), "pool", "none"
         else:
-            on_rank0(lambda: load_inception(source) and None)  # downloads it where it is missing
-            self.network, layer, resize = load_inception(source), "2048", "tf1-bilinear-299"
+            self.network = fetched(lambda: load_inception(source))
+            layer, resize = "2048", "tf1-bilinear-299"
         self.network.to(device)
         one = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8, device=device)
         self.num_features = in_slices(lambda part: self.network(part)[0], one).shape[1]
@@ -1330,13 +1346,10 @@ def measure_view(args, extractor, data, device):
         for start, _, _, tokens in reconstructions(tokenizer, data, args.num, args.batch, device, done):
             labels = torch.tensor([data.label(i) for i in range(start, start + len(tokens))])
             known = labels.to(device) if prior.config.num_classes else None
-            with torch.no_grad():
-                logits = prior(tokens, known).float()  # (B, N, K) or (B, N, k, K)
-            predicted = logits.argmax(-1)
-            nats = F.cross_entropy(logits.flatten(0, -2), tokens.flatten(), reduction="none")
+            predicted, nats = predict_tokens(prior, tokens, known)
             yield start, extractor(to_uint8(decode(tokenizer, predicted))) | dict(
                 labels=labels, top1=(predicted == tokens).float().flatten(1).mean(1).cpu(),
-                nats_per_token=nats.view(len(tokens), -1).mean(1).cpu())
+                nats_per_token=nats.flatten(1).mean(1).cpu())
 
     return measured, dict(prior=weights_hash(prior), tokenizer=ckpt["tokenizer_hash"], batch=args.batch,
                           decoder=weights_hash(tokenizer), note=ckpt["note"] or decoder_ckpt["note"])

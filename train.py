@@ -368,7 +368,7 @@ from perceptual import (
 from prior_ar import ARPrior, PriorConfig
 from prior_nar import NARPrior, mask_tokens
 from sample import (
-    FORMAT, UserError, agreed, barrier, batches, claim, intact, latent_hash, load_data, load_model,
+    FORMAT, UserError, agreed, barrier, batches, claim, fetched, intact, latent_hash, load_data, load_model,
     make_sheet, mix, my_rows, newest_intact, on_rank0, one_line_errors, print0, rank, read_checkpoint,
     save_atomic, save_checkpoint, save_torch, seeded_rand, setup_device, to_device, to_float, warn,
     weights_hash, world,
@@ -483,8 +483,7 @@ class Run:
             with as_user_error():
                 return load_vgg16({"imagenet": None}.get(source, source))
 
-        on_rank0(lambda: load() and None)  # downloads it where it is missing
-        return VGGTaps(load()).to(self.device, memory_format=torch.channels_last)
+        return VGGTaps(fetched(load)).to(self.device, memory_format=torch.channels_last)
 
     @cached_property
     def teachers(self):
@@ -498,9 +497,7 @@ class Run:
             with as_user_error():
                 return [JudgeTeacher(self.judge) if name == "judge" else load_teacher(name) for name in names]
 
-        if set(names) != {"judge"}:
-            on_rank0(lambda: load() and None)  # downloads what is missing
-        found = load()
+        found = load() if set(names) == {"judge"} else fetched(load)
         for name, teacher, width in zip(names, found, widths, strict=True):
             if teacher.width != width:
                 raise UserError(f"teacher {name} gives {teacher.width} features, not the {width} of "
@@ -515,8 +512,7 @@ class Run:
             with as_user_error():
                 return build_lpips(load_vgg16({"imagenet": None}.get(self.config["vgg"], self.config["vgg"])))
 
-        on_rank0(lambda: load() and None)
-        return load().to(self.device, memory_format=torch.channels_last)
+        return fetched(load).to(self.device, memory_format=torch.channels_last)
 
     def steps(self, stage):
         return self.config[SECTION[stage]]["steps"]

@@ -190,8 +190,9 @@ from prior_ar import ARPrior, PriorConfig
 from prior_nar import mask_tokens
 from sample import (
     HOW, Shapes, UserError, decode, evaluate, generate_images, generate_tokens, latent_hash, load_data,
-    load_model, load_tokenizer_of, make_sheet, mix, one_line_errors, print0, psnr, rank, read_checkpoint,
-    read_result, save_atomic, seeded_rand, setup_device, to_float, to_uint8, with_data, world,
+    load_model, load_tokenizer_of, make_sheet, mix, one_line_errors, predict_tokens, print0, psnr, rank,
+    read_checkpoint, read_result, save_atomic, seeded_rand, setup_device, to_float, to_uint8, with_data,
+    world,
 )
 from sample import parse_args as sample_args
 from tokenizer import TokenizerConfig, VQTokenizer, all_reduce_mean, codebook_usage, count_codes
@@ -208,13 +209,10 @@ def teacher_forced_view(tokenizer, prior, x, labels=None):
                (B, N, k), and nats and hits the means over k
     """
     tokens = tokenizer.encode(x)
-    logits = prior(tokens, labels).float()  # (B, N, K)
-    tokens_pred = logits.argmax(-1)
-    nats = F.cross_entropy(logits.flatten(0, -2), tokens.flatten(), reduction="none")
-    hits = (tokens == tokens_pred).float()
+    tokens_pred, nats = predict_tokens(prior, tokens, labels)
+    nats, hits = (t.view(*tokens.shape[:2], -1).mean(2) for t in (nats, (tokens == tokens_pred).float()))
     return dict(
-        tokens=tokens, tokens_pred=tokens_pred, hits=hits.flatten(2).mean(2) if hits.ndim > 2 else hits,
-        nats=nats.view(*tokens.shape[:2], -1).mean(2),
+        tokens=tokens, tokens_pred=tokens_pred, nats=nats, hits=hits,
         reconstruction=tokenizer.decode(tokens), prediction=tokenizer.decode(tokens_pred),
     )
 
@@ -821,7 +819,7 @@ def draw_curves(rows):
 
 @torch.no_grad()
 def report(args, device):
-    """One self-contained HTML page of a run folder: no network, images inside; returns what is on it."""
+    """One self-contained HTML page of a run folder: no network, images inside."""
     run, sections = args.files[0], []
     found = {s: run / f"{s}.pt" for s in ("phase1", "phase2", "ar", "nar") if (run / f"{s}.pt").is_file()}
     if "phase1" not in found and "phase2" not in found:
@@ -829,7 +827,7 @@ def report(args, device):
     tokenizers = {s: load_model(found[s], (s,), device)[0] for s in ("phase1", "phase2") if s in found}
     config = read_checkpoint(next(iter(found.values())), tuple(found))["config"]
     note = next((c["note"] for c in (read_checkpoint(p, (s,)) for s, p in found.items()) if c["note"]), "")
-    last, numbers = list(tokenizers.values())[-1], dict(run=str(run), note=note)
+    last = list(tokenizers.values())[-1]
 
     def section(title, *parts):
         sections.append(f"<section><h2>{html.escape(title)}</h2>\n" + "\n".join(parts) + "</section>")
@@ -866,7 +864,6 @@ def report(args, device):
     axis.set(xlabel="codes, the most frequent first", ylabel="times chosen")
     section("Codebook", f"<p>{usage:.1%} of {len(counts)} codes are chosen for {len(known):,} validation "
             f"images; perplexity {perplexity:.1f}.</p>", plot(fig, "histogram of the codes"))
-    numbers |= dict(usage=usage, perplexity=perplexity, num_images=len(known))
 
     decoded = {s: decode(t, tokens[:shown]) for s, t in tokenizers.items()}
     button = '<p><button onclick="toggle(this)">Showing phase 1 + 2, press to switch</button></p>'
@@ -874,7 +871,6 @@ def report(args, device):
     section("Reconstructions", "<p>Inputs:</p>", picture(x[:shown], shown, "inputs"),
             "<p>Decoded from the same tokens:</p>", f'<div class="stack">{stack}</div>',
             button if len(decoded) > 1 else "")
-    numbers |= {f"psnr_{s}": psnr(x[:shown], image).mean().item() for s, image in decoded.items()}
 
     if "ar" in found:
         pairs, _ = load_pairs([found["ar"]], len(x), device, (), args.data)
@@ -889,7 +885,6 @@ def report(args, device):
                 f"{told['nats_per_token']:.3f} nats a token. Inputs, then the two:</p>",
                 picture(x[:shown], shown, "inputs"),
                 f'<div class="row">{both}</div>', slider)
-        numbers["view"] = told
     for stage in ("ar", "nar"):
         if stage in found:
             prior, ckpt = load_model(found[stage], (stage,), device)
@@ -912,7 +907,6 @@ def report(args, device):
     page = PAGE % dict(title=html.escape(title), shown=shown, body="\n".join(sections))
     save_atomic(lambda p: p.write_text(page), out)
     print0(f"wrote {out} ({len(page) / 2**20:.1f} MB)")
-    return numbers
 
 
 def decoding_strip(prior, tokenizer, settings, classes, device, num=4):
@@ -1222,8 +1216,9 @@ class Claims(Table):
         note, of = folder / "stability.json", results["rec_phase1"]["tokenizer"]
         if not note.exists() or json.loads(note.read_text())["tokenizer"] != of:
             tokenizer, ckpt = load_model(folder / "phase1.pt", ("phase1",))
-            x = to_float(load_images(ckpt["config"], 500, None)[1], "cpu")
-            text = json.dumps(dict(stability(tokenizer, x), tokenizer=of))
+            images = load_data(ckpt["config"])[1]
+            x = torch.stack([images.view(i) for i in range(min(500, len(images)))])
+            text = json.dumps(dict(stability(tokenizer, to_float(x, "cpu")), tokenizer=of))
             save_atomic(lambda p: p.write_text(text), note)
         changed = json.loads(note.read_text())
         row |= {f"changed_by_{name}": changed[name] for name in ("noise", "shift", "jpeg")}
@@ -1273,8 +1268,7 @@ class Claims(Table):
         measures = {key: read_result(path) for key, path in self.row(done[0], "phase1")[1].items()}
         about = dict(preset=self.args.preset, set=self.args.set, runs=len(found), torch=torch.__version__,
                      seconds=sum(row["seconds"] for row in found), val_accuracy=accuracy,
-                     how={key: {k: result[k] for k in ("extractor_hash", "reference_hash", *HOW)}
-                          for key, result in measures.items()},
+                     how={key: {k: result[k] for k in HOW} for key, result in measures.items()},
                      verdicts=[dict(claim=c, verdict=v, parts=p) for c, v, p in verdicts])
         for suffix, content in (("json", json.dumps(about, indent=1)), ("md", "\n".join(text))):
             save_atomic(lambda p, c=content: p.write_text(c + "\n"), self.root / f"claims.{suffix}")
