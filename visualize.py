@@ -562,7 +562,7 @@ def figure_stability(args, device):
             config = ckpt["config"]
             x = to_float(load_images(config, args.num, args.data)[1], device)
         same_size(path, ckpt, config, args.ckpt[0])
-        noisy, side = disturbed(x)["noise"], tokenizer.grid_size
+        noisy, side = disturbed(x)["noise"], math.isqrt(tokenizer.token_shape[0])
         for i in range(min(len(x), 2)):
             before, after = (tokenizer.encode(image[i : i + 1]).view(side, side, -1) for image in (x, noisy))
             changed = (before != after).any(2)
