@@ -681,11 +681,11 @@ def ignore_signals(worker):
 FORMAT = 3  # of the checkpoint files; train.py writes them
 
 
-def claim(folder, flag="--out"):
+def claim(folder, wait=False):
     """Makes a folder and locks it. The kernel frees the lock when the returned file is closed or this process
     ends, in any way.
 
-    raises: UserError that names the process which holds it
+    raises: UserError that names the process which holds it, unless told to wait for that one
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -693,10 +693,13 @@ def claim(folder, flag="--out"):
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.seek(0)
-        raise UserError(f"{folder} is in use by process {lock.read()}; wait for it, or pass another "
-                        f"{flag}") from None
+        if not wait:
+            raise UserError(f"{folder} is in use by process {lock.read()}; wait for it, or pass another "
+                            "--out") from None
+        print0(f"waiting for process {lock.read()}, which is at work in {folder}")
+        fcntl.lockf(lock, fcntl.LOCK_EX)
     except OSError as error:
-        raise UserError(f"{flag} {folder} cannot be written to: {error}") from None
+        raise UserError(f"{folder} cannot be written to: {error}") from None
     lock.truncate(0)
     lock.write(str(os.getpid()))
     lock.flush()
@@ -1100,21 +1103,22 @@ def load_lpips(source, device):
     return build_lpips(load()).to(device)
 
 
-def collect(chunks, parts, what, num, flag="--out"):
+def collect(chunks, parts, what, num, locks=()):
     """All rows of chunks (start, dict of tensors (n, ...)), in order, in the first process; None in others.
 
     Each chunk becomes a file in the folder `parts` at once, and one that is there is not made again: so an
     interrupted evaluation goes on, and so processes hand over their shares. `seconds` are those of all calls.
+    locks: what holds `parts`, if the caller has claimed it
     """
 
     def place(start):
         return parts / f"{start:09d}.pt"
 
     def begin():
-        locks.append(claim(parts, flag))
+        held.extend(locks or [claim(parts)])
         return sum(intact(path) or bool(path.unlink()) for path in parts.glob("*.pt"))
 
-    locks, count = [], 0
+    held, count = [], 0
     found, begun, told, last = on_rank0(begin), time.time(), time.time(), time.time()
     if found:
         print0(f"{what}: going on, {found} parts are there already")
@@ -1173,12 +1177,18 @@ def load_reference(args, extractor, config, split):
                     del rows["logits"]  # nothing to tell, and large
                 yield start, rows
 
-    path = args.reference or on_rank0(name)
-    if not args.reference and not on_rank0(lambda: intact(path)):
+    path, locks = args.reference or on_rank0(name), []
+    parts = path.with_suffix(f".parts{args.batch}")
+
+    def there():
+        if not intact(path):
+            locks.append(claim(parts, wait=True))  # who else needs this file waits until it is made
+        return intact(path)
+
+    if not args.reference and not on_rank0(there):
         extractor.check_number(len(data), f"{split} images")
         print0(f"reference: features of {len(data):,} {split} images -> {path}")
-        parts = path.with_suffix(f".parts{args.batch}")
-        rows = collect(chunks, parts, "reference", len(data), "--references")
+        rows = collect(chunks, parts, "reference", len(data), locks)
 
         def finish():
             about = dict(reference_images=len(data), reference_hash=joint_hash(rows["digests"]),

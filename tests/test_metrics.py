@@ -6,13 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 
 import numpy as np
 import pytest
 import torch
 import torch_fidelity
-from helpers import ROOT, call, command
+from helpers import ROOT, call, command, fork, wait_for, wait_until
 from PIL import Image
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -307,6 +308,29 @@ def test_an_interrupted_evaluation_makes_the_missing_images_only_and_gives_the_s
     assert [p.name for p in run.iterdir() if p.name.startswith(".result")] == []  # the parts are gone
     drawn.clear()
     assert measure(run, "ar.pt", scorer, references, "--num", 40, "--batch", 8) == again and not drawn
+
+
+def test_who_needs_reference_statistics_that_another_process_makes_waits_for_them(
+        run, scorer, references, monkeypatch, capsys):
+    measure(run, "ar.pt", scorer, references, "--num", 30)
+    ready = max(references.glob("train_*.pt"), key=os.path.getmtime)
+    place, begun = run / "references" / ready.name, run / "begun"
+    parts = place.with_suffix(".parts32")
+
+    def other():
+        lock = sample.claim(parts)
+        begun.touch()
+        time.sleep(1)
+        shutil.copy(ready, place)
+        shutil.rmtree(parts)
+        lock.close()
+
+    child = fork(other)
+    wait_until(begun.exists)
+    monkeypatch.setattr(sample, "reference_statistics", None)  # nothing is made twice
+    (run / "result.json").unlink()
+    assert measure(run, "ar.pt", scorer, place.parent, "--num", 30)["reference_images"] == 60
+    assert wait_for(child) == 0 and "waiting for process" in capsys.readouterr().out
 
 
 def test_another_result_moves_the_old_one_aside(run, scorer, references):
