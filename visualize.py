@@ -1852,7 +1852,7 @@ def explain(config, processes=8):
         for name in ("ar", "nar"):
             stage(f"{name}, {first.grid_size}^2 tokens of {first.codebook_size} codes", config[name])
             row("prior, unconditional", prior[0], "trainable", config[name])
-            row("prior, 1000 classes", prior[1000], "trainable", config[name])
+            row("prior, 1000 classes", prior[1000], "trainable", config[name])  # one network, so one cost
             flops, kept = cost([lambda: prior[1000](tokens, label).sum().backward()], prior[1000])
             print_cost(name, config[name], flops, kept, count(prior[1000]), 0, processes)
 

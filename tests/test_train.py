@@ -571,6 +571,38 @@ def test_a_stage_without_the_one_before_it_is_refused(trained, data, tmp_path, c
     assert "phase1.pt" in error and "--stage phase1" in error and contents(out) == before
 
 
+def test_shifted_images_are_crops_of_the_reflected_image_and_depend_on_seed_step_and_row_alone():
+    x = torch.arange(24 * 3 * 16 * 16.0).view(24, 3, 16, 16)
+    shifted, padded = train.random_shift(x, 0, 5, 24), torch.nn.functional.pad(x, (2,) * 4, mode="reflect")
+    places = []
+    for image, whole in zip(shifted, padded, strict=True):
+        found = [(t, left) for t in range(5) for left in range(5)
+                 if torch.equal(image, whole[:, t : t + 16, left : left + 16])]
+        assert len(found) == 1
+        places += found
+    assert {t for t, _ in places} == {left for _, left in places} == set(range(5))
+    assert torch.equal(train.random_shift(x, 0, 5, 24), shifted)
+    assert not torch.equal(train.random_shift(x, 0, 6, 24), shifted)
+
+
+def test_a_batch_of_codes_has_the_labels_of_its_images_and_takes_turns_with_their_variants(trained, data):
+    run, num = open_run("ar", trained, data), 60
+    codes = dict(train=torch.stack([torch.arange(num) * 10 + v for v in range(3)])[..., None],
+                 labels=torch.arange(num) + 1000)
+    tokens, labels = (torch.cat(parts) for parts in zip(
+        *(train.code_batch(run, codes, step, 20) for step in range(6)), strict=True))
+    assert torch.equal(tokens[:, 0] // 10 + 1000, labels)
+    assert all(labels[part].unique().numel() == num for part in (slice(0, 60), slice(60, 120)))  # two epochs
+    assert set((tokens % 10).flatten().tolist()) == {0, 1, 2}
+
+
+def test_with_the_adaptive_weight_phase_1_logs_it_and_uses_it(trained, data, tmp_path):
+    out = earlier(trained, tmp_path / "out", "phase1")
+    call("phase1", out, data, phase1__adaptive=True, phase1__adv_start=0.0)
+    weights = [row["adaptive_weight"] for row in rows(out, "phase1") if "adaptive_weight" in row]
+    assert len(weights) == STEPS and all(0 < weight < 1e4 for weight in weights) and len(set(weights)) > 1
+
+
 def test_a_data_set_with_five_validation_images_goes_through_all_stages_to_its_summary(data, tmp_path):
     for split, count in (("train", 6), ("val", 1)):
         for folder in sorted((data / split).iterdir())[:5]:
