@@ -685,25 +685,23 @@ def test_fig_5b_is_drawn_over_alpha_and_fig_7b_decodes_with_both_phases(data, tm
 
 
 def test_the_claims_are_told_from_the_measured_numbers_of_each_run(data, tmp_path, monkeypatch, capsys):
-    rows = [(f"{arm}, seed 0", f"{arm}|0", "phase1", ()) for arm in ("alpha=0", "attention2")]
-    monkeypatch.setitem(visualize.TABLES["claims"], "rows", rows)
+    monkeypatch.setitem(visualize.TABLES["claims"], "rows", [("alpha=0, seed 0", "alpha=0|0", "phase1", ())])
     ran = in_process(monkeypatch)
     visualize.main(table("claims", tmp_path, data, "--run"))
-    assert len(ran) == 2 + (4 + 7) + (3 + 4)
-    lines = [json.loads(line) for line in (tmp_path / "claims.jsonl").read_text().splitlines()]
-    assert [(row["arm"], row["alpha"]) for row in lines] == [("alpha=0", 0), ("attention2", 0)]
+    assert len(ran) == 2 + 4 + 7
+    (row,) = [json.loads(line) for line in (tmp_path / "claims.jsonl").read_text().splitlines()]
+    assert (row["arm"], row["seed"], row["alpha"], len(row["commands"])) == ("alpha=0", 0, 0, 4 + 7)
     folder = tmp_path / "alpha=0,seed=0"
     for name, key in dict(rec_phase1="rfid", ar_phase2="fid", nar_phase1="recall", view="view_fid").items():
         measured = json.loads((folder / f"metrics_{name}.json").read_text())["results"]
-        assert lines[0][f"{name}_{key}"] == measured[key]
+        assert row[f"{name}_{key}"] == measured[key]
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    last = [row for row in logged if row["stage"] == "nar" and "val_loss" in row][-1]
-    assert lines[0]["nar_relative"] == pytest.approx(last["val_loss"] / last["unigram_entropy"])
-    assert "ar_phase2_fid" not in lines[1] and len(lines[1]["commands"]) == 3 + 4
+    last = [line for line in logged if line["stage"] == "nar" and "val_loss" in line][-1]
+    assert row["nar_relative"] == pytest.approx(last["val_loss"] / last["unigram_entropy"])
     told = (tmp_path / "claims.md").read_text()
-    assert told.count("**not decided**") >= 4 and "2 runs" in told and "(one seed: no interval)" in told
-    assert f"{lines[0]['rec_phase1_usage']:.1%}" in told and (tmp_path / "claims_fig5b.png").exists()
-    assert json.loads((tmp_path / "claims.json").read_text())["runs"] == 2
+    assert told.count("**not decided**") >= 4 and "1 runs" in told and "(one seed: no interval)" in told
+    assert f"{row['rec_phase1_usage']:.1%}" in told and (tmp_path / "claims_fig5b.png").exists()
+    assert json.loads((tmp_path / "claims.json").read_text())["runs"] == 1
     ran.clear()
     capsys.readouterr()
     visualize.main(table("claims", tmp_path, data, "--run"))
