@@ -100,7 +100,7 @@ class NARPrior(nn.Module):
         logits:    (B, N, K), any float dtype; tokens: (B, N) int64 in [0, K), the originals;
                    mask: (B, N) bool, True where the input was hidden. All with k after N, where k > 1.
         returns:   (loss, accuracy), 0-dim float32 tensors. The mean is over this batch's masked tokens; a
-                   caller with several micro-batches or processes weights it by their number.
+                   caller with several micro-batches or processes weights each mean by its masked tokens.
         deviation: MaskGIT smooths labels by 0.1; the paper does not mention it, so our default is 0.
         """
         check_tokens(tokens, logits.shape[1:-1])

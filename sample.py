@@ -127,6 +127,10 @@ class UserError(Exception):
         self.code, self.shared = code, code == 2 if shared is None else shared
 
 
+class InUse(UserError):
+    """Another process is at work there."""
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Processes and seeds
 # ----------------------------------------------------------------------------------------------------------
@@ -194,7 +198,7 @@ def one_line_errors():
         yield
         barrier()
     except torch.OutOfMemoryError:
-        print("error: out of GPU memory; pass a smaller --batch", file=sys.stderr)
+        print("error: out of GPU memory; pass a smaller --batch (visualize.py: --num)", file=sys.stderr)
         sys.exit(1)
     except (UserError, OSError) as error:
         if int(os.environ.get("RANK", 0)) == 0 or not getattr(error, "shared", False):
@@ -467,7 +471,7 @@ class Shapes(ImageData):
     def __init__(self, split, size, image_size, seed=0, detail_seed=0):
         super().__init__(image_size, seed, self.NAMES)
         self.split, self.size, self.detail_seed = split, size, detail_seed
-        self.labels, self.fingerprint = [index % 10 for index in range(size)], [size, "shapes"]
+        self.labels, self.fingerprint = [i % 10 for i in range(size)], [size, f"shapes{seed or ''}"]
 
     def __len__(self):
         return self.size
@@ -681,11 +685,11 @@ def ignore_signals(worker):
 FORMAT = 3  # of the checkpoint files; train.py writes them
 
 
-def claim(folder, wait=False):
+def claim(folder):
     """Makes a folder and locks it. The kernel frees the lock when the returned file is closed or this process
     ends, in any way.
 
-    raises: UserError that names the process which holds it, unless told to wait for that one
+    raises: InUse, a UserError that names the process which holds it
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -693,11 +697,8 @@ def claim(folder, wait=False):
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.seek(0)
-        if not wait:
-            raise UserError(f"{folder} is in use by process {lock.read()}; wait for it, or pass another "
-                            "--out") from None
-        print0(f"waiting for process {lock.read()}, which is at work in {folder}")
-        fcntl.lockf(lock, fcntl.LOCK_EX)
+        raise InUse(f"{folder} is in use by process {lock.read()}; wait for it, or pass another "
+                    "--out") from None
     except OSError as error:
         raise UserError(f"{folder} cannot be written to: {error}") from None
     lock.truncate(0)
@@ -1103,22 +1104,21 @@ def load_lpips(source, device):
     return build_lpips(load()).to(device)
 
 
-def collect(chunks, parts, what, num, locks=()):
+def collect(chunks, parts, what, num):
     """All rows of chunks (start, dict of tensors (n, ...)), in order, in the first process; None in others.
 
     Each chunk becomes a file in the folder `parts` at once, and one that is there is not made again: so an
     interrupted evaluation goes on, and so processes hand over their shares. `seconds` are those of all calls.
-    locks: what holds `parts`, if the caller has claimed it
     """
 
     def place(start):
         return parts / f"{start:09d}.pt"
 
     def begin():
-        held.extend(locks or [claim(parts)])
+        locks.append(claim(parts))
         return sum(intact(path) or bool(path.unlink()) for path in parts.glob("*.pt"))
 
-    held, count = [], 0
+    locks, count = [], 0
     found, begun, told, last = on_rank0(begin), time.time(), time.time(), time.time()
     if found:
         print0(f"{what}: going on, {found} parts are there already")
@@ -1177,18 +1177,27 @@ def load_reference(args, extractor, config, split):
                     del rows["logits"]  # nothing to tell, and large
                 yield start, rows
 
-    path, locks = args.reference or on_rank0(name), []
-    parts = path.with_suffix(f".parts{args.batch}")
+    path, locks, told = args.reference or on_rank0(name), [], ""
 
-    def there():
-        if not intact(path):
-            locks.append(claim(parts, wait=True))  # who else needs this file waits until it is made
-        return intact(path)
+    def look():
+        """made, ours to make, or the reason to wait for another process"""
+        try:
+            if not intact(path):
+                locks.append(claim(args.references))
+            return "made" if intact(path) else "ours"
+        except InUse as error:
+            return str(error)
 
-    if not args.reference and not on_rank0(there):
+    while (state := "made" if args.reference else on_rank0(look)) not in ("made", "ours"):
+        if state != told:
+            told = state
+            print0(f"waiting: {told}")
+        time.sleep(2)  # not inside `on_rank0`, where the other processes would give up
+    if state == "ours":
+        parts = path.with_suffix(f".parts{args.batch}")
         extractor.check_number(len(data), f"{split} images")
         print0(f"reference: features of {len(data):,} {split} images -> {path}")
-        rows = collect(chunks, parts, "reference", len(data), locks)
+        rows = collect(chunks, parts, "reference", len(data))
 
         def finish():
             about = dict(reference_images=len(data), reference_hash=joint_hash(rows["digests"]),
@@ -1503,7 +1512,8 @@ def write_files(chunks, info, folder, num):
 
     def begin():
         note, text = folder / "info.json", json.dumps(info, indent=1) + "\n"
-        if note.exists() and note.read_text() != text:
+        old = json.loads(note.read_text()) if note.exists() else json.loads(text)
+        if {key: old.get(key) for key in info} != json.loads(text):
             raise UserError(f"{note} tells of other weights or settings; pass another --out")
         if folder.exists() and not note.exists() and any(p.name[0] != "." for p in folder.iterdir()):
             raise UserError(f"{folder} holds other files; pass another --out")

@@ -698,7 +698,8 @@ def probe(train, val, codebook_size, device="cpu", steps=400, batch=64, seed=0):
 
 def compare(args, device):
     """`compare A.pt B.pt`: the probe, PSNR and code stability of tokenizers on the same images; with
-    --extractor rFID too. For a tokenizer of another kind call `probe` with its tokens."""
+    --extractor rFID too, by its own protocol. A folder of --data is split into training and validation
+    images as train.py does. For a tokenizer of another kind call `probe` with its tokens."""
     rows, measured, ckpts = [], {}, [read_checkpoint(path, ("phase1", "phase2")) for path in args.files]
     for path, ckpt in zip(args.files, ckpts, strict=True):
         same_size(path, ckpt, ckpts[0]["config"], args.files[0])
@@ -1257,7 +1258,7 @@ class Claims(Table):
         for arm in dict.fromkeys(row["arm"] for row in found):
             seeds = sum(row["arm"] == arm for row in found)
             table.append([f"{arm} ({seeds})", *(spread.told(arm, key) for key in names)])
-        text = [f"{len(found)} runs, preset {self.args.preset}; mean over seeds, then the half width of its "
+        text = [f"runs: {len(found)}, preset {self.args.preset}; mean over seeds, then the half width of its "
                 f"95 % interval from the spread of seeds pooled over arms", "", print_table(table), ""]
         verdicts = list(judge_claims(spread))
         for claim, verdict, parts in verdicts:
@@ -1344,7 +1345,7 @@ def judge_claims(spread):
 
     A part is a difference that the paper says is negative ("falls"), or is not ("no fall"). A claim holds if
     all parts do, each with its whole 95 % interval; it does not hold if one interval lies on the other side.
-    Parts that begin with "beside" are told and not judged.
+    Usage in (e) is judged by limits instead. Parts that begin with "beside" are told and not judged.
     """
 
     def part(text, found, margin=None):
@@ -1374,6 +1375,7 @@ def judge_claims(spread):
     both, f4 = ("ar", "nar"), ("f4,alpha=1", "f4,alpha=0")
     gain = d("attention2", "alpha=0", "rec_phase1_rfid")
     margin = max(0.0, -gain[0] / 2) if gain else 0.0
+    limit = f" (no fall beyond {margin:.2g})" if gain else ""
     three = (("rFD", "rec_phase1_rfid"), ("AR FD", "ar_phase1_fid"), ("NAR FD", "nar_phase1_fid"))
 
     def beside(text, *found):
@@ -1397,7 +1399,7 @@ def judge_claims(spread):
     gap = d("entropy", "vqgan", "rec_phase1_usage")  # near 100 % seeds hardly differ: a margin instead
     more = (None, "usage, entropy minus plain: not measured") if gap is None else (
         None if abs(gap[0]) <= 0.05 or math.isnan(gap[1]) else gap[0] > 0,
-        f"usage, entropy minus plain: {gap[0]:+.1%} (counts beyond 5 points)")
+        f"usage, entropy minus plain: {100 * gap[0]:+.1f} points (counts beyond 5)")
     claims = [
         ("(a) the FD of samples falls with alpha, and rFD is best between 0 and 1",
          [part(f"{s.upper()} FD, alpha = 1 minus 0", d(*ends, f"{s}_phase1_fid")) for s in both] + middle),
@@ -1405,7 +1407,7 @@ def judge_claims(spread):
          [part(f"{s.upper()}, alpha = 1 minus 0", d(*ends, f"{s}_relative")) for s in both]),
         ("(c) the attention decoder improves rFD and does not improve samples",
          [part("rFD, attention x2 minus baseline", d("attention2", "alpha=0", "rec_phase1_rfid"))]
-         + [part(f"{s.upper()} FD, attention x2 minus baseline (no fall beyond {margin:.2g})",
+         + [part(f"{s.upper()} FD, attention x2 minus baseline{limit}",
                  d("attention2", "alpha=0", f"{s}_phase1_fid"), margin) for s in both]),
         ("(d) phase 2 improves samples at unchanged tokens",
          [part(f"{s.upper()} FD, phase 1 + 2 minus phase 1, alpha = 1",
@@ -1451,7 +1453,7 @@ def header(path):
     """A checkpoint whose tensors stay on disk; its checksum is not looked at. raises: UserError if damaged"""
     try:
         return torch.load(path, weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError):
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError):
         raise UserError(f"{path} is damaged; delete it and --run again") from None
 
 
@@ -1461,7 +1463,10 @@ def finished(path, words):
     if not path.exists():
         return False
     if path.suffix == ".pt":
-        ckpt = header(path)
+        try:
+            ckpt = header(path)
+        except UserError:  # train.py sets it aside and takes the one before
+            return False
         section = "judge" if ckpt["stage"] in ("vgg", "resnet") else ckpt["stage"]
         return ckpt["step"] >= ckpt["config"][section]["steps"]
     num = int(words[words.index("--num") + 1]) if "--num" in words else None

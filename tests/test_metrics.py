@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 import warnings
 
 import numpy as np
@@ -314,23 +313,22 @@ def test_who_needs_reference_statistics_that_another_process_makes_waits_for_the
         run, scorer, references, monkeypatch, capsys):
     measure(run, "ar.pt", scorer, references, "--num", 30)
     ready = max(references.glob("train_*.pt"), key=os.path.getmtime)
-    place, begun = run / "references" / ready.name, run / "begun"
-    parts = place.with_suffix(".parts32")
+    place, begun, asked = run / "references" / ready.name, run / "begun", run / "asked"
 
     def other():
-        lock = sample.claim(parts)
+        lock = sample.claim(place.parent)
         begun.touch()
-        time.sleep(1)
+        wait_until(asked.exists)
         shutil.copy(ready, place)
-        shutil.rmtree(parts)
         lock.close()
 
     child = fork(other)
     wait_until(begun.exists)
     monkeypatch.setattr(sample, "reference_statistics", None)  # nothing is made twice
+    monkeypatch.setattr(sample.time, "sleep", lambda seconds: asked.touch())
     (run / "result.json").unlink()
     assert measure(run, "ar.pt", scorer, place.parent, "--num", 30)["reference_images"] == 60
-    assert wait_for(child) == 0 and "waiting for process" in capsys.readouterr().out
+    assert asked.exists() and capsys.readouterr().out.count("waiting: ") == 1 and wait_for(child) == 0
 
 
 def test_another_result_moves_the_old_one_aside(run, scorer, references):
@@ -368,17 +366,17 @@ def test_reference_statistics_are_made_once_and_again_when_an_image_changes(trai
     def reference():
         return sample.load_reference(args, extractor, config, "train")
 
-    first, files = reference(), set((tmp_path / "cache").iterdir())
+    first, files = reference(), set((tmp_path / "cache").glob("*.pt"))
     assert reference()["reference_hash"] == first["reference_hash"]
-    assert set((tmp_path / "cache").iterdir()) == files and len(files) == 1
+    assert set((tmp_path / "cache").glob("*.pt")) == files and len(files) == 1
     picture = next(folder.glob("train/*/*.png"))
     Image.open(picture).rotate(180).save(picture)
     assert reference()["reference_hash"] != first["reference_hash"]
-    assert len(set((tmp_path / "cache").iterdir())) == 2
+    assert len(set((tmp_path / "cache").glob("*.pt"))) == 2
     size = picture.stat().st_size  # other pixels in a file of the same name and size are seen by its time
     os.utime(picture, ns=(1, picture.stat().st_mtime_ns + 1))
     reference()
-    assert picture.stat().st_size == size and len(set((tmp_path / "cache").iterdir())) == 3
+    assert picture.stat().st_size == size and len(set((tmp_path / "cache").glob("*.pt"))) == 3
 
 
 def test_too_few_samples_are_refused_before_any_is_drawn(run, scorer, references, capsys, monkeypatch):
@@ -638,6 +636,16 @@ def test_a_table_trains_and_measures_every_row_once_and_shows_the_paper_beside(
     assert len(shown) == 6 * 4 and all("train.py" in line or "sample.py" in line for line in shown)
 
 
+def test_a_damaged_checkpoint_counts_as_missing_and_its_numbers_are_refused(trained, tmp_path):
+    path = tmp_path / "phase1.pt"
+    shutil.copy(trained / "phase1.pt", path)
+    assert visualize.finished(path, []) and visualize.row_seconds(path) >= 0
+    path.write_bytes(path.read_bytes()[:5000])
+    assert not visualize.finished(path, [])
+    with pytest.raises(UserError, match="phase1.pt is damaged; delete it"):
+        visualize.row_seconds(path)
+
+
 def test_rows_of_other_settings_never_stand_in_one_table(data, tmp_path, monkeypatch, capsys):
     in_process(monkeypatch)
     words = ("table5", tmp_path, data, "--stages", "phase1")
@@ -699,7 +707,7 @@ def test_the_claims_are_told_from_the_measured_numbers_of_each_run(data, tmp_pat
     last = [line for line in logged if line["stage"] == "nar" and "val_loss" in line][-1]
     assert row["nar_relative"] == pytest.approx(last["val_loss"] / last["unigram_entropy"])
     told = (tmp_path / "claims.md").read_text()
-    assert told.count("**not decided**") >= 4 and "1 runs" in told and "(one seed: no interval)" in told
+    assert told.count("**not decided**") >= 4 and "runs: 1" in told and "(one seed: no interval)" in told
     assert f"{row['rec_phase1_usage']:.1%}" in told and (tmp_path / "claims_fig5b.png").exists()
     assert json.loads((tmp_path / "claims.json").read_text())["runs"] == 1
     ran.clear()

@@ -546,6 +546,8 @@ def test_images_beside_class_folders_are_told_and_links_in_a_circle_left_out(tmp
 
 def test_the_seed_orders_and_flips_procedural_images_too():
     data = [sample.load_data(dict(CONFIG, seed=seed, limit=30))[0] for seed in (0, 1)]
+    flips = [[torch.equal(d[i][0], d.view(d.shuffled(i)).flip(2)) for i in range(30)] for d in data]
+    assert flips[0] != flips[1] and data[0].fingerprint != data[1].fingerprint
     assert [data[0].shuffled(i) for i in range(30)] != [data[1].shuffled(i) for i in range(30)]
     assert all(torch.equal(data[0].view(i), data[1].view(i)) for i in range(5))
 

@@ -602,6 +602,10 @@ def test_with_the_adaptive_weight_phase_1_logs_it_and_uses_it(trained, data, tmp
     call("phase1", out, data, phase1__adaptive=True, phase1__adv_start=0.0)
     weights = [row["adaptive_weight"] for row in rows(out, "phase1") if "adaptive_weight" in row]
     assert len(weights) == STEPS and all(0 < weight < 1e4 for weight in weights) and len(set(weights)) > 1
+    plain = earlier(trained, tmp_path / "plain", "phase1")
+    call("phase1", plain, data, phase1__adv_start=0.0)
+    first, second = (torch.load(folder / "phase1.pt", weights_only=True)["model"] for folder in (out, plain))
+    assert differing(first, second)
 
 
 def test_a_data_set_with_five_validation_images_goes_through_all_stages_to_its_summary(
