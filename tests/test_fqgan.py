@@ -1,5 +1,6 @@
 """Claims about FQGAN (arXiv 2411.16681): sizes, tokens, what k = 1 is, losses, teachers, priors, a run."""
 
+import functools
 import hashlib
 import json
 import math
@@ -486,7 +487,9 @@ FQ = {"tokenizer__trunk": "vqgan", "tokenizer__codebook": "fq", "tokenizer__num_
 @pytest.fixture(scope="module")
 def run(trained, data, tmp_path_factory):
     out = earlier(trained, tmp_path_factory.mktemp("fq"), "phase1")
-    call("all", out, data, **FQ)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "summarize", functools.partial(visualize.summarize, num=40))
+        call("all", out, data, **FQ)
     return out
 
 

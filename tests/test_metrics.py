@@ -615,12 +615,13 @@ def in_process(monkeypatch, fail=()):
 
 def test_a_table_trains_and_measures_every_row_once_and_shows_the_paper_beside(
         data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(visualize.TABLES["table1"], "rows", visualize.TABLES["table1"]["rows"][:2])
     ran = in_process(monkeypatch)
     words = ("--stages", "phase1,ar", "--run")
     visualize.main(table("table1", tmp_path, data, *words))
-    assert len(ran) == 2 + 4 * 4  # judge and scorer; and for each row two stages and two results
+    assert len(ran) == 2 + 2 * 4  # judge and scorer; and for each row two stages and two results
     found = json.loads((tmp_path / "table1.json").read_text())
-    assert [row["paper"]["ar_fid"] for row in found["rows"]] == [16.97, 17.19, 17.42, 16.19]
+    assert [row["paper"]["ar_fid"] for row in found["rows"]] == [16.97, 17.19]
     assert all(row["ours"]["rfid"] > 0 and row["ours"]["ar_fid"] > 0 for row in found["rows"])
     assert found["how"]["phase1"]["protocol"] == "rfid-val" and found["how"]["ar"]["num_images"] == 20
     assert found["how"]["ar"]["extractor"].endswith("scorer/resnet.pt")
