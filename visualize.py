@@ -851,7 +851,7 @@ def report(args, device):
         section("Loss curves", plot(draw_curves(rows), "loss curves of all stages"))
 
     config = with_data(config, args.data)
-    images, x = load_images(config, args.num and min(args.num, 200), None)
+    images, x = load_images(config, min(args.num or 64, 200, len(load_data(config)[1])), None)
     x, shown = to_float(x, device), min(8, len(x))
     tokens = torch.cat([last.encode(part) for part in x.split(50)])
     codes = torch.load(run / "codes.pt", weights_only=True, mmap=True) if (run / "codes.pt").is_file() else {}
