@@ -311,8 +311,8 @@ def alpha_of(config):
     return dict(alpha=None, layers=c["layers"]) if c["layers"] else dict(alpha=c["alpha"])
 
 
-def told_loss(config):
-    c = config["phase1"]
+def told_loss(c):
+    """The perceptual loss of a phase's section of the preset, in words"""
     return f"layers {c['layers']}" if c["layers"] else f"α = {c['alpha']:g}"
 
 
@@ -359,7 +359,7 @@ def load_pairs(ckpts, num, device, tokenizers=(), data=None):
         if isinstance(images, Shapes):
             numbers["survival"] = {
                 key: survival(images, range(len(x)), view[key]) for key in list(LABELS)[:2]}
-        name = f"{Path(path).absolute().parent.name} ({told_loss(config)})"
+        name = f"{Path(path).absolute().parent.name} ({told_loss(config['phase1'])})"
         pairs.append(dict(name=name, view=view, numbers=numbers, labels=labels))
     return pairs, x
 
@@ -570,7 +570,7 @@ def figure_stability(args, device):
             rows.append([("x", x[i], ""), ("x + noise", noisy[i], ""), ("tokens of x", before, ""),
                          ("tokens of x + noise", after, ""),
                          ("changed", changed, f"{changed.float().mean():.0%} of tokens")])
-            names.append(f"{Path(path).absolute().parent.name}\n{told_loss(ckpt['config'])}")
+            names.append(f"{Path(path).absolute().parent.name}\n{told_loss(ckpt['config']['phase1'])}")
         numbers.append(dict(ckpt=str(path), tokenizer_hash=latent_hash(tokenizer), num_images=len(x),
                             **alpha_of(ckpt["config"]), note=ckpt["note"], changed=stability(tokenizer, x)))
     return draw_grid(rows, names, "changed: yellow; noise of deviation 0.01 on [0, 1]"), numbers
@@ -591,7 +591,7 @@ def figure_losses(args, device):
         steps, losses = [row["step"] for row in rows], [row["val_loss"] for row in rows]
         for axis, values in zip(axes, (losses, [loss / entropy for loss in losses]), strict=True):
             axis.plot(steps, values, "osD^vPX"[i % 7] + "-", markersize=3, color=f"C{i}",
-                      label=f"{name} {ckpt['stage'].upper()} ({told_loss(ckpt['config'])})")
+                      label=f"{name} {ckpt['stage'].upper()} ({told_loss(ckpt['config']['phase1'])})")
         numbers.append(dict(ckpt=str(path), stage=ckpt["stage"], **alpha_of(ckpt["config"]), steps=steps,
                             val_loss=losses, unigram_entropy=entropy))
     for axis, label in zip(axes, ("nats per token", "relative to the unigram entropy"), strict=True):
@@ -1819,7 +1819,7 @@ def explain(config, processes=8):
             print_cost("vgg", judge, *cost([lambda: vgg(x).sum().backward()], vgg), count(vgg), 0, processes)
         for name, tokenizer in (("phase1", first), ("phase2", second)):
             c, frozen = config[name], "frozen" if name == "phase2" else "trainable"
-            stage(f"{name}, {told_loss({'phase1': c})}", c)
+            stage(f"{name}, {told_loss(c)}", c)
             row("encoder", tokenizer.encoder, frozen, c)
             row("codebook", tokenizer.quantizer, frozen, c)
             row("decoder", tokenizer.decoder, "trainable", c)
