@@ -359,7 +359,7 @@ def load_pairs(ckpts, num, device, tokenizers=(), data=None):
         if isinstance(images, Shapes):
             numbers["survival"] = {
                 key: survival(images, range(len(x)), view[key]) for key in list(LABELS)[:2]}
-        name = f"{Path(path).absolute().parent.name} ({told_loss(config['phase1'])})"
+        name = f"{Path(path).absolute().parent.name}\n{told_loss(config['phase1'])}"
         pairs.append(dict(name=name, view=view, numbers=numbers, labels=labels))
     return pairs, x
 
@@ -1230,7 +1230,8 @@ class Claims(Table):
             commands=[self.shown(words) for _, words in commands])
 
     def show(self):
-        """Prints the table and the verdicts; writes claims.jsonl, claims.json, claims.md and the figure."""
+        """Prints the table and the verdicts; writes claims.jsonl, claims.json, claims.md and Fig. 5b, 10 and
+        11 (the latter two of the first seeds at alpha = 0 and 1)."""
         names = [name for _, name, *_ in self.table["rows"]]
         found = [row for row in map(self.measured, names) if row]
         done = [name for name in names if (name.split("|")[0], int(name.split("|")[1])) in
@@ -1274,7 +1275,14 @@ class Claims(Table):
         for suffix, content in (("json", json.dumps(about, indent=1)), ("md", "\n".join(text))):
             save_atomic(lambda p, c=content: p.write_text(c + "\n"), self.root / f"claims.{suffix}")
         draw_claims(spread, self.root / "claims_fig5b.png")
-        print0(f"wrote {self.root / 'claims'}.jsonl, .json, .md and claims_fig5b.png")
+        ends = [self.root / f"alpha={alpha},seed=0" for alpha in (0, 1) if f"alpha={alpha}|0" in done]
+        if ends:
+            ar, nar, first = ([end / f"{stage}.pt" for end in ends] for stage in ("ar", "nar", "phase1"))
+            for figure, words in dict(fig10=[*ar, *nar], fig11=[*ar, "--tokenizer", *first]).items():
+                args = parse_args([figure, "--ckpt", *map(str, words)])
+                fig, numbers = draw(args, setup_device(self.args.device))
+                save_figure(fig, self.root / f"claims_{figure}.png", numbers)
+        print0(f"wrote {self.root / 'claims'}.jsonl, .json, .md and the figures claims_*.png")
 
 
 def refuse_unequal(rows, root):

@@ -710,6 +710,10 @@ def test_the_claims_are_told_from_the_measured_numbers_of_each_run(data, tmp_pat
     told = (tmp_path / "claims.md").read_text()
     assert told.count("**not decided**") >= 4 and "runs: 1" in told and "(one seed: no interval)" in told
     assert f"{row['rec_phase1_usage']:.1%}" in told and (tmp_path / "claims_fig5b.png").exists()
+    (seen,) = json.loads((tmp_path / "claims_fig11.json").read_text())
+    curves = json.loads((tmp_path / "claims_fig10.json").read_text())
+    assert seen["tokenizer_stage"] == "phase1" and [curve["stage"] for curve in curves] == ["ar", "nar"]
+    assert curves[1]["val_loss"][-1] == last["val_loss"]
     assert json.loads((tmp_path / "claims.json").read_text())["runs"] == 1
     ran.clear()
     capsys.readouterr()
