@@ -84,6 +84,44 @@ def test_samples_that_surely_fall_refute_that_they_do_not_however_little_it_is()
     assert verdicts(rows)["(c)"] == "does not hold"
 
 
+def shifted(arm, key, change):
+    """The runs of the paper's statements with one number moved, in every seed."""
+    return [row | {key: row[key] + change} if row["arm"] == arm else row for row in as_the_paper_says()]
+
+
+def test_the_limits_are_those_of_the_protocol():
+    assert verdicts(shifted("alpha=1", "nar_relative", 4.1))["(b)"] == "does not hold"  # +0.1, ± 0.03
+    assert verdicts(shifted("vqgan", "rec_phase1_usage", 0.4))["(e)"] == "holds"  # 10 points are beyond 5
+    assert verdicts(shifted("alpha=0", "rec_phase1_usage", -0.005))["(e)"] == "holds"
+    rows = as_the_paper_says()
+    next(row for row in rows if row["arm"] == "alpha=0")["rec_phase1_usage"] = 0.985  # in one seed of three
+    assert verdicts(rows)["(e)"] == "does not hold"
+    assert verdicts(shifted("alpha=0", "ar_phase2_fid", 3))["(d)"] == "holds"  # asked at alpha = 1
+
+
+@pytest.mark.parametrize("low, verdict", [(-0.4, "holds"), (-0.75, "not decided")])
+def test_samples_may_fall_by_up_to_half_of_the_gain_in_rfd(low, verdict):
+    rows = as_the_paper_says()  # a gain of 1
+    for row in rows:
+        row["nar_phase1_fid"] += 0.5 * (row["seed"] - 1)
+    mean, half = Spread(rows).difference("attention2", "alpha=0", "nar_phase1_fid")
+    for row in rows:
+        row["nar_phase1_fid"] += (low + half - mean) * (row["arm"] == "attention2")
+    assert low + 2 * half > 0 and verdicts(rows)["(c)"] == verdict
+
+
+def test_what_is_told_beside_the_verdicts_has_the_sign_that_its_words_say():
+    spread = Spread(as_the_paper_says())
+    told = "\n".join(part for *_, parts in judge_claims(spread) for part in parts)
+    for words in ("f = 4, alpha = 1 minus 0: rFD: +0 ± 0.064; AR FD: -4 ±",
+                  "alpha = 1 minus 0: AR FD, phase 1 + 2: -4 ±", "f = 4, alpha = 1 minus 0: AR: -4 ±",
+                  "all alphas: AR: -0.508 ±",
+                  "usage: +0.5 (no spread between seeds: no interval); rFD: -1.98 ± 0.053; AR FD: -1.98 ±"):
+        assert words in told, f"{words}\n{told}"
+    deviation, t = spread.pooled("ar_relative")
+    assert spread.told("alpha=0", "ar_relative") == f"10 ± {t * deviation / math.sqrt(3):.2g}"
+
+
 def test_intervals_are_student_s_of_the_variance_pooled_over_arms():
     values = dict(a=(1.0, 3.0), b=(5.0, 6.0, 7.0), c=(9.0,))
     rows = [dict(arm=arm, x=x) for arm, found in values.items() for x in found]
