@@ -45,7 +45,8 @@ def test_every_statement_holds_where_the_numbers_are_as_the_paper_says():
     ("(a)", "nar_phase1_fid", "alpha=1", 10), ("(a)", "rec_phase1_rfid", "alpha=0", -10),
     ("(b)", "ar_relative", "alpha=1", 10), ("(c)", "ar_phase1_fid", "attention2", -10),
     ("(d)", "ar_phase2_fid", "alpha=", 10), ("(e)", "rec_phase1_usage", "alpha=0", -0.5),
-    ("(e)", "rec_phase1_usage", "vqgan", 1), ("(e)", "rec_phase1_rfid", "vqgan", -10)])
+    ("(e)", "rec_phase1_usage", "vqgan", 1), ("(e)", "rec_phase1_rfid", "vqgan", -10),
+    ("(e)", "ar_phase1_fid", "vqgan", -10), ("(e)", "nar_phase1_fid", "vqgan", -10)])
 def test_one_number_on_the_other_side_refutes_a_statement(claim, key, arm, change):
     rows = as_the_paper_says()
     for row in rows:
