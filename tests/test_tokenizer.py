@@ -118,6 +118,13 @@ def test_parameters_of_the_blocks_follow_their_closed_forms(width, expected):
         assert count(attention_units(width, 16, config, 1)) == 8 * width**2 + 8 * width
 
 
+def test_downsampling_pads_a_zero_row_and_column_at_the_bottom_and_right():
+    down = Downsample(1, 1)
+    torch.nn.init.ones_(down.conv.weight)
+    torch.nn.init.zeros_(down.conv.bias)
+    assert down(torch.ones(1, 1, 4, 4))[0, 0].tolist() == [[9, 6], [6, 4]]
+
+
 def test_block_sides_and_heads_are_the_documented_ones():
     with torch.device("meta"):
         stages = VQTokenizer(TokenizerConfig(num_attention=1)).decoder.stages
@@ -560,6 +567,16 @@ def test_the_reservoir_is_a_uniform_sample_of_everything_seen(monkeypatch):
     counts = torch.bincount(quantizer.reservoir[:, 0].long(), minlength=20)
     assert counts.sum() == 200 and (quantizer.reservoir_keys >= 0).all()
     assert counts[:10].sum() > 70 and counts[10:].sum() > 70 and counts.min() >= 1
+
+
+def test_vectors_that_are_not_finite_never_reach_the_codebook():
+    quantizer = tiny_quantizer(codebook="kmeans", kmeans_warmup=1, kmeans_every=1, kmeans_last=1).train()
+    quantizer.start_step(0)
+    z_hat = normal(2, 4, 4, 4)
+    z_hat[0, 1, 2, 3], z_hat[1, 0, 0, 0] = math.nan, math.inf
+    quantizer(z_hat)
+    assert (quantizer.reservoir_keys >= 0).sum() == 30
+    assert quantizer.start_step(1) is True and quantizer.codebook.weight.isfinite().all()
 
 
 def test_while_warming_up_the_decoder_gets_the_encoder_output_and_the_losses_are_zero():
