@@ -437,6 +437,9 @@ def test_equalised_layers_keep_unit_variance_at_init():
     assert conv(torch.randn(8, 32, 10, 10)).var().item() == pytest.approx(1, abs=0.1)
     assert linear(torch.randn(256, 256)).var().item() == pytest.approx(1, abs=0.1)
     assert not conv.bias.any() and not linear.bias.any()
+    block, x = P.DiscriminatorBlock(4, 6), torch.randn(2, 4, 8, 8)
+    torch.nn.init.zeros_(block.conv2.weight)  # the shortcut alone, at half of its variance
+    torch.testing.assert_close(block(x), block.skip(block.skip_blur(x)) * 0.5**0.5)
     assert P.lrelu(torch.randn(100_000)).square().mean().item() == pytest.approx(1.04, abs=0.03)
 
 

@@ -251,6 +251,13 @@ def test_files_are_resized_to_the_short_side(tmp_path, size):
     assert (data.view(0) == torch.tensor([10, 200, 30])[:, None, None]).all()
 
 
+def test_shrinking_averages_over_all_pixels():
+    stripes = np.zeros((64, 64), np.uint8)
+    stripes[:, ::2] = 255  # every second pixel alone would be white or black
+    shrunk = sample.to_square(Image.fromarray(stripes).convert("RGB"), 16).float()
+    assert (shrunk - 127.5)[:, :, 1:-1].abs().max() < 4
+
+
 # Folders --------------------------------------------------------------------------------------------------
 
 
@@ -298,6 +305,15 @@ def test_without_a_validation_folder_a_twentieth_is_held_out_and_stays_the_same(
     assert (len(train), len(val)) == (38, 2) and not set(train.files) & set(val.files)
     again = sample.load_data(dict(CONFIG, data=str(tmp_path), limit=5))
     assert again[1].files == val.files and len(again[0]) == 5 and set(again[0].files) < set(train.files)
+
+
+def test_the_first_validation_images_are_of_many_classes(tmp_path):
+    for name in "abcd":
+        picture(tmp_path / "train" / name / "0.png")
+        for i in range(40):
+            picture(tmp_path / "val" / name / f"{i:02d}.png")
+    _, val = sample.load_data(dict(CONFIG, data=str(tmp_path)))
+    assert set(val.labels[:20]) == {0, 1, 2, 3}
 
 
 def test_train_and_val_folders_are_found_and_val_has_no_class_of_its_own(tmp_path):
@@ -450,15 +466,23 @@ def test_tokens_of_an_image_depend_on_its_index_and_not_on_its_place_in_a_batch(
 
 
 def test_every_chunk_has_the_full_batch_so_that_matrix_products_round_alike(monkeypatch):
-    real, sizes = sample.generate_tokens, []
+    real, seen = sample.generate_tokens, []
 
     def spy(prior, labels, seed, indices, settings):
-        sizes.append((len(labels), len(indices)))
+        seen.append((labels.tolist(), list(indices)))
         return real(prior, labels, seed, indices, settings)
 
     monkeypatch.setattr(sample, "generate_tokens", spy)
-    assert len(sample.generate_images(tiny_prior(), tiny_tokenizer(), 5, [0] * 5, 0, SETTINGS, batch=4)) == 5
-    assert sizes == [(4, 4), (4, 4)]
+    labels = [0, 1, 2, 2, 1]
+    assert len(sample.generate_images(tiny_prior(), tiny_tokenizer(), 5, labels, 0, SETTINGS, batch=4)) == 5
+    assert seen == [([0, 1, 2, 2], [0, 1, 2, 3]), ([1, 0, 1, 2], [4, 5, 6, 7])]  # filled up from the start
+
+
+@pytest.mark.parametrize("rows", [1, 7, 8, 9, 20])
+def test_slices_have_exactly_eight_rows_and_the_filling_is_cut_off_again(rows):
+    x, sizes = torch.randn(rows, 2, generator=torch.Generator().manual_seed(0)), []
+    assert torch.equal(sample.in_slices(lambda part: sizes.append(len(part)) or part + 1, x), x + 1)
+    assert sizes == [8] * math.ceil(rows / 8)
 
 
 @pytest.mark.parametrize("kind", [ARPrior, NARPrior])
