@@ -38,6 +38,7 @@ def test_the_schedules_pass_through_the_points_of_tables_9_and_10():
     middle = (80_000 + 1_500_000) // 2
     for c, step, lr in [
         (phase1, 0, 1e-4), (phase1, 250_000, 7.5e-5), (phase1, 500_000, 5e-5),
+        (phase1, 125_000, 7.5e-5 + 2.5e-5 * math.cos(math.pi / 4)),  # no straight line
         (ar, 0, 1e-4), (ar, 80_000, 1e-4), (ar, middle, (1e-4 * 5e-6) ** 0.5), (ar, 1_500_000, 5e-6),
         (nar, 0, 1e-4), (nar, 50_000, 1e-4), (nar, 775_000, 5e-5), (nar, 1_500_000, 0),
         (train.PRESETS["imagenet"]["phase2"], 123_456, 5e-5),
@@ -606,6 +607,44 @@ def test_with_the_adaptive_weight_phase_1_logs_it_and_uses_it(trained, data, tmp
     call("phase1", plain, data, phase1__adv_start=0.0)
     first, second = (torch.load(folder / "phase1.pt", weights_only=True)["model"] for folder in (out, plain))
     assert differing(first, second)
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_the_gradients_of_a_step_are_those_of_eq_2_and_of_the_discriminator_s_loss(
+        trained, data, tmp_path, monkeypatch, adaptive):
+    sets = dict(phase1__adaptive=adaptive, phase1__adv_start=0.0, phase1__adv_ramp=0.0, phase1__steps=1)
+    out, found = earlier(trained, tmp_path / "out", "phase1"), {}
+
+    def spy(run, optimizer, name, clip=0.0):
+        found[name] = [p.grad.clone() for group in optimizer.param_groups for p in group["params"]]
+
+    monkeypatch.setattr(train.Run, "update", spy)
+    call("phase1", out, data, **sets)
+    run = open_run("phase1", out, data, **sets)
+    tokenizer, disc = train.build_tokenizer(run, "phase1")[0].train(), train.build_discriminator(run)
+    x = sample.to_float(next(sample.batches(run.train, 8, 0, 0))[0], "cpu")
+    x_hat, _, latent = tokenizer(x)
+    rec = (x_hat - x).abs().mean() + 0.03 * perceptual.perceptual_loss(
+        run.judge, x, x_hat, perceptual.layer_weights(1.0))
+    adv, weight = perceptual.adv_loss(disc(x_hat)), 0.1
+    if adaptive:
+        weight *= perceptual.adaptive_weight(rec, adv, tokenizer.decoder.conv_out.weight)
+    loss = rec + latent["loss_codebook"] + 0.25 * latent["loss_commit"] + 0.1 * latent["loss_entropy"]
+    expected = torch.autograd.grad(loss + weight * adv, list(tokenizer.parameters()))
+    torch.testing.assert_close(found["tokenizer"], list(expected), rtol=1e-3, atol=1e-6)
+    loss = perceptual.disc_loss(disc(x), disc(x_hat.detach()))
+    loss = loss + 2 * perceptual.r1_penalty(disc, x)  # every second step, so twice
+    expected = torch.autograd.grad(loss, list(disc.parameters()))
+    torch.testing.assert_close(found["discriminator"], list(expected), rtol=1e-3, atol=1e-6)
+
+
+def test_a_codebook_that_was_overwritten_starts_with_new_moments(trained, data, tmp_path):
+    out = earlier(trained, tmp_path / "out", "phase1")
+    call("phase1", out, data, tokenizer__warm_start=4)
+    states = torch.load(out / "phase1.pt", weights_only=True)["train"]["opt_g"]["state"]
+    names = [name for name, _ in load_model(out / "phase1.pt", ("phase1",))[0].named_parameters()]
+    steps = {name: int(states[i]["step"]) for i, name in enumerate(names)}
+    assert steps.pop("quantizer.codebook.weight") == STEPS - 4 and set(steps.values()) == {STEPS}
 
 
 def test_a_data_set_with_five_validation_images_goes_through_all_stages_to_its_summary(
