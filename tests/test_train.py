@@ -562,6 +562,19 @@ def test_variants_0_and_1_are_the_central_crop_and_its_mirror_image(trained, dat
     assert (tokenizer.encode(x) == codes["val"]).float().mean() > 0.98
 
 
+def test_variants_from_2_on_are_random_crops_every_second_one_mirrored(trained, data, monkeypatch, tmp_path):
+    views = []
+    monkeypatch.setattr(train, "encode_all", lambda run, tokenizer, asked: views.append(asked) or (
+        torch.zeros(len(asked), 16, dtype=torch.int16), torch.zeros(len(asked), dtype=torch.int64)))
+    run = open_run("ar", tmp_path, data, code_variants=5)
+    train.cached_codes(run, load_model(trained / "phase1.pt", ["phase1"])[0])
+    asked = [views[0][60 * v : 60 * (v + 1)] for v in range(5)]
+    assert [{flip for *_, flip in part} for part in asked] == [{False}, {True}, {False}, {True}, {False}]
+    seeds = [{seed for *_, seed, _ in part} for part in asked]
+    assert seeds[:2] == [{None}, {None}] and len(set.union(*seeds[2:])) == 3 * 60
+    assert all([index for _, index, *_ in part] == list(range(60)) for part in asked)
+
+
 # Refusals -------------------------------------------------------------------------------------------------
 
 
