@@ -1328,6 +1328,15 @@ class Spread:
         deviation, t = within([gaps[arm] for arm in pool])
         return sum(found) / len(found), t * deviation / math.sqrt(len(found))
 
+    def by_seed(self, a, b, key):
+        """As `difference`, from the differences between runs of one seed, which see the same batches and
+        begin with (almost) the same weights. The interval is of these few differences and pools nothing."""
+        other = {row["seed"]: row[key] for row in self.rows if row["arm"] == b and key in row}
+        gaps = [row[key] - other[row["seed"]] for row in self.rows
+                if row["arm"] == a and key in row and row["seed"] in other]
+        deviation, t = within([gaps])
+        return (sum(gaps) / len(gaps), t * deviation / math.sqrt(len(gaps))) if gaps else None
+
     def told(self, arm, key):
         values = self.values(arm, key)
         if not values:
@@ -1389,17 +1398,28 @@ def judge_claims(spread):
     def beside(text, *found):
         return f"beside, {text}: " + "; ".join(part(name, value)[1] for name, value in found)
 
+    def compared(text, a, b, names, gap=d):
+        return beside(text, *[(name, gap(a, b, key)) for name, key in names])
+
+    def by_seed(text, a, b, names):
+        return compared(f"{text}, paired by seed", a, b, names, spread.by_seed)
+
+    second = [(f"{s.upper()} FD, phase 1 + 2", f"{s}_phase2_fid") for s in both]
+    nats = [(s.upper(), f"{s}_nats") for s in both]
+    relative = [(s.upper(), f"{s}_relative") for s in both]
     told = {
-        "(a)": [beside("alpha = 1 minus 0", *[(f"{s.upper()} FD, phase 1 + 2", d(*ends, f"{s}_phase2_fid"))
-                                              for s in both], ("view FD", d(*ends, "view_view_fid"))),
-                beside("f = 4, alpha = 1 minus 0", *[(name, d(*f4, key)) for name, key in three])],
-        "(b)": [beside("nats, alpha = 1 minus 0", *[(s.upper(), d(*ends, f"{s}_nats")) for s in both]),
-                beside("over unigram, f = 4, alpha = 1 minus 0",
-                       *[(s.upper(), d(*f4, f"{s}_relative")) for s in both])],
+        "(a)": [compared("alpha = 1 minus 0", *ends, [*second, ("view FD", "view_view_fid")]),
+                compared("f = 4, alpha = 1 minus 0", *f4, three),
+                by_seed("alpha = 0.5 minus 0", "alpha=0.5", "alpha=0", three),
+                by_seed("alpha = 1 minus 0", *ends, three)],
+        "(b)": [compared("nats, alpha = 1 minus 0", *ends, nats),
+                compared("over unigram, f = 4, alpha = 1 minus 0", *f4, relative),
+                by_seed("over unigram, alpha = 1 minus 0", *ends, relative)],
+        "(c)": [by_seed("attention x2 minus baseline", "attention2", "alpha=0", three)],
         "(d)": [beside("phase 1 + 2 minus phase 1, all alphas", *[
             (s.upper(), spread.paired(alphas, f"{s}_phase2_fid", f"{s}_phase1_fid", alphas)) for s in both])],
-        "(e)": [beside("both from a K-means start, entropy minus plain", *[
-            (name, d("alpha=0", "plain", key)) for name, key in (("usage", "rec_phase1_usage"), *three)])],
+        "(e)": [compared("both from a K-means start, entropy minus plain", "alpha=0", "plain",
+                         [("usage", "rec_phase1_usage"), *three])],
     }
     usage = [row["rec_phase1_usage"] for row in spread.rows if row["arm"] == "alpha=0"]
     full = (min(usage) > 0.99, f"lowest usage of the arm alpha=0: {min(usage):.1%}") if usage else (
@@ -1412,7 +1432,7 @@ def judge_claims(spread):
         ("(a) the FD of samples falls with alpha, and rFD is best between 0 and 1",
          [part(f"{s.upper()} FD, alpha = 1 minus 0", d(*ends, f"{s}_phase1_fid")) for s in both] + middle),
         ("(b) the loss of the priors falls with alpha (nats over unigram entropy)",
-         [part(f"{s.upper()}, alpha = 1 minus 0", d(*ends, f"{s}_relative")) for s in both]),
+         [part(f"{name}, alpha = 1 minus 0", d(*ends, key)) for name, key in relative]),
         ("(c) the attention decoder improves rFD and does not improve samples",
          [part("rFD, attention x2 minus baseline", d("attention2", "alpha=0", "rec_phase1_rfid"))]
          + [part(f"{s.upper()} FD, attention x2 minus baseline{limit}",

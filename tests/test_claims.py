@@ -117,6 +117,8 @@ def test_what_is_told_beside_the_verdicts_has_the_sign_that_its_words_say():
     for words in ("f = 4, alpha = 1 minus 0: rFD: +0 ± 0.064; AR FD: -4 ±",
                   "alpha = 1 minus 0: AR FD, phase 1 + 2: -4 ±", "f = 4, alpha = 1 minus 0: AR: -4 ±",
                   "all alphas: AR: -0.508 ±",
+                  "alpha = 0.5 minus 0, paired by seed: rFD: -2",
+                  "x2 minus baseline, paired by seed: rFD: -1",
                   "usage: +0.5 (no spread between seeds: no interval); rFD: -1.98 ± 0.053; AR FD: -1.98 ±"):
         assert words in told, f"{words}\n{told}"
     deviation, t = spread.pooled("ar_relative")
@@ -133,6 +135,11 @@ def test_intervals_are_student_s_of_the_variance_pooled_over_arms():
     assert Spread(rows).difference("c", "d", "x") is None
     gaps = (("a", 1.0), ("a", 2.0), ("a", 3.0), ("b", 6.0), ("b", 8.0))  # squares 2 and 2, 2 and 1 free
     pairs = Spread([dict(arm=arm, x=float(i), y=i + gap) for i, (arm, gap) in enumerate(gaps)])
+    alike = [dict(arm="a", seed=seed, x=11.0 * seed + 1) for seed in range(4)]  # seed 3 has no partner
+    alike = Spread([*alike, *[dict(arm="b", seed=seed, x=10.0 * seed) for seed in range(3)]])
+    mean, half = alike.by_seed("a", "b", "x")  # 1, 2 and 3
+    assert mean == 2 and half == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
+    assert alike.by_seed("a", "c", "x") is None
     mean, half = pairs.paired(["a"], "y", "x", ["a", "b"])
     assert mean == 2 and half == pytest.approx(3.182446 * math.sqrt(4 / 3) / math.sqrt(3), rel=1e-6)
 
