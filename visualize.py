@@ -183,8 +183,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from perceptual import (
-    LAYER_SETS, LOGIT, PatchDiscriminator, StyleDiscriminator, VGGTaps, adv_loss, build_vgg16, disc_loss,
-    layer_weights, lpips_like, normalize_images, perceptual_loss,
+    LAYER_SETS, LOGIT, NAMES, PatchDiscriminator, StyleDiscriminator, VGGTaps, adv_loss, build_vgg16,
+    disc_loss, layer_weights, lpips_like, normalize_images, perceptual_loss, perceptual_terms,
 )
 from prior_ar import ARPrior, PriorConfig
 from prior_nar import mask_tokens
@@ -1214,20 +1214,30 @@ class Claims(Table):
                 row |= {f"{stage}_nats": last["val_loss"], f"{stage}_top1": last["val_top1"],
                         f"{stage}_relative": last["val_loss"] / last["unigram_entropy"],
                         "unigram_entropy": last["unigram_entropy"]}
-        note, of = folder / "stability.json", results["rec_phase1"]["tokenizer"]
-        if not note.exists() or json.loads(note.read_text())["tokenizer"] != of:
-            tokenizer, ckpt = load_model(folder / "phase1.pt", ("phase1",))
-            images = load_data(ckpt["config"])[1]
-            x = torch.stack([images.view(i) for i in range(min(500, len(images)))])
-            text = json.dumps(dict(stability(tokenizer, to_float(x, "cpu")), tokenizer=of))
-            save_atomic(lambda p: p.write_text(text), note)
-        changed = json.loads(note.read_text())
-        row |= {f"changed_by_{name}": changed[name] for name in ("noise", "shift", "jpeg")}
+        row |= self.further(folder, results["rec_phase1"])
         trained = [path for path, _ in commands if path.suffix == ".pt"]
         return row | dict(
             steps={path.stem: header(path)["step"] for path in trained},
             seconds=round(sum(row_seconds(path) for path, _ in commands)),
             commands=[self.shown(words) for _, words in commands])
+
+    @torch.no_grad()
+    def further(self, folder, result):
+        """Of 500 validation images: the share of tokens that change under each of `disturbed`, and the terms
+        of Eq. 4 between images and reconstructions in the judge's layers. Kept in a file."""
+        file, of = folder / "further.json", dict(tokenizer=result["tokenizer"], decoder=result["decoder"])
+        numbers = json.loads(file.read_text()) if file.exists() else {}
+        if not of.items() <= numbers.items():
+            tokenizer, ckpt = load_model(folder / "phase1.pt", ("phase1",))
+            judge, _ = load_model(self.root / "judge" / "vgg.pt", ("vgg",))
+            images = load_data(ckpt["config"])[1]
+            x = torch.stack([images.view(i) for i in range(min(500, len(images)))])
+            x = to_float(x, "cpu")
+            terms = perceptual_terms(judge, x, decode(tokenizer, tokenizer.encode(x)), NAMES)
+            numbers = of | {f"changed_by_{name}": share for name, share in stability(tokenizer, x).items()}
+            numbers |= {f"judge_{name}": term.item() for name, term in terms.items()}
+            save_atomic(lambda p: p.write_text(json.dumps(numbers)), file)
+        return {name: value for name, value in numbers.items() if name not in of}
 
     def show(self):
         """Prints the table and the verdicts; writes claims.jsonl, claims.json, claims.md and Fig. 5b, 10 and
@@ -1254,7 +1264,8 @@ class Claims(Table):
                  "nar_relative": "NAR nats / unigram", "ar_top1": "AR top-1",
                  "ar_phase1_class_accuracy": "AR class", "nar_phase1_class_accuracy": "NAR class",
                  "ar_phase1_precision": "AR precision", "ar_phase1_recall": "AR recall",
-                 "rec_phase1_psnr": "PSNR", "rec_phase1_usage": "usage", "changed_by_noise": "noise"}
+                 "rec_phase1_psnr": "PSNR", "rec_phase1_usage": "usage", "changed_by_noise": "noise",
+                 "judge_relu5_3": "judge relu5_3", "judge_logit": "judge logit"}
         table = [["arm (seeds)", *names.values()]]
         for arm in dict.fromkeys(row["arm"] for row in found):
             seeds = sum(row["arm"] == arm for row in found)
@@ -1409,6 +1420,8 @@ def judge_claims(spread):
     relative = [(s.upper(), f"{s}_relative") for s in both]
     told = {
         "(a)": [compared("alpha = 1 minus 0", *ends, [*second, ("view FD", "view_view_fid")]),
+                compared("terms of the loss at alpha = 1, alpha = 1 minus 0", *ends,
+                         [("relu5_3", "judge_relu5_3"), ("logit", "judge_logit")]),
                 compared("f = 4, alpha = 1 minus 0", *f4, three),
                 by_seed("alpha = 0.5 minus 0", "alpha=0.5", "alpha=0", three),
                 by_seed("alpha = 1 minus 0", *ends, three)],

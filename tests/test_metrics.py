@@ -712,13 +712,23 @@ def test_the_claims_are_told_from_the_measured_numbers_of_each_run(data, tmp_pat
     assert f"{row['rec_phase1_usage']:.1%}" in told and (tmp_path / "claims_fig5b.png").exists()
     (seen,) = json.loads((tmp_path / "claims_fig11.json").read_text())
     curves = json.loads((tmp_path / "claims_fig10.json").read_text())
+    tokenizer, ckpt = sample.load_model(folder / "phase1.pt", ("phase1",))
+    judge, _ = sample.load_model(tmp_path / "judge" / "vgg.pt", ("vgg",))
+    val = sample.load_data(ckpt["config"])[1]
+    x = sample.to_float(torch.stack([val.view(i) for i in range(20)]), "cpu")
+    with torch.no_grad():
+        x_hat = tokenizer.decode(tokenizer.encode(x))
+        gap = judge(x_hat, ["relu5_3"])["relu5_3"] - judge(x, ["relu5_3"])["relu5_3"]
+    assert row["judge_relu5_3"] == pytest.approx(gap.square().mean().item(), rel=1e-3)
     assert seen["tokenizer_stage"] == "phase1" and [curve["stage"] for curve in curves] == ["ar", "nar"]
     assert curves[1]["val_loss"][-1] == last["val_loss"]
     assert json.loads((tmp_path / "claims.json").read_text())["runs"] == 1
     ran.clear()
     capsys.readouterr()
+    monkeypatch.setattr(visualize, "stability", None)  # the second time its numbers come from a file
     visualize.main(table("claims", tmp_path, data, "--run"))
     assert not ran and "missing" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "claims.jsonl").read_text()) == row
 
 
 def test_the_presets_of_tables_are_those_of_train():
