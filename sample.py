@@ -228,6 +228,7 @@ def setup_device(name, timeout=1800):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.deterministic = True
     else:
         keep_freed_memory()
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():

@@ -97,13 +97,28 @@ class TokenizerConfig:
 # ----------------------------------------------------------------------------------------------------------
 
 
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm that reads and writes the type of its input; its statistics are float32 either way.
+
+    PyTorch's does so under autocast on a CPU, but not on a GPU, where float32 maps took a sixth more time and
+    half as much memory again (phase 1 of `imagenet` on an H100).
+    """
+
+    def forward(self, x):
+        if not x.is_cuda:
+            return super().forward(x)
+        with torch.autocast("cuda", enabled=False):
+            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
+
+
 def group_norm(channels):
     """GroupNorm of 32 groups, fewer where a group would have less than 4 channels (as at width 128).
 
     With one channel a group, as 32 groups give at width 32, every map loses its mean: colour is gone.
     """
     groups = max(g for g in range(1, 33) if channels % g == 0 and (channels >= 4 * g or g == 1))
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+    return GroupNorm(groups, channels, eps=1e-6)
 
 
 class ResBlock(nn.Module):
@@ -427,6 +442,7 @@ class VectorQuantizer(nn.Module):
         """(B, h, w) int64 in [0, K) -> z_q (B, n_z, h, w) float32."""
         return F.embedding(indices, self.codes).permute(0, 3, 1, 2).contiguous()
 
+    @torch.compiler.disable  # --compile: random keys, collectives and branches on the step stay outside
     def forward(self, z_hat, global_probs=None):
         """Quantizes and returns the unweighted latent terms of Eq. 2.
 

@@ -1765,8 +1765,8 @@ def summarize(run, num=1000):
 # ----------------------------------------------------------------------------------------------------------
 
 
-GPUS = {"A100": 312e12, "H100": 989e12}  # dense bf16 FLOP/s of the data sheets
-UTILISATION = 0.4  # of them; a guess, nothing was run on a GPU
+PEAK = 989e12  # dense bf16 FLOP/s of an H100, by its data sheet
+REACHED = dict(phase1=0.13, phase2=0.08, ar=0.2, nar=0.17)  # of it on one H100 by preset imagenet (README)
 
 
 def cost(steps, *networks):
@@ -1808,9 +1808,10 @@ def print_cost(name, c, flops, kept, trainable, frozen=0, processes=8):
     per_gpu = max(1, c["batch"] // processes)
     memory = (16 * trainable + 4 * frozen + per_gpu * kept) / 2**30
     run = flops * c["batch"] * c["steps"]
-    hours = ", ".join(f"{run / speed / UTILISATION / 3600:.3g} {gpu}-hours" for gpu, speed in GPUS.items())
+    share = REACHED.get(name, REACHED["phase1"])
     print(f"  cost of {name}: {flops / 1e9:,.1f} GFLOP an image, {run:.2e} FLOP in all; estimated: "
-          f"{memory:.1f} GiB a GPU at {per_gpu} images, {hours} at {UTILISATION:.0%} of the peak")
+          f"{memory:.1f} GiB a GPU at {per_gpu} images, {run / PEAK / share / 3600:.3g} H100-hours at "
+          f"{share:.0%} of the peak")
 
 
 def explain(config, processes=8):

@@ -414,6 +414,25 @@ def test_blur_kernel_sums_to_1_and_halves_exactly():
     assert torch.allclose(P.Blur(padding=0)(torch.ones(1, 2, 8, 8)), torch.ones(1, 2, 5, 5))
 
 
+@pytest.mark.parametrize("padding, stride", [(2, 1), (1, 2), (0, 1)])
+def test_the_blur_has_the_value_and_both_derivatives_of_a_grouped_convolution(padding, stride):
+    blur = P.Blur(padding, stride).double()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+
+    def grouped(x):
+        return F.conv2d(x, blur.kernel.expand(3, 1, 4, 4), stride=stride, padding=padding, groups=3)
+
+    def derivatives(function):
+        y = function(x).square().sum()
+        (once,) = torch.autograd.grad(y, x, create_graph=True)
+        return y, once, *torch.autograd.grad(once.square().sum(), x)
+
+    for ours, theirs in zip(derivatives(blur), derivatives(grouped), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(blur, x) and torch.autograd.gradgradcheck(blur, x)
+
+
 def test_stddev_channel_vanishes_for_equal_images_and_is_the_group_mean_otherwise():
     x = torch.randn(1, 5, 4, 4).repeat(4, 1, 1, 1)
     assert P.minibatch_stddev(x)[:, 5].abs().max() <= 1.001e-4
@@ -502,6 +521,22 @@ def test_r1_gives_finite_parameter_gradients_even_under_autocast():
     assert all(torch.isfinite(grad).all() for grad in grads.values())
     layers = ("from_rgb", "blocks.0.conv1", "blocks.1.skip", "conv", "linear", "out")
     assert all(grads[f"{layer}.weight"].any() for layer in layers)
+
+
+def test_r1_of_a_compiled_discriminator_is_that_of_the_module_itself():
+    # torch.compile has no second backward: r1_penalty runs the module uncompiled
+    net, x = tiny_discriminator(), torch.randn(4, 3, 16, 16)
+    P.r1_penalty(net, x).backward()
+    expected = [p.grad.clone() for p in net.parameters() if p.grad is not None]
+    net.zero_grad()
+    net.compile(backend="aot_eager")
+    net(x).sum().backward()  # compiled, once
+    net.zero_grad()
+    P.r1_penalty(net, x).backward()
+    found = [p.grad for p in net.parameters() if p.grad is not None and p.grad.any()]
+    assert len(found) == len([g for g in expected if g.any()]) > 3
+    for ours, theirs in zip(found, [g for g in expected if g.any()], strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_r1_gradients_are_finite_for_a_batch_of_equal_images():

@@ -956,4 +956,4 @@ def test_explain_counts_what_each_stage_costs(capsys):
     gflop = {stage: float(text.replace(",", "")) for stage, text in found.items()}
     assert gflop["ar:"] == pytest.approx(6 * 256 * 0.1711, rel=0.1)  # 6 a parameter and token, attention
     assert gflop["phase2:"] < gflop["phase1:"] and gflop["ar:"] == gflop["nar:"]
-    assert all("A100-hours" in line and "GiB a GPU at" in line for line in lines.values())
+    assert all("H100-hours" in line and "GiB a GPU at" in line for line in lines.values())
