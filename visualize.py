@@ -1766,7 +1766,7 @@ def summarize(run, num=1000):
 
 
 PEAK = 989e12  # dense bf16 FLOP/s of an H100, by its data sheet
-REACHED = dict(phase1=0.13, phase2=0.08, ar=0.2, nar=0.17)  # of it on one H100 by preset imagenet (README)
+REACHED = dict(phase1=0.13, phase2=0.08, ar=0.2, nar=0.17)  # of it by preset imagenet (README, On a GPU)
 
 
 def cost(steps, *networks):
@@ -1808,7 +1808,7 @@ def print_cost(name, c, flops, kept, trainable, frozen=0, processes=8):
     per_gpu = max(1, c["batch"] // processes)
     memory = (16 * trainable + 4 * frozen + per_gpu * kept) / 2**30
     run = flops * c["batch"] * c["steps"]
-    share = REACHED.get(name, REACHED["phase1"])
+    share = REACHED.get(name, REACHED["phase1"])  # a judge was not measured
     print(f"  cost of {name}: {flops / 1e9:,.1f} GFLOP an image, {run:.2e} FLOP in all; estimated: "
           f"{memory:.1f} GiB a GPU at {per_gpu} images, {run / PEAK / share / 3600:.3g} H100-hours at "
           f"{share:.0%} of the peak")
