@@ -91,6 +91,7 @@ import math
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import sys
@@ -563,6 +564,40 @@ def is_file(entry):
         return entry.is_file()
 
 
+SPLITS = ("train", "training", "val", "valid", "validation", "dev", "eval", "evaluation", "test", "testing")
+ABOUT = "(images?|imgs?|pictures|data|set|split)?"
+
+
+def split_of(name):
+    """The split that a folder is named after ("test" of "Images_test2017"), or None."""
+    found = re.fullmatch(rf"{ABOUT}[\W_]*({'|'.join(SPLITS)})[\W_]*{ABOUT}[\W_]*\d*", name, re.I)
+    return found and found[2].lower()
+
+
+def refuse_splits(folder, flag, classes):
+    """A folder whose sub-folders are the splits of a data set would make each split a class.
+
+    classes: {sub-folder: its images};  raises: UserError if all that hold images, or else hold folders of
+    images while none lie beside them, are named after splits
+    """
+    splits = sorted((SPLITS.index(split_of(p.name)), p) for p in classes if split_of(p.name) and any(p.iterdir()))
+    splits = [p for _, p in splits]
+    flat = [p for p, found in classes.items() if found]
+    deeper = not flat and not images_in(folder) and any(
+        images_in(below) for p in splits for below in p.iterdir() if below.is_dir())
+    if not splits or not (deeper or flat and all(p in splits for p in flat)):
+        return
+    train = [p for p in splits if split_of(p.name).startswith("train")]
+    other = [p for p in splits if p not in train]
+    remedy = f"--data {(train or other)[0]}"
+    if flag == "--val":
+        remedy = f"--val {(other or train)[0]}"
+    elif train and other:
+        remedy += f" --val {other[0]} (sample.py, visualize.py: --data {other[0]})"
+    raise UserError(f"the sub-folders of {flag} {folder} are splits of a data set and no classes "
+                    f"({', '.join(p.name for p in splits)}); pass {remedy}")
+
+
 def scan_folder(folder, flag="--data"):
     """(paths, class names) of a folder of images, sorted; hidden files and folders are left out."""
     folder = Path(folder).expanduser()
@@ -574,6 +609,7 @@ def scan_folder(folder, flag="--data"):
         inside = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
         classes = {p: images_in(p) for p in inside}
         files = [path for found in classes.values() for path in found] or images_in(folder)
+        refuse_splits(folder, flag, classes)
     except OSError as error:
         raise UserError(f"{flag} {folder} cannot be read: {error}") from None
     if not files:
@@ -595,6 +631,19 @@ def with_data(config, data):
     return dict(config, data=data, val=None if both else data)
 
 
+def refuse_other_classes(folder, names, val, val_names):
+    """raises: UserError unless validation images have labels where the training images have them, and only of
+    classes that these have too"""
+    for one, few, two, many in ((val, val_names, folder, names), (folder, names, val, val_names)):
+        if many and not few:
+            raise UserError(
+                f"{one} has no class sub-folders, {two} has {len(many)}; sort the images of {one} into folders "
+                f"of these names, or leave {val} out: --data {folder} (sample.py, visualize.py: --data {val})")
+    strangers = sorted(set(val_names) - set(names))
+    if strangers:
+        raise UserError(f"--val {val} has classes that {folder} lacks: {', '.join(strangers[:3])}")
+
+
 def load_data(config):
     """(train, val) ImageData of a run's configuration: 'shapes', 'cifar10' or a folder of images."""
     source, S, seed, limit = config["data"], config["image_size"], config["seed"], config["limit"]
@@ -610,9 +659,7 @@ def load_data(config):
     files, names = scan_folder(folder)
     if val is not None:
         val_files, val_names = scan_folder(val, "--val")
-        strangers = sorted(set(val_names) - set(names))
-        if strangers or bool(val_names) != bool(names):
-            raise UserError(f"--val {val} has classes that {folder} lacks: {', '.join(strangers[:3])}")
+        refuse_other_classes(folder, names, val, val_names)
     else:
         held_out = set(random.Random(mix(0, "split")).sample(range(len(files)), max(1, len(files) // 20)))
         if len(files) == 1:

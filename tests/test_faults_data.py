@@ -1,0 +1,102 @@
+"""Claims about what is given to the commands: folders of images, class names, paths, and where results go."""
+
+import pytest
+from helpers import refusal
+from PIL import Image
+
+import sample
+from sample import UserError
+
+CONFIG = dict(data=None, val=None, image_size=16, seed=0, limit=None)
+
+
+def pictures(folder, *names, size=(12, 10)):
+    for i, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", size, (10 * i, 200, 30)).save(folder / name)
+    return folder
+
+
+def load(folder, val=None, **changes):
+    return sample.load_data(dict(CONFIG, data=str(folder), val=val and str(val), **changes))
+
+
+def refused_data(*words, **changes):
+    with pytest.raises(UserError) as stop:
+        load(*words, **changes)
+    message = str(stop.value)
+    assert "\n" not in message and stop.value.code == 2
+    return message
+
+
+# Splits and classes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names, remedy", [
+    (["train/1.png", "test/1.png"], "--data D/train --val D/test"),
+    (["train/1.png", "valid/1.png"], "--data D/train --val D/valid"),
+    (["train/1.png", "test/1.png", "validation/1.png"], "--data D/train --val D/validation"),
+    (["images_train/1.png", "dev/1.png", "annotations/x.txt"], "--data D/images_train --val D/dev"),
+    (["Train/1.png", "VAL/1.png"], "--data D/Train --val D/VAL"),
+    (["train2017/1.png", "val2017/1.png"], "--data D/train2017 --val D/val2017"),
+    (["train/1.png"], "--data D/train"),
+    (["val/1.png", "test/1.png"], "--data D/val"),
+    (["train/cat/1.png", "valid/cat/1.png"], "--data D/train --val D/valid"),
+    (["Train/cat/1.png", "Test/cat/1.png"], "--data D/Train --val D/Test"),
+    (["train/cat/1.png", "test/1.png"], "--data D/train --val D/test"),
+    (["train/cat/1.png"], "--data D/train"),
+])
+def test_splits_are_never_taken_for_classes_and_the_remedy_is_named(tmp_path, names, remedy):
+    for name in names:
+        pictures(tmp_path, name) if name.endswith("png") else (tmp_path / name).parent.mkdir()
+    message = refused_data(tmp_path).replace(str(tmp_path), "D")
+    assert f"pass {remedy}" in message and "no classes" in message
+
+
+def test_the_remedy_for_splits_works(tmp_path):
+    pictures(tmp_path, "train/a/1.png", "train/b/1.png", "valid/a/1.png", "test/b/1.png")
+    train, val = load(tmp_path / "train", tmp_path / "valid")
+    assert (len(train), len(val), train.class_names) == (2, 1, ["a", "b"])
+
+
+def test_splits_are_found_in_the_folder_of_val_too(tmp_path):
+    pictures(tmp_path, "train/a/1.png", "more/test/1.png", "more/valid/1.png")
+    message = refused_data(tmp_path / "train", tmp_path / "more")
+    assert f"--val {tmp_path / 'more'} are splits" in message
+    assert f"pass --val {tmp_path / 'more' / 'valid'}" in message
+
+
+def test_a_class_that_is_called_like_a_split_stays_a_class_among_others(tmp_path):
+    pictures(tmp_path / "D", "test/1.png", "train/1.png", "cat/1.png")
+    assert load(tmp_path / "D")[0].class_names == ["cat", "test", "train"]
+    pictures(tmp_path / "E", "1.png", "2.png", "3.png")
+    (tmp_path / "E" / "test").mkdir()  # empty beside images
+    assert len(load(tmp_path / "E")[0]) == 2
+    for name in ("bullet_train", "testify", "valley", "trainer", "data", "2017"):
+        assert sample.split_of(name) is None
+
+
+def test_a_command_refuses_splits_before_it_writes_anything(tmp_path, capsys):
+    pictures(tmp_path / "D", "train/1.png", "test/1.png", size=(40, 40))
+    assert "--val" in refusal(capsys, "phase1", tmp_path / "out", tmp_path / "D")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_flat_val_beside_classes_is_told_as_it_is_with_remedies_that_work(tmp_path):
+    pictures(tmp_path, *(f"train/{c}/{i}.png" for c in "abc" for i in range(10)), "val/1.png", "val/2.png")
+    said = refused_data(tmp_path)
+    assert f"{tmp_path / 'val'} has no class sub-folders, {tmp_path / 'train'} has 3; sort" in said
+    assert f"out: --data {tmp_path / 'train'} (sample.py, visualize.py: --data {tmp_path / 'val'})" in said
+    assert said == refused_data(tmp_path / "train", tmp_path / "val")
+    with pytest.raises(UserError, match="no class sub-folders"):
+        sample.load_data(sample.with_data(CONFIG, str(tmp_path)))  # --reconstruct --data
+    assert load(tmp_path / "train")[0].num_classes == 3
+    assert len(sample.load_data(sample.with_data(CONFIG, str(tmp_path / "val")))[1]) == 2
+
+
+def test_classes_in_val_alone_are_told_as_they_are(tmp_path):
+    pictures(tmp_path, "train/1.png", "train/2.png", "val/a/1.png", "val/b/2.png")
+    said = refused_data(tmp_path)
+    assert f"{tmp_path / 'train'} has no class sub-folders, {tmp_path / 'val'} has 2; sort" in said
+    assert f"leave {tmp_path / 'val'} out: --data {tmp_path / 'train'}" in said
+    assert load(tmp_path / "train")[0].num_classes == 0
