@@ -87,6 +87,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import pickle
@@ -283,6 +284,22 @@ class BadImage(Exception):
     """A file that is no usable image; says why."""
 
 
+@contextlib.contextmanager
+def quiet_decoders():
+    """Around a decoder: no warnings and log lines, which odd metadata brings at every visit and without the
+    name of the file. Errors are raised, and so is the warning of Pillow's limit on pixels."""
+    logger = logging.getLogger("PIL")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
+    finally:
+        logger.setLevel(level)
+
+
 def load_rgb(path, min_side=1):
     """Any image file as an RGB PIL image: rotated as its EXIF says, alpha over white, 16 bit scaled to 8.
 
@@ -290,8 +307,7 @@ def load_rgb(path, min_side=1):
             (89 million) or a side below `min_side`
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with quiet_decoders():
             with Image.open(path) as image:
                 if image.format == "PNG":
                     image.verify()  # the checksums, which decoding leaves out

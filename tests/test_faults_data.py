@@ -1,5 +1,10 @@
 """Claims about what is given to the commands: folders of images, class names, paths, and where results go."""
 
+import io
+import logging
+import struct
+import warnings
+
 import pytest
 from helpers import refusal
 from PIL import Image
@@ -100,3 +105,52 @@ def test_classes_in_val_alone_are_told_as_they_are(tmp_path):
     assert f"{tmp_path / 'train'} has no class sub-folders, {tmp_path / 'val'} has 2; sort" in said
     assert f"leave {tmp_path / 'val'} out: --data {tmp_path / 'train'}" in said
     assert load(tmp_path / "train")[0].num_classes == 0
+
+
+# Decoders -------------------------------------------------------------------------------------------------
+
+
+def broken_exif():
+    """EXIF of an orientation, and of two texts that lie beyond its end."""
+    entries = [struct.pack("<HHII", *entry) for entry in ((0x112, 3, 1, 6), (0x10e, 2, 500, 9000),
+                                                          (0x131, 2, 500, 9900))]
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, 3) + b"".join(entries)
+
+
+def odd_tiff(path):
+    """A TIFF whose description says to be longer than the file."""
+    content = io.BytesIO()
+    Image.new("RGB", (40, 32), "red").save(content, "TIFF", description="x" * 50)
+    content = bytearray(content.getvalue())
+    place = content.find(struct.pack("<HHI", 0x10e, 2, 51))
+    content[place + 4 : place + 8] = struct.pack("<I", 10**6)
+    path.write_bytes(content)
+
+
+def test_decoders_chatter_about_no_file_and_pixels_stay_as_they_were(tmp_path, capfd, caplog):
+    for name in ("a.jpg", "b.png", "c.webp"):
+        Image.new("RGB", (40, 32), "red").save(tmp_path / name, exif=broken_exif())
+    odd_tiff(tmp_path / "d.tif")
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        for name in ("a.jpg", "b.png", "c.webp", "d.tif"):
+            before = len(heard)
+            with Image.open(tmp_path / name) as image:
+                image.getexif()
+            assert len(heard) > before, name  # Pillow itself does warn
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        images = [sample.load_rgb(tmp_path / name) for name in ("a.jpg", "b.png", "c.webp", "d.tif")]
+    assert not heard and [image.size for image in images] == [(32, 40)] * 3 + [(40, 32)]
+    said = capfd.readouterr()
+    assert not said.err and not said.out and not caplog.records
+
+
+def test_log_lines_of_a_decoder_are_not_printed_and_its_error_is_kept(tmp_path, caplog):
+    content = io.BytesIO()
+    Image.new("RGB", (40, 32), "red").save(content, "TIFF")
+    samples = struct.pack("<HHI", 277, 3, 1)  # the tag of samples per pixel
+    (tmp_path / "a.tif").write_bytes(content.getvalue().replace(samples + b"\3", samples + b"c"))
+    with pytest.raises(sample.BadImage):
+        sample.load_rgb(tmp_path / "a.tif")
+    assert not caplog.records and logging.getLogger("PIL").level == logging.NOTSET
