@@ -448,9 +448,12 @@ class FolderData(ImageData):
 
 
 class Cifar10(ImageData):
-    """CIFAR-10 through torchvision, downloaded to ~/.cache where there is a network."""
+    """CIFAR-10 through torchvision, downloaded to ~/.cache where there is a network.
 
-    def __init__(self, train, image_size, seed):
+    limit: keep that many images, drawn by the seed; None keeps all
+    """
+
+    def __init__(self, train, image_size, seed, limit=None):
         from torchvision.datasets import CIFAR10 as TorchvisionCifar10
 
         def fetch():
@@ -464,7 +467,11 @@ class Cifar10(ImageData):
         on_rank0(fetch)
         data = TorchvisionCifar10(folder, train=train)
         super().__init__(image_size, seed, data.classes)
-        self.images, self.labels, self.fingerprint = data.data, data.targets, [len(data), "cifar10"]
+        self.images, self.labels = data.data, data.targets
+        if limit and limit < len(data):
+            chosen = random.Random(mix(seed, "limit")).sample(range(len(data)), limit)
+            self.images, self.labels = self.images[chosen], [self.labels[i] for i in chosen]
+        self.fingerprint = [len(self), "cifar10"]
 
     def __len__(self):
         return len(self.images)
@@ -668,7 +675,7 @@ def load_data(config):
     if source is None:
         raise UserError("this preset needs --data FOLDER. Without data: --preset demo")
     if source == "cifar10":
-        return Cifar10(True, S, seed), Cifar10(False, S, seed)
+        return Cifar10(True, S, seed, limit), Cifar10(False, S, seed)
     folder, val = Path(source).expanduser(), config["val"]
     if val is None and (folder / "train").is_dir() and (folder / "val").is_dir():
         folder, val = folder / "train", folder / "val"
@@ -1501,16 +1508,23 @@ def sample_settings(args, config, stage):
 
 
 def choose_classes(text, names):
-    """'star,3' to class indices; None to all of them; None for an unconditional prior."""
+    """'star,3' to class indices; None to all of them; None for an unconditional prior. A name goes before a
+    number, and where all names are numbers only names count.
+
+    raises: UserError for another word, and for a class that is named twice
+    """
     if not names:
         if text:
             raise UserError("--classes, but this prior is unconditional")
         return None
-    chosen = []
+    chosen, numbers = [], all(name.lstrip("+-").replace(".", "", 1).isdecimal() for name in names)
+    rest = ", which are the names of the classes" if numbers else f" or 0..{len(names) - 1}"
     for word in text.split(",") if text else names:
-        if word not in names and not (word.isdecimal() and int(word) < len(names)):
-            raise UserError(f"--classes {word}: not one of {', '.join(names[:20])} or 0..{len(names) - 1}")
+        if word not in names and (numbers or not (word.isdecimal() and int(word) < len(names))):
+            raise UserError(f"--classes {word}: not one of {', '.join(names[:20])}{rest}")
         chosen.append(names.index(word) if word in names else int(word))
+        if chosen.count(chosen[-1]) > 1:
+            raise UserError(f"--classes {text}: class {names[chosen[-1]]} is named twice")
     return chosen
 
 

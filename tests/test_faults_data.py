@@ -5,6 +5,7 @@ import logging
 import struct
 import warnings
 
+import numpy as np
 import pytest
 from helpers import refusal
 from PIL import Image
@@ -154,3 +155,50 @@ def test_log_lines_of_a_decoder_are_not_printed_and_its_error_is_kept(tmp_path, 
     with pytest.raises(sample.BadImage):
         sample.load_rgb(tmp_path / "a.tif")
     assert not caplog.records and logging.getLogger("PIL").level == logging.NOTSET
+
+
+# CIFAR-10 and class names ---------------------------------------------------------------------------------
+
+
+class FakeCifar10:
+    """Torchvision's data set as far as it is used; image i has the colour i."""
+
+    classes = ["cat", "dog"]
+
+    def __init__(self, root, train=True, download=False):
+        self.data = np.arange(50 if train else 10, dtype=np.uint8)[:, None, None, None].repeat(32, 1)
+        self.data = self.data.repeat(32, 2).repeat(3, 3)
+        self.targets = [i % 2 for i in range(len(self.data))]
+
+    def __len__(self):
+        return len(self.data)
+
+
+def test_limit_draws_from_cifar10_by_the_seed_and_changes_its_fingerprint(monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", FakeCifar10)
+    whole, few, again, other = (load("cifar10", limit=limit, seed=seed) for limit, seed in
+                                ((None, 0), (7, 0), (7, 0), (7, 1)))
+    assert (len(whole[0]), len(few[0]), len(few[1])) == (50, 7, 10)
+    assert whole[0].fingerprint == [50, "cifar10"] and few[0].fingerprint == [7, "cifar10"]
+    drawn = [[int(data.pixels(i)[0, 0, 0]) for i in range(7)] for data in (few[0], again[0], other[0])]
+    assert len(set(drawn[0])) == 7 and drawn[0] == drawn[1] != drawn[2]
+    assert [few[0].label(i) for i in range(7)] == [colour % 2 for colour in drawn[0]]
+    assert len(load("cifar10", limit=99)[0]) == 50
+
+
+def test_where_all_class_names_are_numbers_only_names_count():
+    names = ["0", "1", "10", "2"]
+    assert sample.choose_classes("10,2,0", names) == [2, 3, 0]
+    assert sample.choose_classes(None, names) == [0, 1, 2, 3]
+    for wrong in ("3", "-1", "4", "01", "1.0"):
+        with pytest.raises(UserError, match=f"--classes {wrong}: not one of 0, 1, 10, 2, which are the names"):
+            sample.choose_classes(wrong, names)
+    with pytest.raises(UserError, match="--classes 1: not one of 007, -1, 0.5"):
+        sample.choose_classes("1", ["007", "-1", "0.5"])
+    assert sample.choose_classes("-1", ["007", "-1", "0.5"]) == [1]
+
+
+def test_a_class_that_is_named_twice_is_refused():
+    for text in ("star,star", "star,1", "1,0,1"):
+        with pytest.raises(UserError, match=f"--classes {text}: class star is named twice"):
+            sample.choose_classes(text, ["disk", "star"])
