@@ -667,6 +667,23 @@ def refuse_other_classes(folder, names, val, val_names):
         raise UserError(f"--val {val} has classes that {folder} lacks: {', '.join(strangers[:3])}")
 
 
+def is_folder(source):
+    """Whether `data` or `val` of a configuration names a folder, here or elsewhere."""
+    return source not in (None, "shapes", "cifar10")
+
+
+def images_of(path, config, data=None):
+    """(train, val) of `--data`, or without it of the run that wrote the checkpoint `path`.
+
+    raises: UserError that names the checkpoint if the folders of its run are not there
+    """
+    for source in (config["data"], config["val"]) if data is None else ():
+        if is_folder(source) and not Path(os.path.expanduser(source)).is_dir():
+            raise UserError(f"the run of {path} had its images in {source}, and from {Path.cwd()} there is no "
+                            "such folder; pass --data PATH")
+    return load_data(with_data(config, data))
+
+
 def load_data(config):
     """(train, val) ImageData of a run's configuration: 'shapes', 'cifar10' or a folder of images."""
     source, S, seed, limit = config["data"], config["image_size"], config["seed"], config["limit"]
@@ -1230,7 +1247,7 @@ def load_reference(args, extractor, config, split):
     The cache goes by names, sizes and times of the files; the `reference_hash` of a result is that of all
     pixels. returns: the dict in the first process, None in others
     """
-    data = None if args.reference else load_data(config)[split == "val"]
+    data = None if args.reference else images_of(args.ckpt, config, args.data)[split == "val"]
     wanted = dict(reference=split, image_size=config["image_size"], **extractor.info)
     wanted = {k: v for k, v in wanted.items() if k not in ("extractor", "extractor_note")}
 
@@ -1308,7 +1325,7 @@ def class_accuracy(extractor, class_names, rows):
 def evaluate(args, device):
     """--metrics: measures a checkpoint by its protocol and writes one JSON. An interrupted call goes on."""
     ckpt = read_checkpoint(args.ckpt, ("phase1", "phase2", "ar", "nar"))
-    config = with_data(ckpt["config"], args.data)
+    config = ckpt["config"]
     protocol = "rfid-val" if ckpt["stage"] in ("phase1", "phase2") else "gfid-train"
     if args.predict:
         if ckpt["stage"] != "ar":
@@ -1318,7 +1335,7 @@ def evaluate(args, device):
     on_rank0(lambda: out.exists() and read_result(out))
     extractor = Extractor(args.extractor, config["image_size"], device)
     if protocol in ("rfid-val", "view-val"):
-        val = load_data(config)[1]
+        val = images_of(args.ckpt, config, args.data)[1]
         if args.num not in (None, len(val)):
             raise UserError(f"{protocol} takes all {len(val)} validation images; leave --num out")
         args.num, names = len(val), val.class_names
@@ -1558,7 +1575,7 @@ def sample(args, device):
 
 def reconstruct(args, device):
     tokenizer, ckpt = load_model(args.ckpt, ("phase1", "phase2"), device)
-    data = load_data(with_data(ckpt["config"], args.data))[1]
+    data = images_of(args.ckpt, ckpt["config"], args.data)[1]
     args.num = args.num or min(80, len(data))
     if args.num > len(data):
         raise UserError(f"--num {args.num}, but there are only {len(data)} images")

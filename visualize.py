@@ -189,9 +189,9 @@ from perceptual import (
 from prior_ar import ARPrior, PriorConfig
 from prior_nar import mask_tokens
 from sample import (
-    HOW, Shapes, UserError, decode, evaluate, generate_images, generate_tokens, latent_hash, load_data,
-    load_model, load_tokenizer_of, make_sheet, mix, one_line_errors, predict_tokens, print0, psnr, rank,
-    read_checkpoint, read_result, save_atomic, seeded_rand, setup_device, to_float, to_uint8, with_data,
+    HOW, Shapes, UserError, decode, evaluate, generate_images, generate_tokens, images_of, latent_hash,
+    load_data, load_model, load_tokenizer_of, make_sheet, mix, one_line_errors, predict_tokens, print0, psnr,
+    rank, read_checkpoint, read_result, save_atomic, seeded_rand, setup_device, to_float, to_uint8, with_data,
     world,
 )
 from sample import parse_args as sample_args
@@ -321,9 +321,10 @@ def same_size(path, ckpt, config, other):
         raise UserError(f"{path} is for {ckpt['config']['image_size']}-pixel images, {other} for others")
 
 
-def load_images(config, num, data):
-    """The first `num` validation images of a run, or images of a folder: (ImageData, x (num, 3, S, S))."""
-    images = load_data(with_data(config, data))[1]
+def load_images(config, num, data, ckpt):
+    """The first `num` validation images of the run that wrote `ckpt`, or images of the folder `data`:
+    (ImageData, x (num, 3, S, S))."""
+    images = images_of(ckpt, config, data)[1]
     num = num or min(64, len(images))
     if num > len(images):
         raise UserError(f"--num {num}, but there are only {len(images)} images")
@@ -345,7 +346,7 @@ def load_pairs(ckpts, num, device, tokenizers=(), data=None):
         config, names = ckpt["config"], ckpt["class_names"] if prior.config.num_classes else None
         if first is None:
             first = config
-            images, x = load_images(config, num, data)
+            images, x = load_images(config, num, data, path)
             x = to_float(x, device)
         same_size(path, ckpt, first, ckpts[0])
         if names and images.class_names != names:
@@ -560,7 +561,7 @@ def figure_stability(args, device):
         tokenizer, ckpt = load_model(path, ("phase1", "phase2"), device)
         if x is None:
             config = ckpt["config"]
-            x = to_float(load_images(config, args.num, args.data)[1], device)
+            x = to_float(load_images(config, args.num, args.data, path)[1], device)
         same_size(path, ckpt, config, args.ckpt[0])
         noisy, side = disturbed(x)["noise"], math.isqrt(tokenizer.token_shape[0])
         for i in range(min(len(x), 2)):
@@ -606,7 +607,7 @@ def load_factorized(args, device):
     tokenizer, ckpt = load_model(args.ckpt[0], ("phase1", "phase2"), device)
     if len(tokenizer.token_shape) < 2:
         raise UserError(f"{args.ckpt[0]} has one codebook; {args.figure} is for FQGAN's tokenizers")
-    images, x = load_images(ckpt["config"], args.num, args.data)
+    images, x = load_images(ckpt["config"], args.num, args.data, args.ckpt[0])
     x = to_float(x, device)
     return tokenizer, ckpt, images, x, torch.cat([tokenizer.encode(part) for part in x.split(50)])
 
@@ -703,9 +704,10 @@ def compare(args, device):
     rows, measured, ckpts = [], {}, [read_checkpoint(path, ("phase1", "phase2")) for path in args.files]
     for path, ckpt in zip(args.files, ckpts, strict=True):
         same_size(path, ckpt, ckpts[0]["config"], args.files[0])
-    config = ckpts[0]["config"] | (dict(data=args.data, val=None) if args.data else {})
-    images = []
-    for split, limit in zip(load_data(config), (args.samples or 5000, 1000), strict=True):
+    config, images = ckpts[0]["config"], []
+    splits = images_of(args.files[0], config) if not args.data else (
+        load_data(dict(config, data=args.data, val=None)))
+    for split, limit in zip(splits, (args.samples or 5000, 1000), strict=True):
         drawn = random.Random(mix(0, "compare")).sample(range(len(split)), min(limit, len(split)))
         images.append(torch.stack([split.view(i) for i in drawn]))  # training images lie class by class
     for path in args.files:
@@ -850,8 +852,10 @@ def report(args, device):
     if rows:
         section("Loss curves", plot(draw_curves(rows), "loss curves of all stages"))
 
+    first = next(iter(found.values()))
+    count = min(args.num or 64, 200, len(images_of(first, config, args.data)[1]))
+    images, x = load_images(config, count, args.data, first)
     config = with_data(config, args.data)
-    images, x = load_images(config, min(args.num or 64, 200, len(load_data(config)[1])), None)
     x, shown = to_float(x, device), min(8, len(x))
     tokens = torch.cat([last.encode(part) for part in x.split(50)])
     codes = torch.load(run / "codes.pt", weights_only=True, mmap=True) if (run / "codes.pt").is_file() else {}

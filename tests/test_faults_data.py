@@ -7,10 +7,12 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from helpers import refusal
 from PIL import Image
 
 import sample
+import visualize
 from sample import UserError
 
 CONFIG = dict(data=None, val=None, image_size=16, seed=0, limit=None)
@@ -202,3 +204,54 @@ def test_a_class_that_is_named_twice_is_refused():
     for text in ("star,star", "star,1", "1,0,1"):
         with pytest.raises(UserError, match=f"--classes {text}: class star is named twice"):
             sample.choose_classes(text, ["disk", "star"])
+
+
+# The images of a run, from another place ------------------------------------------------------------------
+
+
+@pytest.fixture
+def moved(trained, data, tmp_path, monkeypatch):
+    """The run of `trained`, whose configuration names its images by a relative path; started elsewhere."""
+    for name in ("phase1", "phase2", "ar"):
+        ckpt = torch.load(trained / f"{name}.pt", weights_only=True)
+        torch.save(dict(ckpt, config=dict(ckpt["config"], data="d1")), tmp_path / f"{name}.pt")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return tmp_path
+
+
+def refused(capsys, script, *words):
+    """The one line with which a command ends, exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        script.main(script.parse_args([*map(str, words), "--device", "cpu"]))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+    return error
+
+
+@pytest.mark.parametrize("script, words, name", [
+    (sample, ["--reconstruct", "--ckpt", "phase1.pt"], "phase1.pt"),
+    (sample, ["--metrics", "--ckpt", "phase1.pt", "--extractor", "VGG"], "phase1.pt"),
+    (sample, ["--metrics", "--ckpt", "ar.pt", "--extractor", "VGG", "--num", "999"], "ar.pt"),
+    (sample, ["--metrics", "--predict", "--ckpt", "ar.pt", "--extractor", "VGG"], "ar.pt"),
+    (visualize, ["view", "--ckpt", "ar.pt"], "ar.pt"),
+    (visualize, ["fig8", "--ckpt", "phase1.pt"], "phase1.pt"),
+    (visualize, ["compare", "phase1.pt"], "phase1.pt"),
+    (visualize, ["report", "."], "phase1.pt"),
+])
+def test_images_that_are_not_there_are_laid_to_the_run_and_data_is_the_remedy(
+    trained, moved, capsys, script, words, name
+):
+    places = {"VGG": trained / "vgg.pt", ".": moved, **{n: moved / n for n in ("phase1.pt", "ar.pt")}}
+    error = refused(capsys, script, *(places.get(word, word) for word in words))
+    assert f"the run of {moved / name} had its images in d1, and from {moved / 'elsewhere'}" in error
+    assert "--data d1" not in error and "pass --data PATH" in error
+
+
+def test_data_mends_it(moved, data):
+    for words in (["--ckpt", moved / "phase1.pt", "--reconstruct", "--num", 2],):
+        sample.main(sample.parse_args([*map(str, words), "--data", str(data), "--device", "cpu"]))
+    assert (moved / "reconstructions_phase1.png").is_file()
+    visualize.main(visualize.parse_args(["report", str(moved), "--data", str(data), "--device", "cpu"]))
+    assert (moved / "report.html").is_file()
