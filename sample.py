@@ -438,11 +438,12 @@ class FolderData(ImageData):
 
     @functools.cached_property
     def fingerprint(self):
-        """Changes when a file is added, removed, renamed or of another size. [number of images, hash]"""
+        """Changes when a file is added, removed, renamed or of another size, and not when the whole folder is
+        moved, renamed or copied. [number of images, hash]"""
         digest = hashlib.sha256()
         for path in self.files:
             with contextlib.suppress(OSError):  # a dangling link has no size
-                name = os.sep.join(path.rsplit(os.sep, 2)[1:])
+                name = os.sep.join(path.rsplit(os.sep, 2)[1 if self.class_names else 2 :])
                 digest.update(f"{name} {os.stat(path).st_size}\n".encode(errors="surrogateescape"))
         return [len(self), digest.hexdigest()[:16]]
 

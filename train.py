@@ -368,10 +368,10 @@ from perceptual import (
 from prior_ar import ARPrior, PriorConfig
 from prior_nar import NARPrior, mask_tokens
 from sample import (
-    FORMAT, UserError, agreed, barrier, batches, claim, fetched, intact, latent_hash, load_data, load_model,
-    make_sheet, mix, my_rows, newest_intact, on_rank0, one_line_errors, print0, rank, read_checkpoint,
-    save_atomic, save_checkpoint, save_torch, seeded_rand, setup_device, to_device, to_float, warn,
-    weights_hash, world,
+    FORMAT, UserError, agreed, barrier, batches, claim, fetched, intact, is_folder, latent_hash, load_data,
+    load_model, make_sheet, mix, my_rows, newest_intact, on_rank0, one_line_errors, print0, rank,
+    read_checkpoint, save_atomic, save_checkpoint, save_torch, seeded_rand, setup_device, to_device, to_float,
+    warn, weights_hash, world,
 )
 from tokenizer import TokenizerConfig, VQTokenizer, all_reduce_mean, codebook_usage, count_codes
 from visualize import (
@@ -453,6 +453,7 @@ class Run:
         if args.workers > 4 * os.cpu_count() and rank() == 0:
             warn(f"--workers {args.workers} on {os.cpu_count()} cores")
         self.train, self.val = load_data(config)
+        self.fingerprint = on_rank0(lambda: [self.train.fingerprint, self.val.fingerprint])
         self.train.bad_list = self.val.bad_list = self.out / "bad_files.txt"
         if self.device.type == "cpu" and config["image_size"] <= 64:
             # a CPU heeds this switch too, and flash attention's backward is ten times slower there
@@ -475,6 +476,7 @@ class Run:
             judge, ckpt = load_model(own, ("vgg",), self.device)
             if source == "judge":
                 refuse_other_config(own, DEPENDS["vgg"], ckpt["config"], self.config)
+                refuse_other_images(own, ckpt, self)
             return judge.to(memory_format=torch.channels_last)
 
         def load():
@@ -559,7 +561,6 @@ class Run:
         """
         path, c = self.out / f"{stage}.pt", self.config[SECTION[stage]]
         on_rank0(self.claim)
-        self.fingerprint = on_rank0(lambda: [self.train.fingerprint, self.val.fingerprint])
         step, seconds, self.skips, self.skips_told = 0, 0.0, {}, {}
         file = on_rank0(lambda: newest_intact(path))
         if file:
@@ -568,10 +569,7 @@ class Run:
             if made_from not in (None, ckpt["tokenizer_hash"]):
                 raise UserError(f"{file} was made with tokenizer {ckpt['tokenizer_hash']}, not with "
                                 f"{made_from} as here; move it away or use another --out")
-            if ckpt["fingerprint"] != self.fingerprint or ckpt["class_names"] != self.train.class_names:
-                (was, _), (now, _) = ckpt["fingerprint"][0], self.fingerprint[0]
-                raise UserError(f"the images changed since {file} was written (training images: {was} then, "
-                                f"{now} now); restore them or use another --out")
+            refuse_other_images(file, ckpt, self)
             if ckpt["world"] != world():
                 print0(f"note: {ckpt['world']} processes wrote {file} and {world()} go on: the batches are "
                        "the same, the last bits of sums are not")
@@ -767,9 +765,11 @@ DEPENDS = dict(  # what a checkpoint of a stage was made with; a run with other 
 
 
 def refuse_other_config(path, keys, old, new):
-    """A checkpoint is continued only by the configuration that began it; the number of steps may change."""
+    """A checkpoint is continued only by the configuration that began it; the number of steps may change, and
+    so may the place of a folder of images: `refuse_other_images` compares these."""
     different = []
-    for key in ["data", "val", "limit", "image_size", "seed", "precision", *keys]:
+    places = [] if is_folder(old.get("data")) and is_folder(new["data"]) else ["data", "val"]
+    for key in [*places, "limit", "image_size", "seed", "precision", *keys]:
         a, b = old.get(key), new[key]
         pairs = [(key, a, b)]
         if isinstance(a, dict):
@@ -778,6 +778,19 @@ def refuse_other_config(path, keys, old, new):
                       if was != now and not name.endswith(".steps")]
     if different:
         raise UserError(f"{path} was made with {', and '.join(different)} as here; use another --out")
+
+
+def refuse_other_images(path, ckpt, run):
+    """A checkpoint is continued only on the images that it was made with, wherever their folder lies now."""
+    if ckpt["fingerprint"] == run.fingerprint and ckpt["class_names"] == run.train.class_names:
+        return
+    (was, _), (now, _) = ckpt["fingerprint"][0], run.fingerprint[0]
+    old, new = (f"{c['data']}" + f" and val = {c['val']}" * bool(c["val"]) for c in (ckpt["config"], run.config))
+    if old != new:
+        raise UserError(f"{path} was made with data = {old}, not {new} as here, and these are other images "
+                        f"(training images: {was} there, {now} here); use another --out")
+    raise UserError(f"the images changed since {path} was written (training images: {was} then, {now} now); "
+                    "restore them or use another --out")
 
 
 def total(output):
@@ -895,6 +908,7 @@ def earlier_tokenizer(run, stages, *also):
     run.note = run.note or ckpt["note"]
     if not given:
         refuse_other_config(found[-1], ["tokenizer", *also], ckpt["config"], run.config)
+        refuse_other_images(found[-1], ckpt, run)
         if ckpt["step"] < run.steps(ckpt["stage"]) and rank() == 0:
             warn(f"stage {ckpt['stage']} ended at step {ckpt['step']} of {run.steps(ckpt['stage'])}")
     if tokenizer.config.image_size != run.config["image_size"]:

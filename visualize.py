@@ -189,10 +189,10 @@ from perceptual import (
 from prior_ar import ARPrior, PriorConfig
 from prior_nar import mask_tokens
 from sample import (
-    HOW, Shapes, UserError, decode, evaluate, generate_images, generate_tokens, images_of, latent_hash,
-    load_data, load_model, load_tokenizer_of, make_sheet, mix, one_line_errors, predict_tokens, print0, psnr,
-    rank, read_checkpoint, read_result, save_atomic, seeded_rand, setup_device, to_float, to_uint8, with_data,
-    world,
+    HOW, Shapes, UserError, decode, evaluate, generate_images, generate_tokens, images_of, is_folder,
+    latent_hash, load_data, load_model, load_tokenizer_of, make_sheet, mix, one_line_errors, predict_tokens,
+    print0, psnr, rank, read_checkpoint, read_result, save_atomic, seeded_rand, setup_device, to_float, to_uint8,
+    with_data, world,
 )
 from sample import parse_args as sample_args
 from tokenizer import TokenizerConfig, VQTokenizer, all_reduce_mean, codebook_usage, count_codes
@@ -1004,7 +1004,7 @@ class Table:
         self.device = ["--device", args.device] if args.device != "auto" else []
         self.settings = dict(preset=args.preset, data=args.data, set=args.set)
         note = self.root / "settings.json"
-        if note.exists() and json.loads(note.read_text()) != self.settings:
+        if note.exists() and placed(json.loads(note.read_text())) != placed(self.settings):
             raise UserError(f"{note} tells of other settings ({note.read_text()}) than "
                             f"{json.dumps(self.settings)}; use the same, or another --out")
         scorer = str(self.root / "scorer" / "resnet.pt") if self.small else "inception"
@@ -1487,6 +1487,12 @@ def draw_claims(spread, path):
         axis.set(xlabel="α", title=name)
     axes[0].legend(fontsize=7)
     save_figure(fig, path, numbers)
+
+
+def placed(settings):
+    """settings.json with the folder of images in one spelling"""
+    data = settings.get("data")
+    return dict(settings, data=str(Path(data).expanduser().resolve()) if is_folder(data) else data)
 
 
 def kind(words):

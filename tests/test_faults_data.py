@@ -1,19 +1,21 @@
 """Claims about what is given to the commands: folders of images, class names, paths, and where results go."""
 
+import hashlib
 import io
 import logging
+import shutil
 import struct
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from helpers import refusal
+from helpers import call, contents, differing, earlier, refusal
 from PIL import Image
 
 import sample
 import visualize
-from sample import UserError
+from sample import UserError, read_checkpoint
 
 CONFIG = dict(data=None, val=None, image_size=16, seed=0, limit=None)
 
@@ -255,3 +257,79 @@ def test_data_mends_it(moved, data):
     assert (moved / "reconstructions_phase1.png").is_file()
     visualize.main(visualize.parse_args(["report", str(moved), "--data", str(data), "--device", "cpu"]))
     assert (moved / "report.html").is_file()
+
+
+# The same images under another name ----------------------------------------------------------------------
+
+
+def test_a_run_goes_on_with_its_images_under_any_name_and_as_if_they_had_none(data, tmp_path, monkeypatch):
+    """Each call goes one step further, and each time the same images are named in another way."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(data, tmp_path / "d1")
+    shutil.copytree(data, tmp_path / "scratch" / "job7")
+    call("vgg", tmp_path / "straight", "d1", "--steps", 6, judge__schedule="constant")
+    places = ["d1", "d1/", "./d1", tmp_path / "d1", tmp_path / "scratch" / "job7"]
+    for steps, place in enumerate(places, 2):
+        call("vgg", tmp_path / "out", place, "--steps", steps, judge__schedule="constant")
+    split = [tmp_path / "d1" / name for name in ("train", "val")]  # the same images, found by flags
+    call("phase1", tmp_path / "out", split[0], "--val", split[1], "--steps", 2, judge__steps=6,
+         judge__schedule="constant")
+    call("phase2", tmp_path / "out", "scratch/job7", "--steps", 2, phase1__steps=2, judge__steps=6,
+         judge__schedule="constant")
+    straight, ckpt = (read_checkpoint(tmp_path / run / "vgg.pt", ["vgg"]) for run in ("straight", "out"))
+    assert ckpt["step"] == 6 and differing(straight["model"], ckpt["model"]) == []
+    assert ckpt["config"]["data"] == str(places[-1])
+
+
+def test_a_copy_that_lacks_one_file_is_refused_by_every_stage_that_builds_on_the_run(
+    trained, data, tmp_path, capsys
+):
+    copy = tmp_path / "copy"
+    shutil.copytree(data, copy)
+    next(copy.glob("train/*/*.png")).unlink()
+    for stage in ("vgg", "phase1", "phase2", "ar"):
+        out = earlier(trained, tmp_path / stage, stage)
+        if stage == "vgg":
+            shutil.copy(trained / "vgg.pt", out)
+        before = contents(out)
+        error = refusal(capsys, stage, out, copy)
+        assert f"not {copy} as here, and these are other images (training images: 60 there, 59 here)" in error
+        assert contents(out) == before
+
+
+@pytest.mark.parametrize("source", ["shapes", "cifar10"])
+def test_built_in_images_are_never_a_folder_s(trained, tmp_path, capsys, monkeypatch, source):
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", FakeCifar10)
+    out = earlier(trained, tmp_path / "out", "phase1")
+    assert f"not {source} as here" in refusal(capsys, "phase1", out, source)
+
+
+def test_the_fingerprint_of_a_folder_is_that_of_its_copy_and_of_classes_what_it_always_was(tmp_path):
+    found = {}
+    for place in ("here", "there/deep"):
+        pictures(tmp_path / place / "flat", *(f"{i}.png" for i in range(4)))
+        pictures(tmp_path / place / "classes", *(f"{c}/{i}.png" for c in "ab" for i in range(4)))
+        (tmp_path / place / "flat").rename(tmp_path / place / f"flat_{place[0]}")
+        for name, folder in (("flat", f"flat_{place[0]}"), ("classes", "classes")):
+            files, names = sample.scan_folder(tmp_path / place / folder)
+            found.setdefault(name, []).append(sample.FolderData(files, names, 8, 0).fingerprint)
+    assert found["flat"][0] == found["flat"][1] and found["classes"][0] == found["classes"][1]
+    lines = "".join(f"{c}/{i}.png {(tmp_path / f'here/classes/{c}/{i}.png').stat().st_size}\n"
+                    for c in "ab" for i in range(4))
+    assert found["classes"][0] == [8, hashlib.sha256(lines.encode()).hexdigest()[:16]]
+
+
+def test_a_table_goes_on_with_its_images_in_another_spelling(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "settings.json").write_text('{"preset": "demo", "data": "d1", "set": []}')
+
+    def table(data):
+        return visualize.Table(visualize.parse_args(["table1", "--data", str(data), "--out", str(root)]))
+
+    for same in ("d1", "d1/", "./d1", tmp_path / "d1"):
+        table(same)
+    for other in ("d2", "shapes"):
+        with pytest.raises(UserError, match="other settings"):
+            table(other)
