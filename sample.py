@@ -12,27 +12,30 @@ number of processes. train.py and visualize.py import the data sets and the load
 import argparse
 from pathlib import Path
 
+from paths import as_path, expanded
+
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")
     add = parser.add_argument
-    add("--ckpt", type=Path, required=True, help="ar.pt or nar.pt; with --reconstruct phase1.pt or phase2.pt")
-    add("--tokenizer", type=Path, help="tokenizer that decodes (default: phase2.pt or phase1.pt beside CKPT)")
+    add("--ckpt", type=as_path, required=True, help="ar.pt or nar.pt; --reconstruct: phase1.pt or phase2.pt")
+    add("--tokenizer", type=as_path, help="tokenizer that decodes (default: phase2 or phase1.pt beside CKPT)")
     add("--count", "--num", dest="num", type=int, help="number of images (default 80; --metrics: 50,000)")
     add("--classes", help="names or numbers, separated by commas (default: all, in turn)")
     add("--reconstruct", action="store_true", help="reconstruct validation images instead of sampling")
-    add("--data", help="with --reconstruct or --metrics: folder of images (default: those of the run)")
+    add("--data", type=expanded, help="with --reconstruct, --metrics: folder of images (default: the run's)")
     add("--format", choices=("sheet", "files", "npz"), default="sheet", help="one picture, PNG files, or npz")
-    add("--out", type=Path, help="file or, for --format files, folder to write (default: beside CKPT)")
+    add("--out", type=as_path, help="file or, for --format files, folder to write (default: beside CKPT)")
     add("--metrics", action="store_true", help="measure; of phase1.pt, phase2.pt the reconstructions (rFID)")
     add("--predict", action="store_true", help="with --metrics, of ar.pt: measure the teacher-forced view")
-    add("--extractor", default="inception", help="features: 'inception' (downloaded), a file of its weights, "
-        "or a resnet.pt or vgg.pt of --stage vgg")
-    add("--lpips", default="imagenet", help="VGG-16 of LPIPS: 'imagenet' (downloaded), a .pth file or 'none'")
-    add("--references", type=Path, default=Path("runs/references"), help="cache of reference statistics")
-    add("--reference", type=Path, help="one file of that cache to compare with, without the data")
+    add("--extractor", type=expanded, default="inception", help="features: 'inception' (downloaded), a file "
+        "of its weights, or a resnet.pt or vgg.pt of --stage vgg")
+    add("--lpips", type=expanded, default="imagenet", help="VGG-16 of LPIPS: 'imagenet' (downloaded), a .pth "
+        "file or 'none'")
+    add("--references", type=as_path, default=Path("runs/references"), help="cache of reference statistics")
+    add("--reference", type=as_path, help="one file of that cache to compare with, without the data")
     add("--sweep", metavar="NAME=V1,V2,...", help="--metrics for each value of a sampler setting; CSV, plot")
     add("--seed", type=int, default=0, help="seed of the samples (default 0)")
     add("--temperature", type=float, help="AR: softmax temperature, 0 takes the argmax")
@@ -604,8 +607,8 @@ def refuse_splits(folder, flag, classes):
     classes: {sub-folder: its images};  raises: UserError if all that hold images, or else hold folders of
     images while none lie beside them, are named after splits
     """
-    splits = sorted((SPLITS.index(split_of(p.name)), p) for p in classes if split_of(p.name) and any(p.iterdir()))
-    splits = [p for _, p in splits]
+    splits = [p for p in classes if split_of(p.name) and any(p.iterdir())]
+    splits.sort(key=lambda p: SPLITS.index(split_of(p.name)))
     flat = [p for p, found in classes.items() if found]
     deeper = not flat and not images_in(folder) and any(
         images_in(below) for p in splits for below in p.iterdir() if below.is_dir())
@@ -624,7 +627,7 @@ def refuse_splits(folder, flag, classes):
 
 def scan_folder(folder, flag="--data"):
     """(paths, class names) of a folder of images, sorted; hidden files and folders are left out."""
-    folder = Path(folder).expanduser()
+    folder = as_path(folder)
     if not folder.exists():
         raise UserError(f"{flag} {folder} does not exist. Try --data shapes (built in) or another folder")
     if not folder.is_dir():
@@ -651,18 +654,19 @@ def with_data(config, data):
     has both, else all of its images as training and as validation images. None changes nothing."""
     if data is None:
         return config
-    both = all((Path(data).expanduser() / split).is_dir() for split in ("train", "val"))
+    both = all((as_path(data) / split).is_dir() for split in ("train", "val"))
     return dict(config, data=data, val=None if both else data)
 
 
 def refuse_other_classes(folder, names, val, val_names):
-    """raises: UserError unless validation images have labels where the training images have them, and only of
-    classes that these have too"""
+    """raises: UserError unless validation images have labels where the training images have them, and only
+    of classes that these have too"""
     for one, few, two, many in ((val, val_names, folder, names), (folder, names, val, val_names)):
         if many and not few:
             raise UserError(
-                f"{one} has no class sub-folders, {two} has {len(many)}; sort the images of {one} into folders "
-                f"of these names, or leave {val} out: --data {folder} (sample.py, visualize.py: --data {val})")
+                f"{one} has no class sub-folders, {two} has {len(many)}; sort the images of {one} into "
+                f"folders of these names, or leave {val} out: --data {folder} (sample.py, visualize.py: "
+                f"--data {val})")
     strangers = sorted(set(val_names) - set(names))
     if strangers:
         raise UserError(f"--val {val} has classes that {folder} lacks: {', '.join(strangers[:3])}")
@@ -679,9 +683,9 @@ def images_of(path, config, data=None):
     raises: UserError that names the checkpoint if the folders of its run are not there
     """
     for source in (config["data"], config["val"]) if data is None else ():
-        if is_folder(source) and not Path(os.path.expanduser(source)).is_dir():
-            raise UserError(f"the run of {path} had its images in {source}, and from {Path.cwd()} there is no "
-                            "such folder; pass --data PATH")
+        if is_folder(source) and not Path(expanded(source)).is_dir():
+            raise UserError(f"the run of {path} had its images in {source}, and from {Path.cwd()} there is "
+                            "no such folder; pass --data PATH")
     return load_data(with_data(config, data))
 
 
@@ -694,7 +698,7 @@ def load_data(config):
         raise UserError("this preset needs --data FOLDER. Without data: --preset demo")
     if source == "cifar10":
         return Cifar10(True, S, seed, limit), Cifar10(False, S, seed)
-    folder, val = Path(source).expanduser(), config["val"]
+    folder, val = as_path(source), config["val"]
     if val is None and (folder / "train").is_dir() and (folder / "val").is_dir():
         folder, val = folder / "train", folder / "val"
     files, names = scan_folder(folder)
@@ -1123,7 +1127,7 @@ class Extractor:
     """
 
     def __init__(self, source, image_size, device):
-        self.device, self.class_names, note, path = device, None, "", Path(source).expanduser()
+        self.device, self.class_names, note, path = device, None, "", Path(expanded(source))
         if path.suffix == ".pt":
             network, ckpt = load_model(path, ("vgg", "resnet"), device)
             size, self.class_names, note = ckpt["config"]["image_size"], ckpt["class_names"], ckpt["note"]
@@ -1163,7 +1167,7 @@ def load_inception(source):
     path, remedy = None, f"fetch {URL_INCEPTION_V3} and pass --extractor FILE"
     try:
         if source != "inception":
-            path = Path(source).expanduser()
+            path = Path(expanded(source))
             if path.name == Path(URL_INCEPTION_V3).name:  # it ends in the first digits of its sha256
                 with open(path, "rb") as file:
                     if not hashlib.file_digest(file, "sha256").hexdigest().startswith(path.stem[-8:]):

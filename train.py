@@ -18,6 +18,8 @@ import difflib
 import json
 from pathlib import Path
 
+from paths import as_path, expanded
+
 STAGES = ("vgg", "phase1", "phase2", "ar", "nar")
 
 # ----------------------------------------------------------------------------------------------------------
@@ -207,12 +209,13 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--stage", choices=(*STAGES, "all"), help="what to train")
     add("--preset", default="demo", choices=PRESETS, help="recipe (default: demo)")
-    add("--data", help="folder of images (class sub-folders or none), 'cifar10' or 'shapes'")
-    add("--val", help="folder of validation images (default: DATA/val beside DATA/train, else a 5 %% split)")
-    add("--out", type=Path, help="run folder (default: runs/<preset>)")
-    add("--tokenizer", type=Path, help="tokenizer checkpoint for phase2, ar, nar; initial weights of phase1")
-    add("--vgg", help="perceptual network: 'imagenet', a torchvision .pth, a vgg.pt of ours, 'judge' (this "
-        "run's own) or 'random'")
+    add("--data", type=expanded, help="folder of images (class sub-folders or none), 'cifar10' or 'shapes'")
+    add("--val", type=expanded, help="folder of validation images (default: DATA/val beside DATA/train, else "
+        "a 5 %% split)")
+    add("--out", type=as_path, help="run folder (default: runs/<preset>)")
+    add("--tokenizer", type=as_path, help="tokenizer checkpoint for phase2, ar, nar; first weights of phase1")
+    add("--vgg", type=expanded, help="perceptual network: 'imagenet', a torchvision .pth, a vgg.pt of ours, "
+        "'judge' (this run's own) or 'random'")
     add("--steps", type=int, help="optimizer steps of this stage")
     add("--batch", type=int, help="global batch of this stage, over all processes")
     add("--micro-batch", type=int, help="largest batch per process and forward pass; the rest is accumulated")
@@ -288,8 +291,8 @@ def build_config(args):
     check_values(vars(args), lambda key: "--" + key.replace("_", "-"))
     config = variant(PRESETS[args.preset])
     for item in args.set:
-        path, _, text = item.partition("=")
-        *section, key = path.split(".")
+        place, _, text = item.partition("=")
+        *section, key = place.split(".")
         target = config[section[0]] if section and isinstance(config.get(section[0]), dict) else config
         known = key in target or section == ["tokenizer"]
         if not text or len(section) > 1 or (section and target is config) or not known:
@@ -303,7 +306,7 @@ def build_config(args):
             raise ValueError(f"--set {item}: expected {KINDS.get(type(old), 'one value of this section')}")
         if key in ("data", "val") and not isinstance(value, str):
             raise ValueError(f"--set {item}: expected a word")
-        target[key] = value
+        target[key] = expanded(value) if key in ("data", "val", "vgg", "teachers") else value
     for key in ("data", "val", "vgg", "seed", "limit", "precision"):
         if getattr(args, key) is not None:
             config[key] = getattr(args, key)
@@ -785,7 +788,8 @@ def refuse_other_images(path, ckpt, run):
     if ckpt["fingerprint"] == run.fingerprint and ckpt["class_names"] == run.train.class_names:
         return
     (was, _), (now, _) = ckpt["fingerprint"][0], run.fingerprint[0]
-    old, new = (f"{c['data']}" + f" and val = {c['val']}" * bool(c["val"]) for c in (ckpt["config"], run.config))
+    old, new = (f"{c['data']}" + f" and val = {c['val']}" * bool(c["val"])
+                for c in (ckpt["config"], run.config))
     if old != new:
         raise UserError(f"{path} was made with data = {old}, not {new} as here, and these are other images "
                         f"(training images: {was} there, {now} here); use another --out")

@@ -12,6 +12,8 @@ it, and shows it beside the reconstruction. A tokenizer whose tokens are predict
 import argparse
 from pathlib import Path
 
+from paths import as_path, expanded
+
 # Rows: label, --ablation of train.py, decoder of which phase, the paper's numbers in the order of columns.
 TABLES = {
     "table1": dict(
@@ -109,11 +111,11 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("figure", choices=[*FIGURES, *TABLES], metavar="FIGURE", help="; ".join(
         [f"{name}: {text}" for name, text in FIGURES.items()] + [f"{', '.join(TABLES)}: that table"]))
-    add("files", type=Path, nargs="*", help="metrics: JSON files; compare: tokenizers; report: a run folder")
-    add("--ckpt", type=Path, nargs="+", default=[], help="checkpoints of the figure")
-    add("--tokenizer", type=Path, nargs="+", default=[], help="one per CKPT (default: found beside each); "
+    add("files", type=as_path, nargs="*", help="metrics: JSON files; compare: tokenizers; report: run folder")
+    add("--ckpt", type=as_path, nargs="+", default=[], help="checkpoints of the figure")
+    add("--tokenizer", type=as_path, nargs="+", default=[], help="one per CKPT (default: found beside each); "
         "fig7a, fig9: that of phase 1 and that of phase 2")
-    add("--data", help="folder of images (default: the validation images of the first run)")
+    add("--data", type=expanded, help="folder of images (default: the validation images of the first run)")
     add("--num", type=int, help="images for the numbers; the first few are drawn (default: 64 at most)")
     add("--pdf", action="store_true", help="figures: write a PDF too")
     add("--steps", type=int, help="of compare: training steps of the probe (default 400)")
@@ -124,9 +126,10 @@ def parse_args(argv=None):
         "claims 10,000, else 50,000); of compare: training images of the probe (default 5,000)")
     add("--nproc", type=int, default=1, help="of tables: processes of each command, by torchrun (default 1)")
     add("--workers", type=int, default=0, help="of tables: data loading processes, for train.py")
-    add("--extractor", help="of tables and compare: see sample.py (tables: a scorer that --run trains)")
+    add("--extractor", type=expanded, help="of tables and compare: see sample.py (tables: a scorer that "
+        "--run trains)")
     add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="of tables: for train.py")
-    add("--out", type=Path, help="PNG to write, numbers go beside it (default: FIGURE.png beside CKPT); "
+    add("--out", type=as_path, help="PNG to write, numbers go beside it (default: FIGURE.png beside CKPT); "
         "tables: folder of all rows (default: runs/PRESET-tables); report: the HTML file")
     add("--device", default="auto", help="cuda, cpu or auto")
     args = parser.parse_args(argv)
@@ -191,8 +194,8 @@ from prior_nar import mask_tokens
 from sample import (
     HOW, Shapes, UserError, decode, evaluate, generate_images, generate_tokens, images_of, is_folder,
     latent_hash, load_data, load_model, load_tokenizer_of, make_sheet, mix, one_line_errors, predict_tokens,
-    print0, psnr, rank, read_checkpoint, read_result, save_atomic, seeded_rand, setup_device, to_float, to_uint8,
-    with_data, world,
+    print0, psnr, rank, read_checkpoint, read_result, save_atomic, seeded_rand, setup_device, to_float,
+    to_uint8, with_data, world,
 )
 from sample import parse_args as sample_args
 from tokenizer import TokenizerConfig, VQTokenizer, all_reduce_mean, codebook_usage, count_codes
@@ -1492,7 +1495,7 @@ def draw_claims(spread, path):
 def placed(settings):
     """settings.json with the folder of images in one spelling"""
     data = settings.get("data")
-    return dict(settings, data=str(Path(data).expanduser().resolve()) if is_folder(data) else data)
+    return dict(settings, data=str(as_path(data).resolve()) if is_folder(data) else data)
 
 
 def kind(words):

@@ -1,11 +1,14 @@
 """Claims about what is given to the commands: folders of images, class names, paths, and where results go."""
 
 import hashlib
+import inspect
 import io
 import logging
+import re
 import shutil
 import struct
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from helpers import call, contents, differing, earlier, refusal
 from PIL import Image
 
 import sample
+import train
 import visualize
 from sample import UserError, read_checkpoint
 
@@ -195,7 +199,7 @@ def test_where_all_class_names_are_numbers_only_names_count():
     assert sample.choose_classes("10,2,0", names) == [2, 3, 0]
     assert sample.choose_classes(None, names) == [0, 1, 2, 3]
     for wrong in ("3", "-1", "4", "01", "1.0"):
-        with pytest.raises(UserError, match=f"--classes {wrong}: not one of 0, 1, 10, 2, which are the names"):
+        with pytest.raises(UserError, match=f"{wrong}: not one of 0, 1, 10, 2, which are the names"):
             sample.choose_classes(wrong, names)
     with pytest.raises(UserError, match="--classes 1: not one of 007, -1, 0.5"):
         sample.choose_classes("1", ["007", "-1", "0.5"])
@@ -333,3 +337,49 @@ def test_a_table_goes_on_with_its_images_in_another_spelling(tmp_path, monkeypat
     for other in ("d2", "shapes"):
         with pytest.raises(UserError, match="other settings"):
             table(other)
+
+
+# ~ ---------------------------------------------------------------------------------------------------------
+
+
+def paths_of(script, *words):
+    """({flag: its value} of the flags that take a path, each given as ~/NAME; configuration of train.py)"""
+    parsed = script.parse_args([*words, *(f"--{name}=~/{name}" for name in PATHS[script])])
+    args, config = parsed if script is train else (parsed, {})
+    return {name: getattr(args, name) for name in PATHS[script]}, config
+
+
+PATHS = {train: ("data", "val", "out", "tokenizer", "vgg"),
+         sample: ("ckpt", "tokenizer", "data", "out", "extractor", "lpips", "references", "reference"),
+         visualize: ("data", "extractor")}
+
+
+@pytest.mark.parametrize("script", PATHS)
+def test_every_path_flag_knows_the_home_folder(script, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    first = {train: ["--stage", "phase1"], sample: [], visualize: ["table1"]}[script]
+    found, config = paths_of(script, *first)
+    assert found == {name: type(value)(f"/home/me/{name}") for name, value in found.items()}
+    assert all(config[key] == f"/home/me/{key}" for key in ("data", "val", "vgg") if config)
+    source = inspect.getsource(script.parse_args)
+    flags = re.findall(r'add\("(?:--)?(\w+)", type=(?:as_path|expanded)', source)
+    lists = ("files", "ckpt", "tokenizer", "out") if script is visualize else ()  # the next test
+    assert set(flags) == {*PATHS[script], *lists} and "type=Path" not in source
+
+
+def test_paths_in_lists_and_in_set_know_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    args = visualize.parse_args(["view", "--ckpt", "~/a.pt", "~/b.pt", "--tokenizer", "~/c.pt", "d.pt",
+                                 "--out=~/x.png"])
+    assert [str(p) for p in (*args.ckpt, *args.tokenizer, args.out)] == [
+        "/home/me/a.pt", "/home/me/b.pt", "/home/me/c.pt", "d.pt", "/home/me/x.png"]
+    assert visualize.parse_args(["report", "~/run"]).files == [Path("/home/me/run")]
+    sets = ["data=~/d", "val=~/v", "vgg=~/vgg.pth", 'teachers=[null, "~/clip.pt", "judge"]']
+    words = [word for item in sets for word in ("--set", item)]
+    config = train.parse_args(["--stage", "phase1", *words])[1]
+    assert [config[key] for key in ("data", "val", "vgg")] == ["/home/me/d", "/home/me/v", "/home/me/vgg.pth"]
+    assert config["teachers"] == [None, "/home/me/clip.pt", "judge"]
+
+
+def test_the_home_folder_of_nobody_is_a_folder_that_does_not_exist(tmp_path, capsys):
+    assert "~nobody-there/x does not exist" in refusal(capsys, "vgg", tmp_path / "out", "~nobody-there/x")
