@@ -85,6 +85,7 @@ if __name__ == "__main__":
 import contextlib
 import ctypes
 import datetime
+import errno
 import fcntl
 import functools
 import hashlib
@@ -801,6 +802,34 @@ def claim(folder):
     return lock
 
 
+def writable(path, flag="--out"):
+    """Tries whether a file can be made at `path`, folders above it included, and leaves nothing behind: so
+    that a bad place is known before the work and not after it.
+
+    raises: UserError if it cannot be, or if a folder is there
+    """
+    path, made = Path(path), None
+    try:
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+        there = next(p for p in path.absolute().parents if p.exists())
+        if not there.is_dir():
+            raise NotADirectoryError(f"{there} is no folder")
+        probe = there / f".tmp{os.getpid()}.{path.name}"
+        os.close(os.open(probe, os.O_CREAT | os.O_WRONLY))
+        made = probe
+    except OSError as error:
+        raise UserError(f"{flag} {path} cannot be written: {error.strerror or error}; pass another place"
+                        ) from None
+    finally:
+        if made:
+            made.unlink()
+
+
+BAD_PLACE = (errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS,
+             errno.ENAMETOOLONG, errno.ELOOP)
+
+
 def save_atomic(write, path):
     """Calls write(temporary path) and renames the result to `path`: a stop in between loses nothing.
 
@@ -819,8 +848,9 @@ def save_atomic(write, path):
         os.close(folder)
     except OSError as error:
         room = next(shutil.disk_usage(p).free for p in path.absolute().parents if p.exists())
-        raise UserError(f"{path} could not be written ({error}); {room / 1e9:.1f} GB are free there, and "
-                        "everything saved before is intact", code=1) from None
+        told = "" if error.errno in BAD_PLACE else f"{room / 1e9:.1f} GB are free there, and "
+        raise UserError(f"{path} could not be written ({error}); {told}everything saved before is intact",
+                        code=1) from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -1337,7 +1367,7 @@ def evaluate(args, device):
             raise UserError(f"--predict needs an ar.pt: a {ckpt['stage']} prior would see what it predicts")
         protocol = "view-val"
     out = args.out or args.ckpt.with_name(f"metrics_{args.ckpt.stem}{'_view' * args.predict}.json")
-    on_rank0(lambda: out.exists() and read_result(out))
+    on_rank0(lambda: read_result(out) if os.path.exists(out) else writable(out))
     extractor = Extractor(args.extractor, config["image_size"], device)
     if protocol in ("rfid-val", "view-val"):
         val = images_of(args.ckpt, config, args.data)[1]
@@ -1474,6 +1504,8 @@ def evaluate_sweep(args, device):
         raise UserError(f"--sweep {name} does nothing for {stage.upper()}, which reads "
                         f"{', '.join(SAMPLER[stage])}")
     stem, rows = args.out or args.ckpt.with_name(f"sweep_{args.ckpt.stem}_{name}"), []
+    for place in (stem / "1.json", stem.with_name(stem.name + ".csv"), stem.with_name(stem.name + ".png")):
+        on_rank0(functools.partial(writable, place))
     for _, value in args.values:
         print0(f"\n{name} = {value}")
         out = stem / f"{value}.json"
@@ -1654,9 +1686,10 @@ def main(args):
         chunks, info, name, columns = (reconstruct if args.reconstruct else sample)(args, device)
         suffix = {"sheet": ".png", "npz": ".npz", "files": ""}[args.format]
         out = args.out or args.ckpt.with_name(name + suffix)
-        if out.exists() and out.is_dir() != (args.format == "files"):
+        if os.path.exists(out) and out.is_dir() != (args.format == "files"):
             raise UserError(f"--out {out} is a {'folder' if out.is_dir() else 'file'}, which --format "
                             f"{args.format} does not write")
+        on_rank0(lambda: writable(out / "info.json" if args.format == "files" else out))
         if args.format == "files":
             write_files(chunks, info, out, args.num)
         else:

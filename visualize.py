@@ -195,7 +195,7 @@ from sample import (
     HOW, Shapes, UserError, decode, evaluate, generate_images, generate_tokens, images_of, is_folder,
     latent_hash, load_data, load_model, load_tokenizer_of, make_sheet, mix, one_line_errors, predict_tokens,
     print0, psnr, rank, read_checkpoint, read_result, save_atomic, seeded_rand, setup_device, to_float,
-    to_uint8, with_data, world,
+    to_uint8, with_data, world, writable,
 )
 from sample import parse_args as sample_args
 from tokenizer import TokenizerConfig, VQTokenizer, all_reduce_mean, codebook_usage, count_codes
@@ -833,7 +833,8 @@ def report(args, device):
     tokenizers = {s: load_model(found[s], (s,), device)[0] for s in ("phase1", "phase2") if s in found}
     config = read_checkpoint(next(iter(found.values())), tuple(found))["config"]
     note = next((c["note"] for c in (read_checkpoint(p, (s,)) for s, p in found.items()) if c["note"]), "")
-    last = list(tokenizers.values())[-1]
+    last, out = list(tokenizers.values())[-1], args.out or run / "report.html"
+    writable(out)
 
     def section(title, *parts):
         sections.append(f"<section><h2>{html.escape(title)}</h2>\n" + "\n".join(parts) + "</section>")
@@ -910,7 +911,6 @@ def report(args, device):
     section("Configuration", html_table([["section", "values"], *(
         [key, ", ".join(f"{k} = {v}" for k, v in value.items()) if isinstance(value, dict) else value]
         for key, value in config.items())]))
-    out = args.out or run / "report.html"
     title = f"SeQ-GAN run: {run.absolute().name}" + f" ({note})" * bool(note)
     page = PAGE % dict(title=html.escape(title), shown=shown, body="\n".join(sections))
     save_atomic(lambda p: p.write_text(page), out)
@@ -1007,6 +1007,7 @@ class Table:
         self.device = ["--device", args.device] if args.device != "auto" else []
         self.settings = dict(preset=args.preset, data=args.data, set=args.set)
         note = self.root / "settings.json"
+        writable(note)
         if note.exists() and placed(json.loads(note.read_text())) != placed(self.settings):
             raise UserError(f"{note} tells of other settings ({note.read_text()}) than "
                             f"{json.dumps(self.settings)}; use the same, or another --out")
@@ -1937,12 +1938,15 @@ def main(args):
         if args.figure == "report":
             report(args, device)
         elif args.figure == "compare":
-            text = json.dumps(compare(args, device), indent=1) + "\n"
             out = args.out or args.files[0].with_name("compare.json")
+            writable(out)
+            text = json.dumps(compare(args, device), indent=1) + "\n"
             save_atomic(lambda p: p.write_text(text), out)
             print0(f"wrote {out}")
         else:
             out = args.out or args.ckpt[0].parent / f"{args.figure}.png"
+            for suffix in (".png", ".json", *[".pdf"] * args.pdf):
+                writable(out.with_suffix(suffix))
             fig, numbers = draw(args, device)
             save_figure(fig, out, numbers, args.pdf)
             print0(f"wrote {out} and the numbers in {out.with_suffix('.json').name}")

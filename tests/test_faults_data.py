@@ -383,3 +383,77 @@ def test_paths_in_lists_and_in_set_know_the_home_folder(monkeypatch):
 
 def test_the_home_folder_of_nobody_is_a_folder_that_does_not_exist(tmp_path, capsys):
     assert "~nobody-there/x does not exist" in refusal(capsys, "vgg", tmp_path / "out", "~nobody-there/x")
+
+
+# Where results go -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def idle(monkeypatch):
+    """Nothing may be drawn, reconstructed, measured or trained."""
+    def never(*args, **kwargs):
+        raise AssertionError("the work began")
+
+    for module, names in ((sample, ("decode", "generate_tokens", "load_reference", "Extractor")),
+                          (visualize, ("decode", "teacher_forced_view", "draw", "compare", "load_images")),
+                          (visualize.subprocess, ("run",))):
+        for name in names:
+            monkeypatch.setattr(module, name, never)
+
+
+BAD_PLACES = ["file/below/x", "/dev/null/x", "/proc/nowhere/x", "n" * 300]
+
+
+@pytest.mark.parametrize("place", BAD_PLACES)
+@pytest.mark.parametrize("script, words", [
+    *((sample, f"--ckpt ar.pt --format {form}") for form in ("sheet", "files", "npz")),
+    (sample, "--ckpt phase1.pt --reconstruct --format npz"),
+    (sample, "--ckpt ar.pt --metrics --num 999 --extractor vgg.pt"),
+    (sample, "--ckpt ar.pt --metrics --num 999 --extractor vgg.pt --sweep top_p=0.5,1"),
+    (visualize, "view .png --ckpt ar.pt"),
+    (visualize, "report . "),
+    (visualize, "compare phase1.pt"),
+    (visualize, "table1 --preset demo --run"),
+])
+def test_a_bad_place_for_results_is_known_before_the_work(
+    trained, tmp_path, capsys, idle, script, words, place
+):
+    (tmp_path / "file").write_text("mine")
+    words = [str(trained / word) if word == "." or word.endswith(".pt") else word for word in words.split()]
+    out = str(tmp_path / place)
+    if ".png" in words:
+        words.remove(".png")
+        out += ".png"
+    error = refused(capsys, script, *words, "--out", out)
+    assert error.startswith("error: --out") and "cannot be written" in error and "GB" not in error
+    assert [p.name for p in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_good_place_is_left_as_it_was_until_there_is_a_result(tmp_path):
+    (tmp_path / "old.png").write_text("old")
+    for place in ("old.png", "new.png", "a/b/c.png"):
+        sample.writable(tmp_path / place)
+    assert [p.name for p in tmp_path.iterdir()] == ["old.png"] and (tmp_path / "old.png").read_text() == "old"
+    with pytest.raises(UserError, match="it is a folder"):
+        sample.writable(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".json", ".pdf"])
+def test_each_file_of_a_figure_is_tried(trained, tmp_path, capsys, idle, suffix):
+    (tmp_path / f"x{suffix}").mkdir()
+    words = ["view", "--ckpt", trained / "ar.pt", "--out", tmp_path / "x.png", "--pdf"]
+    error = refused(capsys, visualize, *words)
+    assert f"x{suffix} cannot be written: it is a folder" in error
+
+
+def test_a_bad_place_is_not_laid_to_the_disk_and_a_full_disk_is(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError) as stop:
+        sample.save_atomic(lambda p: p.write_text("x"), tmp_path / "file" / "x.png")
+    assert "could not be written" in str(stop.value) and "GB" not in str(stop.value)
+
+    def full(place):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match="GB are free"):
+        sample.save_atomic(full, tmp_path / "x.png")
