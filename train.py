@@ -261,10 +261,10 @@ BOUNDS = dict(  # of flags and of values of a preset, wherever a name occurs; VG
     n_layer=(1, 1e4), n_head=(1, 1e4), n_embd=(1, 1e6), dropout=(0, 1), code_variants=(1, 1e4),
     alpha=(0, 1), beta=(0, 1e9), gamma=(-1e9, 1e9), per_weight=(0, 1e9), adv_weight=(0, 1e9),
     adv_start=(0, 1e9), adv_ramp=(0, 1e9), r1_gamma=(0, 1e9), r1_every=(1, 1e9), label_smoothing=(0, 1),
-    lr=(1e-12, 1e3), lr_end=(0, 1e3), lr_start=(0, 1e12), warmup=(0, 1e12), ema=(0, 1), weight_decay=(0, 1e3),
-    top_p=(1e-9, 1), temperature=(0, 1e9), token_temperature=(0, 1e9), choice_temperature=(0, 1e9),
-    nar_steps=(1, 1e6), guidance=(0, 1e3), top_k=(0, 1e9), class_dropout=(0, 1), head_layers=(1, 1e4),
-    clip=(0, 1e9), disentangle=(0, 1e9), represent=(0, 1e9))
+    lr=(1e-12, 1e3), lr_end=(0, 1e3), lr_start=(0, 1e12), warmup=(0, 1e12), ema=(0, 0.999999),
+    weight_decay=(0, 1e3), top_p=(1e-9, 1), temperature=(0, 1e9), token_temperature=(0, 1e9),
+    choice_temperature=(0, 1e9), nar_steps=(1, 1e6), guidance=(0, 1e3), top_k=(0, 1e9), class_dropout=(0, 1),
+    head_layers=(1, 1e4), clip=(0, 1e9), disentangle=(0, 1e9), represent=(0, 1e9))
 
 
 def check_values(values, name):
@@ -424,6 +424,19 @@ def set_lr(optimizer, lr):
 def build_ema(model, decay):
     """Exponential moving average of the weights, or None for decay 0 (the paper states none)."""
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True) if decay else None
+
+
+def slow_average(stage, c, most=0.15):
+    """What to say of averaged weights that are slower than the run, or "".
+
+    After n updates the first weights still make up decay^n of the average; told is a share above `most`.
+    """
+    share = c["ema"] ** c["steps"]
+    if not c["ema"] or share <= most:
+        return ""
+    name, fits = f"{SECTION[stage]}.ema", f"{max(0.0, 1 - 5 / max(1, c['steps'])):.6g}"
+    return (f"{name}={c['ema']:g} is slow for {c['steps']} steps: {share:.0%} of the averaged weights, which "
+            f"are measured and used, are those of the start; --set {name}={fits} fits, 0 is none")
 
 
 def accumulate(net, parts):
@@ -588,6 +601,9 @@ class Run:
             print0(f"{file or path} has all its steps: nothing to do")
         if c["lr"] > 0.1 and rank() == 0:
             warn(f"a learning rate of {c['lr']} is far above the usual")
+        told = slow_average(stage, c)
+        if told and step < c["steps"] and rank() == 0:
+            warn(told)
         if c["batch"] > len(self.train):
             print0(f"note: one step sees each of the {len(self.train)} images "
                    f"{c['batch'] / len(self.train):.1f} times")

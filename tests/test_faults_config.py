@@ -4,6 +4,8 @@ import pytest
 import torch
 
 import perceptual
+import train
+from helpers import call, earlier, refusal
 from prior_ar import ARPrior, PriorConfig, sample_logits
 from prior_nar import NARPrior
 
@@ -32,3 +34,34 @@ def test_a_temperature_that_would_overflow_the_logits_takes_the_argmax(temperatu
 def test_the_smallest_temperature_that_divides_takes_the_argmax_too():
     logits = torch.tensor([[3.0, 1e7, -1e7]])
     assert sample_logits(logits, torch.tensor([0.99]), 1e-30).item() == 1
+
+
+@pytest.mark.parametrize("stage", ["vgg", "phase1", "phase2", "ar", "nar"])
+def test_averaged_weights_that_never_leave_the_first_ones_are_refused(stage, tmp_path, data, capsys):
+    name = f"{train.SECTION[stage]}.ema"
+    assert f"{name} must be" in refusal(capsys, stage, tmp_path / "out", data, **{name: 1.0})
+
+
+@pytest.mark.parametrize("stage", ["vgg", "phase1", "phase2", "ar", "nar"])
+def test_averaged_weights_slower_than_the_run_are_told_at_its_start(stage, trained, data, tmp_path, capsys):
+    out, name = earlier(trained, tmp_path / "out", stage), f"{train.SECTION[stage]}.ema"
+    call(stage, out, data, **{name: 0.9999, f"{train.SECTION[stage]}.steps": 2})
+    told = [line for line in capsys.readouterr().err.splitlines() if "is slow for" in line]
+    assert len(told) == 1 and told[0].startswith(f"warning: {name}=0.9999 is slow for 2 steps: 100%")
+    call(stage, out, data, **{name: 0.9999, f"{train.SECTION[stage]}.steps": 2})
+    assert "is slow for" not in capsys.readouterr().err  # it has all its steps
+
+
+def test_the_warning_of_a_slow_average_names_a_value_that_fits():
+    told = train.slow_average("phase1", dict(ema=0.9999, steps=120))
+    assert "99%" in told and "--set phase1.ema=0.958333 fits" in told and "\n" not in told
+    assert train.slow_average("vgg", dict(ema=0.9, steps=1)).count("judge.ema=0 fits") == 1
+    for steps in (10, 120, 5000, 10**6):
+        fits = float(f"{1 - 5 / steps:.6g}")
+        assert train.slow_average("phase1", dict(ema=fits, steps=steps)) == ""
+
+
+@pytest.mark.parametrize("preset", train.PRESETS)
+def test_no_preset_averages_more_slowly_than_it_trains(preset):
+    config = train.PRESETS[preset]
+    assert not any(train.slow_average(stage, config[train.SECTION[stage]]) for stage in train.STAGES)
