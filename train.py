@@ -737,7 +737,8 @@ class Run:
         if rank() == 0:
             shown = (f"{k} {v}" if v is None else f"{k} {v:.4g}" for k, v in values.items())
             print0(f"{stage} {step + 1:>6}  " + "  ".join(shown))
-            for name, message in early_warnings(self.rows, stage, self.config[SECTION[stage]]).items():
+            K = self.config["tokenizer"].get("codebook_size", 1024)
+            for name, message in early_warnings(self.rows, stage, self.config[SECTION[stage]], K).items():
                 if name not in self.warned:
                     self.warned.add(name)
                     warn(f"{stage} step {step + 1}: {message}")

@@ -1,11 +1,14 @@
 """Claims about configurations, environments and numbers that once cost a run, or told something wrong."""
 
+import json
+
 import pytest
 import torch
 
 import perceptual
 import train
-from helpers import call, earlier, refusal
+import visualize
+from helpers import call, earlier, refusal, rows
 from prior_ar import ARPrior, PriorConfig, sample_logits
 from prior_nar import NARPrior
 
@@ -65,3 +68,36 @@ def test_the_warning_of_a_slow_average_names_a_value_that_fits():
 def test_no_preset_averages_more_slowly_than_it_trains(preset):
     config = train.PRESETS[preset]
     assert not any(train.slow_average(stage, config[train.SECTION[stage]]) for stage in train.STAGES)
+
+
+def test_a_fall_of_usage_counted_on_few_tokens_is_no_alarm():
+    c = train.PRESETS["demo"]["phase1"]
+
+    def alarms(counted):
+        lines = [dict(stage="phase1", usage=usage, usage_tokens=counted) for usage in (0.25, 0.05)]
+        return visualize.early_warnings(lines, "phase1", c, 64)
+
+    assert alarms(16) == alarms(639) == {} and list(alarms(640)) == ["usage"]
+
+
+def test_the_log_says_on_how_many_tokens_usage_was_counted_and_notes_where_they_are_few(
+        trained, data, tmp_path, capsys):
+    out = earlier(trained, tmp_path / "out", "phase1")
+    capsys.readouterr()
+    call("phase1", out, data, "--eval-every", 3, **{"tokenizer.codebook_size": 512})
+    said = capsys.readouterr().out
+    told = [row["usage_tokens"] for row in rows(out, "phase1") if "usage" in row]
+    assert told == [20 * 16] * 2  # validation images times tokens
+    assert said.count("320 validation tokens for 512 codes and cannot exceed 62%") == 1
+    assert json.loads((trained / "summary.json").read_text())["usage_tokens"] == 320
+    assert "exceed" not in visualize.told_usage(320, 64)
+
+
+def test_the_summary_tells_the_view_number_by_number_in_short_lines(trained):
+    summary = json.loads((trained / "summary.json").read_text())
+    lines = dict(visualize.summary_lines(summary))
+    assert lines["view.top1"] == f"{summary['view']['top1']:.4g}"
+    assert "view" not in lines and "view.nats_by_position" not in lines
+    assert all(len(text) < 80 for name, text in lines.items() if name not in ("command", "data"))
+    assert lines.keys() - {f"view.{name}" for name in summary["view"]} >= summary.keys() - {
+        "view", "seconds_by_stage"}
