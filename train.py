@@ -369,7 +369,7 @@ from prior_ar import ARPrior, PriorConfig
 from prior_nar import NARPrior, mask_tokens
 from sample import (
     FORMAT, UserError, agreed, barrier, batches, claim, fetched, intact, latent_hash, load_data, load_model,
-    make_sheet, mix, my_rows, newest_intact, on_rank0, one_line_errors, print0, rank, read_checkpoint,
+    make_sheet, mix, my_rows, newest_intact, on_rank0, one_line_errors, print0, pyplot, rank, read_checkpoint,
     save_atomic, save_checkpoint, save_torch, seeded_rand, setup_device, to_device, to_float, warn,
     weights_hash, world,
 )
@@ -1219,6 +1219,8 @@ def main(args, config):
         run, begin = Run(args, config), time.time()
         if args.ablation:
             print0(f"ablation {args.ablation}:", *(f"--set {k}={v}" for k, v in args.expanded.items()))
+        if args.stage == "all":
+            pyplot()  # which the summary draws with
         with run.listening():
             try:
                 for stage in STAGES if args.stage == "all" else [args.stage]:

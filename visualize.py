@@ -190,8 +190,8 @@ from prior_ar import ARPrior, PriorConfig
 from prior_nar import mask_tokens
 from sample import (
     HOW, Shapes, UserError, decode, evaluate, generate_images, generate_tokens, latent_hash, load_data,
-    load_model, load_tokenizer_of, make_sheet, mix, one_line_errors, predict_tokens, print0, psnr, rank,
-    read_checkpoint, read_result, save_atomic, seeded_rand, setup_device, to_float, to_uint8, with_data,
+    load_model, load_tokenizer_of, make_sheet, mix, one_line_errors, predict_tokens, print0, psnr, pyplot,
+    rank, read_checkpoint, read_result, save_atomic, seeded_rand, setup_device, to_float, to_uint8, with_data,
     world,
 )
 from sample import parse_args as sample_args
@@ -365,19 +365,13 @@ def load_pairs(ckpts, num, device, tokenizers=(), data=None):
 
 
 def new_figure(width, height, **more):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["pdf.fonttype"] = 42
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
+    plt.rcParams["pdf.fonttype"] = 42
     return plt.figure(figsize=(width, height), layout="constrained", **more)
 
 
 def save_figure(fig, path, numbers, pdf=False):
     """PNG (300 dpi), PDF on request, and the numbers as JSON beside it."""
-    import matplotlib.pyplot as plt
-
     path = Path(path)
     if rank() == 0:
         save_atomic(lambda p: fig.savefig(p, format="png", dpi=300), path)
@@ -386,7 +380,7 @@ def save_figure(fig, path, numbers, pdf=False):
                         path.with_suffix(".pdf"))
         text = json.dumps(numbers, indent=1, ensure_ascii=False) + "\n"
         save_atomic(lambda p: p.write_text(text), path.with_suffix(".json"))
-    plt.close(fig)
+    pyplot().close(fig)
 
 
 def draw_grid(rows, names=(), note="", cell=1.15):
@@ -787,10 +781,8 @@ def picture(images, columns, alt):
 
 
 def plot(fig, alt):
-    import matplotlib.pyplot as plt
-
     source = data_uri(lambda f: fig.savefig(f, format="png", dpi=110))
-    plt.close(fig)
+    pyplot().close(fig)
     return f'<img class="plot" src="{source}" alt="{html.escape(alt)}">'
 
 

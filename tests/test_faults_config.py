@@ -1,14 +1,18 @@
 """Claims about configurations, environments and numbers that once cost a run, or told something wrong."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
 import perceptual
+import sample
 import train
 import visualize
-from helpers import call, earlier, refusal, rows
+from helpers import ROOT, call, earlier, refusal, rows
 from prior_ar import ARPrior, PriorConfig, sample_logits
 from prior_nar import NARPrior
 
@@ -101,3 +105,60 @@ def test_the_summary_tells_the_view_number_by_number_in_short_lines(trained):
     assert all(len(text) < 80 for name, text in lines.items() if name not in ("command", "data"))
     assert lines.keys() - {f"view.{name}" for name in summary["view"]} >= summary.keys() - {
         "view", "seconds_by_stage"}
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "bogus"])
+def test_a_backend_that_a_notebook_left_behind_does_not_reach_matplotlib(backend, tmp_path):
+    code = ("import sample, visualize; fig = visualize.new_figure(1, 1); "
+            f"visualize.save_figure(fig, {str(tmp_path / 'a.png')!r}, []); "
+            "rows = [dict(top_p=1.0, fid=1.0)]; "
+            "sample.draw_sweep(rows, 'top_p', dict(num_images=1, extractor='x'), "
+            f"sample.Path({str(tmp_path / 'b.png')!r}))")
+    environment = {**os.environ, "MPLBACKEND": backend, "MPLCONFIGDIR": "/proc/none"}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, timeout=120)
+    assert (tmp_path / "a.png").exists() and (tmp_path / "b.png").exists()
+
+
+def test_a_drawing_library_that_does_not_load_is_told_before_the_first_step(
+        data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "matplotlib, which draws" in refusal(capsys, "all", tmp_path / "out", data)
+    assert not (tmp_path / "out").exists()
+
+
+TORCHRUN = dict(WORLD_SIZE="2", RANK="1", LOCAL_RANK="1", MASTER_ADDR="localhost", MASTER_PORT="1234")
+
+
+def left_behind(monkeypatch, variables):
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize("variables, named", [
+    (dict(WORLD_SIZE="2"), "RANK="), (dict(TORCHRUN, MASTER_ADDR=""), "MASTER_ADDR="),
+    (dict(TORCHRUN, RANK="2"), "RANK=2 of WORLD_SIZE=2"), (dict(TORCHRUN, MASTER_PORT="x"), "MASTER_PORT=x"),
+    (dict(TORCHRUN, WORLD_SIZE="two"), "WORLD_SIZE=two"), (dict(TORCHRUN, LOCAL_RANK="a"), "LOCAL_RANK=a")])
+def test_variables_that_fit_no_launch_are_refused(variables, named, data, tmp_path, monkeypatch, capsys):
+    left_behind(monkeypatch, variables)
+    error = refusal(capsys, "vgg", tmp_path / "out", data)
+    assert named in error and "torchrun" in error and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("variables", [
+    dict(RANK="3"), dict(LOCAL_RANK="x"), dict(RANK="y", LOCAL_RANK="7"), dict(WORLD_SIZE="1", RANK="5")])
+def test_a_rank_without_a_launch_is_not_heeded_and_errors_are_still_told(
+        variables, data, tmp_path, monkeypatch, capsys):
+    left_behind(monkeypatch, variables)
+    assert sample.launched() == (0, 0, 1)
+    assert sample.setup_device("cpu").type == "cpu" and sample.world() == 1
+    assert ("the only process" in capsys.readouterr().err) == ("WORLD_SIZE" not in variables)
+    with pytest.raises(SystemExit), sample.one_line_errors():
+        raise sample.UserError("told")
+    assert capsys.readouterr().err == "error: told\n"
+
+
+def test_what_torchrun_sets_is_heeded(monkeypatch):
+    left_behind(monkeypatch, TORCHRUN)
+    assert sample.launched() == (1, 1, 2) and not sample.speaks()
