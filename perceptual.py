@@ -217,7 +217,11 @@ def _one_line(error):
 
 
 def normalize_images(x):
-    """(B, 3, H, W) in [-1, 1] to the input that VGG-16 was trained on: ImageNet's mean and deviation."""
+    """(B, 3, H, W) in [-1, 1] to the input that VGG-16 was trained on: ImageNet's mean and deviation.
+
+    returns: float32, of bf16 images too: in bf16 the rounding of a pixel would be part of the loss
+    """
+    x = x.float()
     mean, std = x.new_tensor([0.485, 0.456, 0.406]), x.new_tensor([0.229, 0.224, 0.225])
     return ((x + 1) / 2 - mean[:, None, None]) / std[:, None, None]
 

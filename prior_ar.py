@@ -405,13 +405,16 @@ def top_p_filter(probs, p):
     return probs / probs.sum(dim=1, keepdim=True)
 
 
+GREEDY = 1e-30  # temperatures below it take the argmax: logits divided by them could overflow
+
+
 def sample_logits(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     """Draw one code per row: temperature, then top-k, then top-p, then the inverse CDF at u (Table 10).
 
     logits:    (B, K), any float dtype; the arithmetic is float32.
     u:         (B,) uniforms in [0, 1). The draw is a function of (logits, u) alone: the caller owns the
                randomness, so an image can depend on its own seed and not on its batch.
-    temperature, top_k: temperature 0 is argmax (u unused); top_k 0 is off.
+    temperature, top_k: temperature 0, or below GREEDY, is argmax (u unused); top_k 0 is off.
     returns:   (B,) int64 in [0, K).
     raises:    ValueError for shapes that differ, a negative temperature or top_k, or top_p outside [0, 1].
     deviation: the paper names top-p only; temperature and top-k are ours and off by default.
@@ -420,7 +423,7 @@ def sample_logits(logits, u, temperature=1.0, top_k=0, top_p=1.0):
         raise ValueError(f"expected logits (B, K) and u (B,), got {tuple(logits.shape)} and {tuple(u.shape)}")
     if temperature < 0 or top_k < 0:
         raise ValueError(f"temperature {temperature} and top_k {top_k} must not be negative")
-    if temperature == 0:
+    if temperature < GREEDY:
         return logits.argmax(dim=1)
     values, codes = logits.float().sort(dim=1, descending=True, stable=True)
     if top_k:

@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from prior_ar import (
-    build_transformer, check_labels, check_noise, check_tokens, eval_mode, guide, guided_condition,
+    GREEDY, build_transformer, check_labels, check_noise, check_tokens, eval_mode, guide, guided_condition,
     sample_logits,
 )
 
@@ -127,7 +127,8 @@ class NARPrior(nn.Module):
         noise:     (B, steps, k + 1, N) uniforms in [0, 1): [:, t, j] draws the candidates of sub-codebook j,
                    [:, t, k] is turned into the Gumbel noise of the choice. An image depends on its row only.
         steps:     T. A row with h < T holes takes h rounds, so that every round fixes at least one token.
-        token_temperature: divides the logits; 0 takes the argmax, with confidences from temperature 1.
+        token_temperature: divides the logits; 0, or below GREEDY, takes the argmax, with confidences from
+                   temperature 1.
         confidence_space:  the score starts from the candidate's probability ("prob") or its log ("log").
         tokens:    optional (B, N) int64 in [0, K] with mask_id at the holes (inpainting); rows may differ in
                    their number of holes. None: all holes. With k > 1 (B, N, k), all or none of a position.
@@ -157,6 +158,7 @@ class NARPrior(nn.Module):
         fixed_at = torch.full((len(holes), num_tokens), -1, device=noise.device)
         guidance = guidance if self.config.num_classes else 1
         copies = 1 if guidance == 1 else 2
+        divisor = token_temperature if token_temperature >= GREEDY else 1.0
         with eval_mode(self):
             condition = guided_condition(model, labels, len(holes), guidance)  # (B, 1, d) or (2B, 1, d)
             for t in range(rounds):
@@ -165,7 +167,7 @@ class NARPrior(nn.Module):
                 def pick(j, logits, t=t, log_probs=log_probs):  # candidates of sub-token j for all positions
                     logits = guide(logits.float(), guidance)  # (B * N, K)
                     drawn = sample_logits(logits, noise[:, t, j].flatten(), token_temperature)
-                    found = F.log_softmax(logits / (token_temperature or 1.0), dim=1)
+                    found = F.log_softmax(logits / divisor, dim=1)
                     log_probs.append(found.gather(1, drawn[:, None])[:, 0])
                     return drawn.repeat(copies)
 

@@ -181,6 +181,53 @@ def on_rank0(action):
     return result
 
 
+def launched():
+    """(rank, local rank, processes) as torchrun tells them; (0, 0, 1) without it.
+
+    WORLD_SIZE decides: a RANK or LOCAL_RANK that another tool left behind means nothing without it.
+    raises: UserError where the variables fit no launch
+    """
+    given, names = os.environ, ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")
+    alone = "MASTER_ADDR" not in given and given.get("WORLD_SIZE", "1") == "1"
+    if "WORLD_SIZE" not in given or alone:
+        return 0, 0, 1
+    found = {name: given.get(name, "0" if name == "LOCAL_RANK" else "") for name in names}
+    wrong = [f"{name}={value}" for name, value in found.items() if not re.fullmatch("[0-9]+", value)]
+    wrong += [] if given.get("MASTER_ADDR") else ["MASTER_ADDR="]
+    if not wrong and int(found["RANK"]) >= int(found["WORLD_SIZE"]):
+        wrong = [f"RANK={found['RANK']} of WORLD_SIZE={found['WORLD_SIZE']}"]
+    if wrong:
+        raise UserError(f"the environment has WORLD_SIZE={found['WORLD_SIZE']}, as torchrun sets it, but "
+                        f"{', '.join(wrong)}; start with torchrun, or for one process: unset WORLD_SIZE RANK")
+    return int(found["RANK"]), int(found["LOCAL_RANK"]), int(found["WORLD_SIZE"])
+
+
+def speaks():
+    """Whether this process prints what all would: the first one, before there is a process group too."""
+    try:
+        return launched()[0] == 0
+    except UserError:
+        return True
+
+
+def pyplot():
+    """matplotlib.pyplot, drawing to files. MPLBACKEND, which a notebook sets to a backend of its own for all
+    that it starts, is overwritten before matplotlib reads it.
+
+    raises: UserError if matplotlib does not load
+    """
+    os.environ["MPLBACKEND"] = "Agg"
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")  # where it was imported before
+        from matplotlib import pyplot
+    except Exception as error:  # not installed, or what its settings files make it raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"matplotlib, which draws the figures, does not load ({reason})") from None
+    return pyplot
+
+
 def fetched(load):
     """What `load()` gives, first in one process alone, which downloads what is missing."""
     if world() > 1:
@@ -207,7 +254,7 @@ def one_line_errors():
         print("error: out of GPU memory; pass a smaller --batch (visualize.py: --num)", file=sys.stderr)
         sys.exit(1)
     except (UserError, OSError) as error:
-        if int(os.environ.get("RANK", 0)) == 0 or not getattr(error, "shared", False):
+        if speaks() or not getattr(error, "shared", False):
             print(f"error: {error}", file=sys.stderr)
         sys.exit(getattr(error, "code", 1))
     finally:
@@ -226,7 +273,9 @@ def setup_device(name, timeout=1800):
         raise UserError(f"--device must be cuda, cpu or auto, got {name!r}")
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but torch sees no GPU; use --device cpu or --device auto")
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    _, local_rank, _ = launched()
+    if {"RANK", "LOCAL_RANK"} & os.environ.keys() and "WORLD_SIZE" not in os.environ:
+        warn("RANK or LOCAL_RANK is set without WORLD_SIZE, so neither is heeded: this is the only process")
     if name == "cuda" and local_rank >= torch.cuda.device_count():
         raise UserError(
             f"more processes than the {torch.cuda.device_count()} visible GPUs; lower --nproc_per_node")
@@ -237,7 +286,7 @@ def setup_device(name, timeout=1800):
         torch.backends.cudnn.deterministic = True
     else:
         keep_freed_memory()
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+    if {"WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys() and not dist.is_initialized():
         # After a restart (torchrun --max-restarts) the store still holds the addresses of the dead workers:
         # every attempt gets a prefix of its own (pytorch issue 135712).
         store, number, size = next(dist.rendezvous("env://"))
@@ -1503,6 +1552,7 @@ def evaluate_sweep(args, device):
     if name not in SAMPLER[stage]:
         raise UserError(f"--sweep {name} does nothing for {stage.upper()}, which reads "
                         f"{', '.join(SAMPLER[stage])}")
+    pyplot()  # known before the first value is measured
     stem, rows = args.out or args.ckpt.with_name(f"sweep_{args.ckpt.stem}_{name}"), []
     for place in (stem / "1.json", stem.with_name(stem.name + ".csv"), stem.with_name(stem.name + ".png")):
         on_rank0(functools.partial(writable, place))
@@ -1524,11 +1574,7 @@ def evaluate_sweep(args, device):
 
 def draw_sweep(rows, name, result, path):
     """Frechet distance, and beside it precision, recall and class accuracy, over a sampler setting."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     fig, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
     x = [row[name] for row in rows]
     left.plot(x, [row["fid"] for row in rows], "o-")

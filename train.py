@@ -264,10 +264,10 @@ BOUNDS = dict(  # of flags and of values of a preset, wherever a name occurs; VG
     n_layer=(1, 1e4), n_head=(1, 1e4), n_embd=(1, 1e6), dropout=(0, 1), code_variants=(1, 1e4),
     alpha=(0, 1), beta=(0, 1e9), gamma=(-1e9, 1e9), per_weight=(0, 1e9), adv_weight=(0, 1e9),
     adv_start=(0, 1e9), adv_ramp=(0, 1e9), r1_gamma=(0, 1e9), r1_every=(1, 1e9), label_smoothing=(0, 1),
-    lr=(1e-12, 1e3), lr_end=(0, 1e3), lr_start=(0, 1e12), warmup=(0, 1e12), ema=(0, 1), weight_decay=(0, 1e3),
-    top_p=(1e-9, 1), temperature=(0, 1e9), token_temperature=(0, 1e9), choice_temperature=(0, 1e9),
-    nar_steps=(1, 1e6), guidance=(0, 1e3), top_k=(0, 1e9), class_dropout=(0, 1), head_layers=(1, 1e4),
-    clip=(0, 1e9), disentangle=(0, 1e9), represent=(0, 1e9))
+    lr=(1e-12, 1e3), lr_end=(0, 1e3), lr_start=(0, 1e12), warmup=(0, 1e12), ema=(0, 0.999999),
+    weight_decay=(0, 1e3), top_p=(1e-9, 1), temperature=(0, 1e9), token_temperature=(0, 1e9),
+    choice_temperature=(0, 1e9), nar_steps=(1, 1e6), guidance=(0, 1e3), top_k=(0, 1e9), class_dropout=(0, 1),
+    head_layers=(1, 1e4), clip=(0, 1e9), disentangle=(0, 1e9), represent=(0, 1e9))
 
 
 def check_values(values, name):
@@ -372,7 +372,7 @@ from prior_ar import ARPrior, PriorConfig
 from prior_nar import NARPrior, mask_tokens
 from sample import (
     FORMAT, UserError, agreed, barrier, batches, claim, fetched, intact, is_folder, latent_hash, load_data,
-    load_model, make_sheet, mix, my_rows, newest_intact, on_rank0, one_line_errors, print0, rank,
+    load_model, make_sheet, mix, my_rows, newest_intact, on_rank0, one_line_errors, print0, pyplot, rank,
     read_checkpoint, save_atomic, save_checkpoint, save_torch, seeded_rand, setup_device, to_device, to_float,
     warn, weights_hash, world,
 )
@@ -427,6 +427,19 @@ def set_lr(optimizer, lr):
 def build_ema(model, decay):
     """Exponential moving average of the weights, or None for decay 0 (the paper states none)."""
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True) if decay else None
+
+
+def slow_average(stage, c, most=0.15):
+    """What to say of averaged weights that are slower than the run, or "".
+
+    After n updates the first weights still make up decay^n of the average; told is a share above `most`.
+    """
+    share = c["ema"] ** c["steps"]
+    if not c["ema"] or share <= most:
+        return ""
+    name, fits = f"{SECTION[stage]}.ema", f"{max(0.0, 1 - 5 / max(1, c['steps'])):.6g}"
+    return (f"{name}={c['ema']:g} is slow for {c['steps']} steps: {share:.0%} of the averaged weights, which "
+            f"are measured and used, are those of the start; --set {name}={fits} fits, 0 is none")
 
 
 def accumulate(net, parts):
@@ -589,6 +602,9 @@ class Run:
             print0(f"{file or path} has all its steps: nothing to do")
         if c["lr"] > 0.1 and rank() == 0:
             warn(f"a learning rate of {c['lr']} is far above the usual")
+        told = slow_average(stage, c)
+        if told and step < c["steps"] and rank() == 0:
+            warn(told)
         if c["batch"] > len(self.train):
             print0(f"note: one step sees each of the {len(self.train)} images "
                    f"{c['batch'] / len(self.train):.1f} times")
@@ -722,7 +738,8 @@ class Run:
         if rank() == 0:
             shown = (f"{k} {v}" if v is None else f"{k} {v:.4g}" for k, v in values.items())
             print0(f"{stage} {step + 1:>6}  " + "  ".join(shown))
-            for name, message in early_warnings(self.rows, stage, self.config[SECTION[stage]]).items():
+            K = self.config["tokenizer"].get("codebook_size", 1024)
+            for name, message in early_warnings(self.rows, stage, self.config[SECTION[stage]], K).items():
                 if name not in self.warned:
                     self.warned.add(name)
                     warn(f"{stage} step {step + 1}: {message}")
@@ -1220,6 +1237,8 @@ def main(args, config):
         run, begin = Run(args, config), time.time()
         if args.ablation:
             print0(f"ablation {args.ablation}:", *(f"--set {k}={v}" for k, v in args.expanded.items()))
+        if args.stage == "all":
+            pyplot()  # which the summary draws with
         with run.listening():
             try:
                 for stage in STAGES if args.stage == "all" else [args.stage]:

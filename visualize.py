@@ -194,8 +194,8 @@ from prior_nar import mask_tokens
 from sample import (
     HOW, Shapes, UserError, decode, evaluate, generate_images, generate_tokens, images_of, is_folder,
     latent_hash, load_data, load_model, load_tokenizer_of, make_sheet, mix, one_line_errors, predict_tokens,
-    print0, psnr, rank, read_checkpoint, read_result, save_atomic, seeded_rand, setup_device, to_float,
-    to_uint8, with_data, world, writable,
+    print0, psnr, pyplot, rank, read_checkpoint, read_result, save_atomic, seeded_rand, setup_device,
+    to_float, to_uint8, with_data, world, writable,
 )
 from sample import parse_args as sample_args
 from tokenizer import TokenizerConfig, VQTokenizer, all_reduce_mean, codebook_usage, count_codes
@@ -369,19 +369,13 @@ def load_pairs(ckpts, num, device, tokenizers=(), data=None):
 
 
 def new_figure(width, height, **more):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["pdf.fonttype"] = 42
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
+    plt.rcParams["pdf.fonttype"] = 42
     return plt.figure(figsize=(width, height), layout="constrained", **more)
 
 
 def save_figure(fig, path, numbers, pdf=False):
     """PNG (300 dpi), PDF on request, and the numbers as JSON beside it."""
-    import matplotlib.pyplot as plt
-
     path = Path(path)
     if rank() == 0:
         save_atomic(lambda p: fig.savefig(p, format="png", dpi=300), path)
@@ -390,7 +384,7 @@ def save_figure(fig, path, numbers, pdf=False):
                         path.with_suffix(".pdf"))
         text = json.dumps(numbers, indent=1, ensure_ascii=False) + "\n"
         save_atomic(lambda p: p.write_text(text), path.with_suffix(".json"))
-    plt.close(fig)
+    pyplot().close(fig)
 
 
 def draw_grid(rows, names=(), note="", cell=1.15):
@@ -792,10 +786,8 @@ def picture(images, columns, alt):
 
 
 def plot(fig, alt):
-    import matplotlib.pyplot as plt
-
     source = data_uri(lambda f: fig.savefig(f, format="png", dpi=110))
-    plt.close(fig)
+    pyplot().close(fig)
     return f'<img class="plot" src="{source}" alt="{html.escape(alt)}">'
 
 
@@ -1586,6 +1578,17 @@ def evaluate_judge(run, stage, step, judge, limit=5000):
     run.log(stage, step, val_accuracy=ratio(run, [right, total])[0])
 
 
+PER_CODE = 10  # tokens for each code that a usage must be counted on before its fall means anything
+
+
+def told_usage(counted, codebook_size):
+    """On how many tokens a codebook's usage was counted where these are few, and what that does to it."""
+    most = min(1.0, counted / codebook_size)
+    bound = f" and cannot exceed {most:.0%}" if most < 1 else ""
+    return (f"usage is counted on {counted} validation tokens for {codebook_size} codes{bound}; below "
+            f"{PER_CODE} for each code it says little, and no alarm is raised")
+
+
 @torch.no_grad()
 def evaluate_tokenizer(run, stage, step, tokenizer, limit=1000):
     """PSNR, L1 and hard codebook usage on validation images; a sheet of inputs above reconstructions."""
@@ -1600,7 +1603,12 @@ def evaluate_tokenizer(run, stage, step, tokenizer, limit=1000):
         sums = [a + b for a, b in zip(sums, values, strict=True)]
     val_psnr, val_l1 = ratio(run, sums)
     usage, perplexity = codebook_usage(all_reduce_mean(counts))
-    run.log(stage, step, val_psnr=val_psnr, val_l1=val_l1, usage=usage, perplexity=perplexity)
+    counted = min(limit, len(run.val)) * tokenizer.token_shape[0]
+    run.log(stage, step, val_psnr=val_psnr, val_l1=val_l1, usage=usage, perplexity=perplexity,
+            usage_tokens=counted)
+    if counted < PER_CODE * tokenizer.codebook_size and "few_tokens" not in run.warned:
+        run.warned.add("few_tokens")
+        print0(f"note: {told_usage(counted, tokenizer.codebook_size)}")
     x = torch.stack([run.val.view(i) for i in range(min(10, len(run.val)))])
     with run.autocast:
         x_hat = to_uint8(tokenizer.decode(tokenizer.encode(to_float(x, run.device))))
@@ -1648,16 +1656,18 @@ def read_metrics(path):
     return rows
 
 
-def early_warnings(rows, stage, c):
+def early_warnings(rows, stage, c, codebook_size=0):
     """Signs of a run that goes wrong, with cause and remedy: {name: message}.
 
     rows: the lines of metrics.jsonl of this stage so far, oldest first;  c: its section of the preset
+    codebook_size: K; a usage counted on less than PER_CODE * K tokens raises no alarm, its fall may be chance
     """
     found, last = {}, {}
     for name in ("usage", "loss_disc", "val_loss", "loss_per", "loss_rec", "adaptive_weight"):
         last[name] = [row[name] for row in rows if row.get(name) is not None]
     usage, disc, val, per, rec, adaptive = last.values()
-    if usage and usage[-1] < 0.8 * max(usage):
+    enough = all(row["usage_tokens"] >= PER_CODE * codebook_size for row in rows if "usage_tokens" in row)
+    if enough and usage and usage[-1] < 0.8 * max(usage):
         found["usage"] = (f"codebook usage fell from {max(usage):.0%} to {usage[-1]:.0%}: codes die; raise "
                           f"{stage}.gamma or lower {stage}.lr with --set")
     if len(disc) >= 5 and max(disc[-5:]) < 0.1:
@@ -1705,7 +1715,8 @@ def tokenizer_summary(run, first, second):
     means = {name: value / total for name, value in sums.items()}
     if counts.ndim > 1:
         means["usage_of_each"] = [codebook_usage(part)[0] for part in counts]
-    return dict(usage=usage, perplexity=perplexity, phase2_tokens_changed=changed, **means)
+    return dict(usage=usage, usage_tokens=total * first.token_shape[0], perplexity=perplexity,
+                phase2_tokens_changed=changed, **means)
 
 
 def mean_cosine(maps):
@@ -1741,6 +1752,18 @@ def sample_summary(run, stage, tokenizer, num):
     return result
 
 
+def summary_lines(numbers, prefix=""):
+    """(name, value in a few words) of the summary: floats with four digits, a dict's entries one by one.
+    Maps, as the view's nats by position, are in summary.json alone."""
+    for name, value in numbers.items():
+        if isinstance(value, dict):
+            yield from summary_lines(value, f"{prefix}{name}.")
+        elif not (isinstance(value, list) and any(isinstance(part, list) for part in value)):
+            parts = value if isinstance(value, list) else [value]
+            told = (f"{part:.4g}" if isinstance(part, float) else str(part) for part in parts)
+            yield prefix + name, ", ".join(told)
+
+
 @torch.no_grad()
 def summarize(run, num=1000):
     """The table that ends `--stage all`, printed and written to summary.json, with the run's pictures."""
@@ -1769,8 +1792,8 @@ def summarize(run, num=1000):
     summary = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in summary.items()}
     if rank() == 0:
         save_atomic(lambda p: p.write_text(json.dumps(summary, indent=1) + "\n"), run.out / "summary.json")
-    for name, value in summary.items():
-        print0(f"  {name:28s} {value:.4g}" if isinstance(value, float) else f"  {name:28s} {value}")
+    for name, told in summary_lines(summary):
+        print0(f"  {name:28s} {told}")
     print0(f"pictures: {run.out}/phases.png, samples_ar.png, samples_nar.png, view.png")
 
 

@@ -1,0 +1,164 @@
+"""Claims about configurations, environments and numbers that once cost a run, or told something wrong."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import perceptual
+import sample
+import train
+import visualize
+from helpers import ROOT, call, earlier, refusal, rows
+from prior_ar import ARPrior, PriorConfig, sample_logits
+from prior_nar import NARPrior
+
+
+def test_images_in_bf16_are_normalised_in_float32():
+    x = (torch.rand(2, 3, 8, 8) * 2 - 1).bfloat16()
+    found = perceptual.normalize_images(x)
+    assert found.dtype == torch.float32 and torch.equal(found, perceptual.normalize_images(x.float()))
+
+
+SIZES = dict(codebook_size=16, num_tokens=9, n_layer=1, n_head=2, n_embd=16)
+
+
+@pytest.mark.parametrize("temperature", [1e-31, 1e-39, 1e-45, 1e-300])
+def test_a_temperature_that_would_overflow_the_logits_takes_the_argmax(temperature):
+    torch.manual_seed(0)
+    logits, u = 30 * torch.randn(5, 16), torch.rand(5)
+    assert torch.equal(sample_logits(logits, u, temperature, top_p=0.9), logits.argmax(1))
+    ar, noise = ARPrior(PriorConfig(**SIZES)), torch.rand(2, 9)
+    assert torch.equal(ar.generate(None, noise, temperature), ar.generate(None, noise, 0))
+    nar, noise = NARPrior(PriorConfig(**SIZES)), torch.rand(2, 4, 2, 9)
+    tokens = nar.generate(None, noise, 4, token_temperature=temperature)
+    assert torch.equal(tokens, nar.generate(None, noise, 4, token_temperature=0))
+
+
+def test_the_smallest_temperature_that_divides_takes_the_argmax_too():
+    logits = torch.tensor([[3.0, 1e7, -1e7]])
+    assert sample_logits(logits, torch.tensor([0.99]), 1e-30).item() == 1
+
+
+@pytest.mark.parametrize("stage", ["vgg", "phase1", "phase2", "ar", "nar"])
+def test_averaged_weights_that_never_leave_the_first_ones_are_refused(stage, tmp_path, data, capsys):
+    name = f"{train.SECTION[stage]}.ema"
+    assert f"{name} must be" in refusal(capsys, stage, tmp_path / "out", data, **{name: 1.0})
+
+
+@pytest.mark.parametrize("stage", ["vgg", "phase1", "phase2", "ar", "nar"])
+def test_averaged_weights_slower_than_the_run_are_told_at_its_start(stage, trained, data, tmp_path, capsys):
+    out, name = earlier(trained, tmp_path / "out", stage), f"{train.SECTION[stage]}.ema"
+    call(stage, out, data, **{name: 0.9999, f"{train.SECTION[stage]}.steps": 2})
+    told = [line for line in capsys.readouterr().err.splitlines() if "is slow for" in line]
+    assert len(told) == 1 and told[0].startswith(f"warning: {name}=0.9999 is slow for 2 steps: 100%")
+    call(stage, out, data, **{name: 0.9999, f"{train.SECTION[stage]}.steps": 2})
+    assert "is slow for" not in capsys.readouterr().err  # it has all its steps
+
+
+def test_the_warning_of_a_slow_average_names_a_value_that_fits():
+    told = train.slow_average("phase1", dict(ema=0.9999, steps=120))
+    assert "99%" in told and "--set phase1.ema=0.958333 fits" in told and "\n" not in told
+    assert train.slow_average("vgg", dict(ema=0.9, steps=1)).count("judge.ema=0 fits") == 1
+    for steps in (10, 120, 5000, 10**6):
+        fits = float(f"{1 - 5 / steps:.6g}")
+        assert train.slow_average("phase1", dict(ema=fits, steps=steps)) == ""
+
+
+@pytest.mark.parametrize("preset", train.PRESETS)
+def test_no_preset_averages_more_slowly_than_it_trains(preset):
+    config = train.PRESETS[preset]
+    assert not any(train.slow_average(stage, config[train.SECTION[stage]]) for stage in train.STAGES)
+
+
+def test_a_fall_of_usage_counted_on_few_tokens_is_no_alarm():
+    c = train.PRESETS["demo"]["phase1"]
+
+    def alarms(counted):
+        lines = [dict(stage="phase1", usage=usage, usage_tokens=counted) for usage in (0.25, 0.05)]
+        return visualize.early_warnings(lines, "phase1", c, 64)
+
+    assert alarms(16) == alarms(639) == {} and list(alarms(640)) == ["usage"]
+
+
+def test_the_log_says_on_how_many_tokens_usage_was_counted_and_notes_where_they_are_few(
+        trained, data, tmp_path, capsys):
+    out = earlier(trained, tmp_path / "out", "phase1")
+    capsys.readouterr()
+    call("phase1", out, data, "--eval-every", 3, **{"tokenizer.codebook_size": 512})
+    said = capsys.readouterr().out
+    told = [row["usage_tokens"] for row in rows(out, "phase1") if "usage" in row]
+    assert told == [20 * 16] * 2  # validation images times tokens
+    assert said.count("320 validation tokens for 512 codes and cannot exceed 62%") == 1
+    assert json.loads((trained / "summary.json").read_text())["usage_tokens"] == 320
+    assert "exceed" not in visualize.told_usage(320, 64)
+
+
+def test_the_summary_tells_the_view_number_by_number_in_short_lines(trained):
+    summary = json.loads((trained / "summary.json").read_text())
+    lines = dict(visualize.summary_lines(summary))
+    assert lines["view.top1"] == f"{summary['view']['top1']:.4g}"
+    assert "view" not in lines and "view.nats_by_position" not in lines
+    assert all(len(text) < 80 for name, text in lines.items() if name not in ("command", "data"))
+    assert lines.keys() - {f"view.{name}" for name in summary["view"]} >= summary.keys() - {
+        "view", "seconds_by_stage"}
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "bogus"])
+def test_a_backend_that_a_notebook_left_behind_does_not_reach_matplotlib(backend, tmp_path):
+    code = ("import sample, visualize; fig = visualize.new_figure(1, 1); "
+            f"visualize.save_figure(fig, {str(tmp_path / 'a.png')!r}, []); "
+            "rows = [dict(top_p=1.0, fid=1.0)]; "
+            "sample.draw_sweep(rows, 'top_p', dict(num_images=1, extractor='x'), "
+            f"sample.Path({str(tmp_path / 'b.png')!r}))")
+    environment = {**os.environ, "MPLBACKEND": backend, "MPLCONFIGDIR": "/proc/none"}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, timeout=120)
+    assert (tmp_path / "a.png").exists() and (tmp_path / "b.png").exists()
+
+
+def test_a_drawing_library_that_does_not_load_is_told_before_the_first_step(
+        data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "matplotlib, which draws" in refusal(capsys, "all", tmp_path / "out", data)
+    assert not (tmp_path / "out").exists()
+
+
+TORCHRUN = dict(WORLD_SIZE="2", RANK="1", LOCAL_RANK="1", MASTER_ADDR="localhost", MASTER_PORT="1234")
+
+
+def left_behind(monkeypatch, variables):
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize("variables, named", [
+    (dict(WORLD_SIZE="2"), "RANK="), (dict(TORCHRUN, MASTER_ADDR=""), "MASTER_ADDR="),
+    (dict(TORCHRUN, RANK="2"), "RANK=2 of WORLD_SIZE=2"), (dict(TORCHRUN, MASTER_PORT="x"), "MASTER_PORT=x"),
+    (dict(TORCHRUN, WORLD_SIZE="two"), "WORLD_SIZE=two"), (dict(TORCHRUN, LOCAL_RANK="a"), "LOCAL_RANK=a")])
+def test_variables_that_fit_no_launch_are_refused(variables, named, data, tmp_path, monkeypatch, capsys):
+    left_behind(monkeypatch, variables)
+    error = refusal(capsys, "vgg", tmp_path / "out", data)
+    assert named in error and "torchrun" in error and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("variables", [
+    dict(RANK="3"), dict(LOCAL_RANK="x"), dict(RANK="y", LOCAL_RANK="7"), dict(WORLD_SIZE="1", RANK="5")])
+def test_a_rank_without_a_launch_is_not_heeded_and_errors_are_still_told(
+        variables, data, tmp_path, monkeypatch, capsys):
+    left_behind(monkeypatch, variables)
+    assert sample.launched() == (0, 0, 1)
+    assert sample.setup_device("cpu").type == "cpu" and sample.world() == 1
+    assert ("the only process" in capsys.readouterr().err) == ("WORLD_SIZE" not in variables)
+    with pytest.raises(SystemExit), sample.one_line_errors():
+        raise sample.UserError("told")
+    assert capsys.readouterr().err == "error: told\n"
+
+
+def test_what_torchrun_sets_is_heeded(monkeypatch):
+    left_behind(monkeypatch, TORCHRUN)
+    assert sample.launched() == (1, 1, 2) and not sample.speaks()
