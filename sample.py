@@ -13,6 +13,7 @@ import argparse
 from pathlib import Path
 
 from paths import as_path, expanded
+from console import steady_output, steady_process
 
 
 def parse_args(argv=None):
@@ -79,6 +80,7 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
+    steady_process()
     ARGUMENTS = parse_args()  # before torch is imported: --help and a wrong flag answer at once
 
 # ruff: noqa: E402
@@ -93,10 +95,12 @@ import importlib.metadata
 import json
 import logging
 import math
+import multiprocessing
 import os
 import pickle
 import random
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -247,19 +251,20 @@ def agreed(request):
 @contextlib.contextmanager
 def one_line_errors():
     """Around each command: what is wrong ends with one line, and all processes leave together."""
-    try:
-        yield
-        barrier()
-    except torch.OutOfMemoryError:
-        print("error: out of GPU memory; pass a smaller --batch (visualize.py: --num)", file=sys.stderr)
-        sys.exit(1)
-    except (UserError, OSError) as error:
-        if speaks() or not getattr(error, "shared", False):
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(getattr(error, "code", 1))
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    with steady_output():
+        try:
+            yield
+            barrier()
+        except torch.OutOfMemoryError:
+            print("error: out of GPU memory; pass a smaller --batch (visualize.py: --num)", file=sys.stderr)
+            sys.exit(1)
+        except (UserError, OSError) as error:
+            if speaks() or not getattr(error, "shared", False):
+                print(f"error: {error}", file=sys.stderr)
+            sys.exit(getattr(error, "code", 1))
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
 
 def setup_device(name, timeout=1800):
@@ -295,6 +300,12 @@ def setup_device(name, timeout=1800):
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=number,
             world_size=size, timeout=datetime.timedelta(seconds=timeout))
     return device
+
+
+def peak_memory():
+    """The most memory that this process held so far, in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KiB, but in bytes on macOS
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
 def keep_freed_memory():
@@ -797,6 +808,8 @@ def batches(data, batch, start, workers, timeout=0):
     """Endless (images uint8, labels) of this process's share of each global batch, from step `start` on.
 
     timeout: seconds to wait for a worker, 0 for ever
+    Closed, or left by an exception, it ends its workers. While its frame is held, by a traceback for
+    instance, only `close` does that, and the interpreter would wait for them at its end.
     """
 
     def positions():
@@ -809,15 +822,38 @@ def batches(data, batch, start, workers, timeout=0):
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         worker_init_fn=ignore_signals, timeout=timeout if workers else 0,
         generator=torch.Generator())  # so that it draws nothing from the global one
+    before, stream, workers = multiprocessing.active_children(), None, []
     try:
-        yield from loader
+        try:
+            stream = iter(loader)
+        finally:  # there may be some even if not all could be started
+            workers = [child for child in multiprocessing.active_children() if child not in before]
+        yield from stream
     except UserError as error:  # out of a worker it comes with the worker's traceback
         raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1], code=1) from None
+    finally:
+        end_workers(stream, workers)
+
+
+def end_workers(stream, workers):
+    """Asks the workers of a loader's iterator to end, and kills those that do not, as they heed no SIGTERM.
+
+    stream: the iterator; None if it could not be made
+    """
+    if workers and stream is not None:
+        stream._shutdown_workers()  # what its __del__ calls: then torch takes no ended worker for a fault
+    for worker in workers:
+        worker.kill()
+        worker.join()
+
+
+STOPS = (  # signals after which a run saves and ends; those of closed terminals and schedulers are among them
+    signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGXCPU, signal.SIGUSR2)
 
 
 def ignore_signals(worker):
     """A signal to the whole process group must not take the loader from a process that still has to save."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (*STOPS, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -830,14 +866,14 @@ FORMAT = 3  # of the checkpoint files; train.py writes them
 
 def claim(folder):
     """Makes a folder and locks it. The kernel frees the lock when the returned file is closed or this process
-    ends, in any way.
+    ends, in any way. Where the file system has no locks, a warning takes the place of the lock.
 
     raises: InUse, a UserError that names the process which holds it
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "a+")
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locked = lock_file(lock)
     except BlockingIOError:
         lock.seek(0)
         raise InUse(f"{folder} is in use by process {lock.read()}; wait for it, or pass another "
@@ -847,7 +883,12 @@ def claim(folder):
     lock.truncate(0)
     lock.write(str(os.getpid()))
     lock.flush()
-    sweep(folder)
+    if locked:  # else what looks left over may be what another run writes
+        sweep(folder)
+    elif folder not in UNLOCKED:
+        UNLOCKED.add(folder)
+        warn(f"the file system of {folder} has no locks, so nothing keeps two runs in this folder apart; "
+             "start one at a time")
     return lock
 
 
@@ -879,6 +920,20 @@ BAD_PLACE = (errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.EEXIST, errno.EACC
              errno.ENAMETOOLONG, errno.ELOOP)
 
 
+UNLOCKED = set()  # folders that `claim` could not lock, so that it warns of each once
+
+
+def lock_file(file):
+    """Whether its file system has locks; locks it then. raises: BlockingIOError if another process has it"""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, *UNSUPPORTED):
+            raise
+        return False
+    return True
+
+
 def save_atomic(write, path):
     """Calls write(temporary path) and renames the result to `path`: a stop in between loses nothing.
 
@@ -892,9 +947,7 @@ def save_atomic(write, path):
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # the new name, too
-        os.close(folder)
+        sync_folder(path.parent)  # the new name, too
     except OSError as error:
         room = next(shutil.disk_usage(p).free for p in path.absolute().parents if p.exists())
         told = "" if error.errno in BAD_PLACE else f"{room / 1e9:.1f} GB are free there, and "
@@ -903,6 +956,21 @@ def save_atomic(write, path):
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # a file system cannot do it
+
+
+def sync_folder(folder):
+    """fsync of a folder, where its file system can do that: CIFS and some of FUSE cannot."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+    finally:
+        os.close(number)
 
 
 def sweep(folder):

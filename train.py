@@ -19,6 +19,7 @@ import json
 from pathlib import Path
 
 from paths import as_path, expanded
+from console import steady_process
 
 STAGES = ("vgg", "phase1", "phase2", "ar", "nar")
 
@@ -339,6 +340,7 @@ def build_config(args):
 
 
 if __name__ == "__main__":
+    steady_process()
     ARGUMENTS = parse_args()  # before torch is imported: --help and a wrong flag answer at once
 
 # ruff: noqa: E402
@@ -347,9 +349,9 @@ import math
 import os
 import random
 import re
-import resource
 import signal
 import sys
+import threading
 import time
 import warnings
 from dataclasses import asdict
@@ -371,10 +373,10 @@ from perceptual import (
 from prior_ar import ARPrior, PriorConfig
 from prior_nar import NARPrior, mask_tokens
 from sample import (
-    FORMAT, UserError, agreed, barrier, batches, claim, fetched, intact, is_folder, latent_hash, load_data,
-    load_model, make_sheet, mix, my_rows, newest_intact, on_rank0, one_line_errors, print0, pyplot, rank,
-    read_checkpoint, save_atomic, save_checkpoint, save_torch, seeded_rand, setup_device, to_device, to_float,
-    warn, weights_hash, world,
+    FORMAT, STOPS, UserError, agreed, barrier, batches, claim, fetched, intact, is_folder, latent_hash,
+    load_data, load_model, make_sheet, mix, my_rows, newest_intact, on_rank0, one_line_errors, peak_memory,
+    print0, pyplot, rank, read_checkpoint, save_atomic, save_checkpoint, save_torch, seeded_rand,
+    setup_device, to_device, to_float, warn, weights_hash, world,
 )
 from tokenizer import TokenizerConfig, VQTokenizer, all_reduce_mean, codebook_usage, count_codes
 from visualize import (
@@ -442,6 +444,23 @@ def slow_average(stage, c, most=0.15):
             f"are measured and used, are those of the start; --set {name}={fits} fits, 0 is none")
 
 
+def check_compiler(device):
+    """Compiles a tiny function, as --compile will compile the networks in their first step.
+
+    raises: UserError if that fails, mostly for want of a compiler: C++ on a CPU, C on a GPU (for Triton)
+    """
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+    except Exception as error:  # of many kinds, with dozens of lines
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = next((line for line in lines if "error:" in line), lines[0]).strip()
+        wanted = "C++ compiler (g++, or what CXX names)"
+        if device.type == "cuda":
+            wanted = "C compiler (gcc, or what CC names)"
+        raise UserError(f"--compile does not work here: {reason}. Install a {wanted}, or leave --compile "
+                        "out") from None
+
+
 def accumulate(net, parts):
     """Yields the micro-batches of a step; DDP synchronises gradients in the last backward only."""
     parts = list(parts)
@@ -464,6 +483,8 @@ class Run:
         if not there.is_dir() or not os.access(there, os.W_OK) or self.out.absolute() == Path("/"):
             raise UserError(f"--out {self.out}: {there} is no folder that can be written to")
         self.device, self.parent = setup_device(args.device, args.timeout), os.getppid()
+        if args.compile:
+            check_compiler(self.device)
         if self.device.type == "cpu":
             print0("note: on a CPU freed memory is kept for the next step (README, Speed)")
         if args.workers > 4 * os.cpu_count() and rank() == 0:
@@ -478,6 +499,7 @@ class Run:
             self.device.type, torch.bfloat16, enabled=config["precision"] == "bf16")
         self.note = "random VGG weights: a test run" if config["vgg"] == "random" else ""
         self.lock, self.request, self.agreed, self.in_loop, self.place = None, 0, 0, False, "start"
+        self.opened = None
 
     @cached_property
     def judge(self):
@@ -566,6 +588,11 @@ class Run:
         """This process's part of a batch, cut into micro-batches."""
         return x.split(self.args.micro_batch or len(x))
 
+    def stream(self, batch, start):
+        """`batches` of the training images; `train_stage` closes it, in whatever way the stage ends."""
+        self.opened = batches(self.train, batch, start, self.args.workers, self.args.timeout)
+        return self.opened
+
     def claim(self):
         """Makes the run folder and locks it, once."""
         self.lock = self.lock or claim(self.out)
@@ -641,8 +668,14 @@ class Run:
 
     @contextlib.contextmanager
     def listening(self):
-        """SIGTERM and Ctrl-C end a run after the step in progress was saved, with exit code 143 or 130;
-        SIGUSR1 saves and goes on. A second Ctrl-C, and all signals between two stages, end it at once."""
+        """The signals STOPS end a run after the step in progress was saved, with 128 + their number as the
+        exit code; SIGUSR1 saves and goes on. A second Ctrl-C, and all signals between two stages, end it at
+        once. SIGHUP stays ignored where nohup has seen to it. Only a main thread can listen."""
+        if threading.current_thread() is not threading.main_thread():
+            print0("note: not in the main thread, so no signal is heeded: one that ends the program loses the "
+                   "steps since the last save")
+            yield
+            return
         pressed = []  # when Ctrl-C was; torchrun repeats it within an instant
 
         def save(number, frame):
@@ -657,7 +690,9 @@ class Run:
                 sys.exit(128 + number)
             self.request = max(self.request, 128 + number)
 
-        handlers = {signal.SIGTERM: stop, signal.SIGINT: stop, signal.SIGUSR1: save}
+        handlers = dict.fromkeys(STOPS, stop) | {signal.SIGUSR1: save}
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+            del handlers[signal.SIGHUP]
         before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         try:
             yield
@@ -851,7 +886,7 @@ def train_judge(run, stage):
     optimizer, ema = build_optimizer(judge, c), build_ema(judge, c["ema"])
     net = run.wrap(judge, run.example())
     start = run.start(stage, model=judge, optimizer=optimizer, ema=ema)
-    stream = batches(run.train, c["batch"], start, run.args.workers, run.args.timeout)
+    stream = run.stream(c["batch"], start)
     for step in run.loop(stage, start):
         set_lr(optimizer, lr_at(step, c))
         pixels, labels = next(stream)
@@ -988,7 +1023,7 @@ def train_tokenizer(run, stage):
     frozen = latent_hash(tokenizer) if stage == "phase2" else None
     g, d = run.wrap(tokenizer, run.example()), run.wrap(disc, run.example())
     start = run.start(stage, frozen, model=tokenizer, disc=disc, opt_g=opt_g, opt_d=opt_d, ema=ema)
-    stream = batches(run.train, c["batch"], start, run.args.workers, run.args.timeout)
+    stream = run.stream(c["batch"], start)
     tokenizer.train()
     for step in run.loop(stage, start):
         set_lr(opt_g, lr_at(step, c))
@@ -1221,12 +1256,16 @@ def train_stage(run, stage):
     if batch % count:
         nearest = " or ".join(str(n) for n in (batch // count * count, (batch // count + 1) * count) if n)
         raise UserError(f"batch {batch} cannot be split over {count} processes; use {nearest}")
-    if stage in ("vgg", "resnet"):
-        train_judge(run, stage)
-    elif stage in ("phase1", "phase2"):
-        train_tokenizer(run, stage)
-    else:
-        train_prior(run, stage)
+    try:
+        if stage in ("vgg", "resnet"):
+            train_judge(run, stage)
+        elif stage in ("phase1", "phase2"):
+            train_tokenizer(run, stage)
+        else:
+            train_prior(run, stage)
+    finally:
+        if run.opened:
+            run.opened.close()
 
 
 def main(args, config):
@@ -1260,7 +1299,7 @@ def main(args, config):
         if run.out.joinpath("bad_files.txt").exists():
             count = len((run.out / "bad_files.txt").read_text().splitlines())
             print0(f"note: {count} images could not be read, see {run.out / 'bad_files.txt'}")
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        memory = peak_memory()
         if run.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated() / 2**20
         print0(f"\ndone in {time.time() - begin:.0f} s, {memory:.0f} MB peak memory; see {run.out}/")

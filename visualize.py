@@ -13,6 +13,7 @@ import argparse
 from pathlib import Path
 
 from paths import as_path, expanded
+from console import steady_process
 
 # Rows: label, --ablation of train.py, decoder of which phase, the paper's numbers in the order of columns.
 TABLES = {
@@ -159,6 +160,7 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
+    steady_process()
     ARGUMENTS = parse_args()  # before torch is imported: --help and a wrong flag answer at once
 
 # ruff: noqa: E402
@@ -171,7 +173,6 @@ import json
 import math
 import pickle
 import random
-import resource
 import shlex
 import subprocess
 import sys
@@ -193,9 +194,9 @@ from prior_ar import ARPrior, PriorConfig
 from prior_nar import mask_tokens
 from sample import (
     HOW, Shapes, UserError, decode, evaluate, generate_images, generate_tokens, images_of, is_folder,
-    latent_hash, load_data, load_model, load_tokenizer_of, make_sheet, mix, one_line_errors, predict_tokens,
-    print0, psnr, pyplot, rank, read_checkpoint, read_result, save_atomic, seeded_rand, setup_device,
-    to_float, to_uint8, with_data, world, writable,
+    latent_hash, load_data, load_model, load_tokenizer_of, make_sheet, mix, one_line_errors, peak_memory,
+    predict_tokens, print0, psnr, pyplot, rank, read_checkpoint, read_result, save_atomic, seeded_rand,
+    setup_device, to_float, to_uint8, with_data, world, writable,
 )
 from sample import parse_args as sample_args
 from tokenizer import TokenizerConfig, VQTokenizer, all_reduce_mean, codebook_usage, count_codes
@@ -1786,7 +1787,7 @@ def summarize(run, num=1000):
     summary |= dict(
         latent_hash=latent_hash(second), **alpha_of(run.config), note=run.note,
         seconds_by_stage=seconds, seconds=sum(seconds.values()),
-        peak_rss_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        peak_rss_mb=round(peak_memory()),
         threads=torch.get_num_threads(), torch=torch.__version__, command=" ".join(["python", *sys.argv]),
     )
     summary = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in summary.items()}

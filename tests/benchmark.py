@@ -55,7 +55,7 @@ def median_time(function, repeats=30):
 
 def peak_mb():
     """Most memory that this process ever had, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return sample.peak_memory()
 
 
 def tensor_peak_mb(function):

@@ -1,0 +1,71 @@
+"""Standard output and error that cost nobody a run: what cannot be written there is left out.
+
+Without torch, so that --help answers at once.
+"""
+
+import atexit
+import contextlib
+import os
+import sys
+
+
+class Steady:
+    """Takes the place of sys.stdout or sys.stderr. Where the reader is gone, the disk full or the terminal
+    closed, nothing is written and whoever writes goes on.
+
+    stream: the text stream itself, or None, as a process without that descriptor has it
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        self.attempt("write", text)
+        return len(text)
+
+    def flush(self):
+        self.attempt("flush")
+
+    def isatty(self):
+        return bool(self.attempt("isatty"))
+
+    def attempt(self, method, *arguments):
+        try:
+            return getattr(self.stream, method)(*arguments)
+        except UnicodeError:
+            raise
+        except (OSError, ValueError, AttributeError):  # not writable, closed, None
+            return None
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def steady_output():
+    """Within it sys.stdout and sys.stderr are `Steady`."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(Steady, before)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+def steady_process():
+    """At the start of a command: both streams are `Steady` until it ends, which is quiet too. Descriptors
+    that were closed lead nowhere, as the next file would get their number and what C prints with it."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    sys.stdout, sys.stderr = Steady(sys.stdout), Steady(sys.stderr)
+    atexit.register(settle)
+
+
+def settle():
+    """What cannot be flushed goes nowhere; the interpreter would report it and end with exit code 120."""
+    for number, stream in enumerate((sys.__stdout__, sys.__stderr__), 1):
+        try:
+            stream.flush()
+        except (OSError, ValueError, AttributeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
