@@ -811,7 +811,7 @@ class Dino(nn.Module):
 
 
 DINO_URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth"
-TEACHERS = ("clip-vit-l-14", "clip-vit-b-16", "dinov2-vit-s-14")
+TEACHERS = {"clip-vit-l-14": 1024, "clip-vit-b-16": 768, "dinov2-vit-s-14": 384}  # name -> width
 
 
 def is_torchscript(path):
@@ -842,7 +842,7 @@ def load_teacher(source):
         elif source in TEACHERS or is_torchscript(source):
             from torch_fidelity.feature_extractor_clip import FeatureExtractorCLIP
 
-            name, file = (source, None) if source in TEACHERS else (TEACHERS[0], str(source))
+            name, file = (source, None) if source in TEACHERS else ("clip-vit-l-14", str(source))
             visual = FeatureExtractorCLIP(name, ["clip"], feature_extractor_weights_path=file).model.visual
             width, visual.ln_post, visual.proj = visual.ln_post.normalized_shape[0], nn.Identity(), None
             return Teacher(visual, width, (0.48145466, 0.4578275, 0.40821073),

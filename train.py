@@ -268,7 +268,8 @@ BOUNDS = dict(  # of flags and of values of a preset, wherever a name occurs; VG
     lr=(1e-12, 1e3), lr_end=(0, 1e3), lr_start=(0, 1e12), warmup=(0, 1e12), ema=(0, 0.999999),
     weight_decay=(0, 1e3), top_p=(1e-9, 1), temperature=(0, 1e9), token_temperature=(0, 1e9),
     choice_temperature=(0, 1e9), nar_steps=(1, 1e6), guidance=(0, 1e3), top_k=(0, 1e9), class_dropout=(0, 1),
-    head_layers=(1, 1e4), clip=(0, 1e9), disentangle=(0, 1e9), represent=(0, 1e9))
+    head_layers=(1, 1e4), max_width=(1, 1e5), channel_multiplier=(1, 1e4), clip=(0, 1e9),
+    disentangle=(0, 1e9), represent=(0, 1e9))
 
 
 def check_values(values, name):
@@ -347,6 +348,7 @@ if __name__ == "__main__":
 import contextlib
 import math
 import os
+import pickle
 import random
 import re
 import signal
@@ -354,7 +356,7 @@ import sys
 import threading
 import time
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import cached_property
 
 import torch
@@ -366,9 +368,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from perceptual import (
-    LAYER_SETS, JudgeTeacher, PatchDiscriminator, ResNet, StyleDiscriminator, VGGTaps, adaptive_weight,
-    adv_loss, build_lpips, build_vgg16, disc_loss, disentanglement, layer_weights, load_teacher, load_vgg16,
-    normalize_images, perceptual_loss, r1_penalty, representation_loss,
+    LAYER_SETS, TEACHERS, JudgeTeacher, PatchDiscriminator, ResNet, StyleDiscriminator, VGGTaps,
+    adaptive_weight, adv_loss, build_lpips, build_vgg16, disc_loss, disentanglement, layer_weights,
+    load_teacher, load_vgg16, normalize_images, perceptual_loss, r1_penalty, representation_loss,
 )
 from prior_ar import ARPrior, PriorConfig
 from prior_nar import NARPrior, mask_tokens
@@ -506,8 +508,7 @@ class Run:
         """The frozen VGG of the perceptual loss: ImageNet's, a file, random, or this run's own vgg.pt."""
         source = self.config["vgg"]
         own = self.out / "vgg.pt" if source == "judge" else Path(source)
-        if source == "judge" and not (
-                own.exists() and read_checkpoint(own, ["vgg"])["step"] >= self.steps("vgg")):
+        if needs_judge(self):
             print0(f"note: the perceptual loss needs a judge and {own} is not finished: training it first")
             train_stage(self, "vgg")
         if own.suffix == ".pt":
@@ -528,8 +529,6 @@ class Run:
         """FQGAN: the frozen networks `image -> (B, W)` of the sub-codebooks that have one, in their order."""
         widths = [width for width in self.config["tokenizer"].get("teacher_widths", []) if width]
         names = [name for name in self.config["teachers"] if name]
-        if len(names) != len(widths):
-            raise UserError(f"{len(names)} teachers, but tokenizer.teacher_widths names {len(widths)} widths")
 
         def load():
             with as_user_error():
@@ -873,10 +872,6 @@ def not_finite(thing, name=""):
 def train_judge(run, stage):
     """Classification with batch norm, which is folded away when a VGG is loaded. Not in the paper."""
     c, device = run.config["judge"], run.device
-    if not run.train.class_names:
-        raise UserError(
-            "--stage vgg needs labels: one sub-folder per class. Or pass --vgg FILE for other weights"
-        )
     sizes = dict(width=c["width"], num_classes=run.train.num_classes)
     if stage == "vgg":
         sizes |= dict(hidden=c["hidden"], batch_norm=True)
@@ -928,15 +923,10 @@ def random_shift(x, seed, step, batch):
 
 def build_tokenizer(run, stage):
     """Phase 1: new, or the weights of --tokenizer. Phase 2: phase 1 with attention, latent space frozen."""
-    first, given = run.out / "phase1.pt", run.args.tokenizer
+    given = run.args.tokenizer
     if stage == "phase1":
-        if run.config["phase1"]["init"] == "required" and not given and not first.exists():
-            raise UserError("this preset starts from an ImageNet phase 1 (Table 9): pass --tokenizer FILE")
         sizes = dict(run.config["tokenizer"], image_size=run.config["image_size"])
         with as_user_error():
-            if run.args.stage == "all":  # what phase 2 would refuse is better known before phase 1
-                with torch.device("meta"):
-                    VQTokenizer(TokenizerConfig(**sizes)).add_attention()
             torch.manual_seed(mix(run.config["seed"], "phase1"))
             tokenizer = VQTokenizer(TokenizerConfig(**sizes))
             if given:
@@ -982,13 +972,21 @@ def as_user_error():
         raise UserError(" ".join(str(error).split())[:300]) from None
 
 
+def new_discriminator(config):
+    """The discriminator of a preset.  raises: ValueError for sides or widths that it cannot have"""
+    c, S = dict(config["discriminator"]), config["image_size"]
+    if c.pop("kind") == "patch":
+        return PatchDiscriminator()
+    if S & (S - 1):
+        raise ValueError(f"image_size={S}: the style discriminator needs a power of two from 32 on; "
+                         "--set discriminator.kind=patch takes other sides")
+    return StyleDiscriminator(S, **c)
+
+
 def build_discriminator(run):
-    c = dict(run.config["discriminator"])
     torch.manual_seed(mix(run.config["seed"], "discriminator"))
-    kind = c.pop("kind")
     with as_user_error():
-        disc = PatchDiscriminator() if kind == "patch" else StyleDiscriminator(run.config["image_size"], **c)
-    return disc.to(run.device)
+        return new_discriminator(run.config).to(run.device)
 
 
 def adv_ramp(step, c):
@@ -1172,9 +1170,6 @@ def encode_all(run, tokenizer, views, batch=128):
 def train_prior(run, stage):
     """AR: cross-entropy of each token given the ones before. NAR: of masked tokens given the others."""
     c, device, seed, names = run.config[stage], run.device, run.config["seed"], run.train.class_names
-    if run.config["conditional"] and not names:
-        raise UserError("this preset's priors are class-conditional and the data has no class sub-folders; "
-                        "sort the images into folders or pass --set conditional=false")
     tokenizer, _ = earlier_tokenizer(run, ("phase1", "phase2"))
     tokens_of = latent_hash(tokenizer)
     K, (N, *k) = tokenizer.codebook_size, tokenizer.token_shape
@@ -1247,15 +1242,180 @@ def code_batch(run, codes, step, batch):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# What the stages of a command would refuse, found before the first of them begins
+# ----------------------------------------------------------------------------------------------------------
+
+
+def stages_of(args, config):
+    """The stages that a command trains, in their order."""
+    if args.stage != "all":
+        return [args.stage]
+    return [stage for stage in STAGES if stage != "vgg" or config["vgg"] == "judge"]
+
+
+def build_on_meta(config, stages, tokenizer=None):
+    """The networks of `stages` without their weights, so that sizes which do not fit are known at once.
+
+    tokenizer: sizes of the one that --tokenizer names, where they count and not those of the preset
+    returns:   dict of what the stages build: vgg, resnet, phase1, phase2, disc, ar, nar, on the meta device
+    raises:    UserError for what a network refuses
+    """
+    found, phases, judge = {}, {"phase1", "phase2"} & {*stages}, config["judge"]
+    with as_user_error(), torch.device("meta"):
+        if "vgg" in stages or phases and config["vgg"] == "judge":
+            found["vgg"] = build_vgg16(judge["width"], 10, judge["hidden"], batch_norm=True)
+        if "resnet" in stages:
+            found["resnet"] = ResNet(judge["width"])
+        if not {*stages} - {"vgg", "resnet"}:
+            return found
+        check_tokenizer_values(config["tokenizer"])
+        sizes = tokenizer or dict(config["tokenizer"], image_size=config["image_size"])
+        found["phase1"] = VQTokenizer(TokenizerConfig(**sizes))
+        if "phase2" in stages:
+            found["phase2"] = VQTokenizer(TokenizerConfig(**sizes))
+            found["phase2"].add_attention()
+        if phases:
+            found["disc"] = new_discriminator(config)
+            check_perception(config, phases)
+        K, (N, *k) = found["phase1"].codebook_size, found["phase1"].token_shape
+        for stage in {"ar", "nar"} & {*stages}:
+            sizes = PriorConfig(K, N, 1000, num_codebooks=k[0] if k else 1, **config["prior"])
+            found[stage] = (ARPrior if stage == "ar" else NARPrior)(sizes)
+    return found
+
+
+def given_sizes(args):
+    """Sizes of the tokenizer of --tokenizer for stages that use it as it is, else None."""
+    stages = dict(phase2=("phase1",), ar=("phase1", "phase2"), nar=("phase1", "phase2")).get(args.stage)
+    return read_checkpoint(args.tokenizer, stages)["model_config"] if stages and args.tokenizer else None
+
+
+def check_tokenizer_values(values):
+    """raises: ValueError for a key of the preset's tokenizer section that there is not, or another type"""
+    types = {field.name: field.type for field in fields(TokenizerConfig) if field.name != "image_size"}
+    for key, value in values.items():
+        if key not in types:
+            close = difflib.get_close_matches(key, types, 1)
+            raise ValueError(f"tokenizer.{key}: a tokenizer has no such value"
+                             + (f"; did you mean tokenizer.{close[0]}?" if close else ""))
+        numbers = value if types[key] is tuple and isinstance(value, list | tuple) else [value]
+        right = isinstance(value, types[key]) or types[key] is tuple and isinstance(value, list)
+        if types[key] in (int, tuple):
+            right = right and all(type(n) is int and n >= 0 for n in numbers)
+        if not right:
+            wanted = {int: "a whole number from 0 on", tuple: "a list of whole numbers from 0 on"}
+            raise ValueError(f"tokenizer.{key} must be {wanted.get(types[key]) or KINDS[types[key]]}, "
+                             f"got {json.dumps(value)}")
+
+
+def check_perception(config, phases):
+    """raises: ValueError where the judge, the layers and the teachers of a preset do not fit together"""
+    own, judge = config["vgg"] == "judge" or Path(config["vgg"]).suffix == ".pt", config["judge"]
+    for phase in sorted(phases):
+        if config[phase]["layers"] == "lpips" and own:
+            raise ValueError(f"{phase}.layers=lpips needs torchvision's VGG-16, --vgg imagenet or a .pth "
+                             f"file of it; {config['vgg']} is another")
+    widths = [width for width in config["tokenizer"].get("teacher_widths", []) if width]
+    names = [name for name in config["teachers"] if name]
+    if "phase1" not in phases:
+        return
+    if len(names) != len(widths):
+        raise ValueError(f"{len(names)} teachers, but tokenizer.teacher_widths names {len(widths)} widths")
+    known = dict(TEACHERS)
+    if config["vgg"] in ("judge", "imagenet", "random"):
+        known["judge"] = 8 * (judge["width"] if config["vgg"] == "judge" else 64)
+    for name, width in zip(names, widths, strict=True):
+        if name != "judge" and name not in TEACHERS and not Path(str(name)).is_file():
+            raise ValueError(f"teacher {name}: no such file, and not one of judge, {', '.join(TEACHERS)}")
+        if known.get(name, width) != width:
+            raise ValueError(f"teacher {name} gives {known[name]} features, not the {width} of "
+                             "tokenizer.teacher_widths")
+
+
+def check_stages(run, stages, networks):
+    """What the stages need of the data, of the processes and of the run folder; nothing is written.
+
+    networks: of `build_on_meta`
+    raises:   UserError for what any of the stages would refuse, before the first of them begins
+    """
+    if {"phase1", "phase2"} & {*stages} and "vgg" not in stages and needs_judge(run):
+        stages = ["vgg", *stages]
+    for stage in stages:
+        check_batch(run, stage)
+        check_labels(run, stage)
+    given = run.args.tokenizer
+    if "phase1" in stages and given:
+        with as_user_error():  # the shapes: nothing is copied
+            networks["phase1"].load_state_dict(read_checkpoint(given, ("phase1",))["model"], assign=True)
+    elif "phase1" in stages and run.config["phase1"]["init"] and not (run.out / "phase1.pt").exists():
+        raise UserError("this preset starts from an ImageNet phase 1 (Table 9): pass --tokenizer FILE")
+    on_rank0(lambda: check_folder(run, stages))
+
+
+def needs_judge(run):
+    """Whether a phase would train the run's judge first."""
+    own = run.out / "vgg.pt"
+    return run.config["vgg"] == "judge" and not (
+        own.exists() and read_checkpoint(own, ["vgg"])["step"] >= run.steps("vgg"))
+
+
+def check_batch(run, stage):
+    """raises: UserError for a batch that the processes cannot share; a note tells of odd micro-batches"""
+    c, count = run.config[SECTION[stage]], world()
+    batch = c["batch"]
+    if batch % count:
+        nearest = " or ".join(str(n) for n in (batch // count * count, (batch // count + 1) * count) if n)
+        raise UserError(f"batch {batch} cannot be split over {count} processes; use {nearest}")
+    if stage in ("phase1", "phase2") and run.config["discriminator"]["kind"] == "style" and c["adv_weight"]:
+        told = odd_groups(batch // count, run.args.micro_batch)
+        if told:
+            print0(f"note: {stage}: {told}")
+
+
+def odd_groups(share, micro):
+    """What to say of micro-batches that change the groups of `minibatch_stddev`, or "".
+
+    share: images of a process in a step;  micro: --micro-batch or None
+    """
+    micro = min(micro or share, share)
+    sizes = sorted({micro, share % micro or micro})
+    groups = sorted({max(g for g in (1, 2, 3, 4) if size % g == 0) for size in sizes})
+    if groups == [4]:
+        return ""
+    images, four = (" and ".join(map(str, numbers)) for numbers in (sizes, groups))
+    return (f"in micro-batches of {images} images the style discriminator compares groups of {four} images, "
+            "not of 4; batch per process and --micro-batch should be multiples of 4")
+
+
+def check_labels(run, stage):
+    """raises: UserError for a stage that learns from classes where the data has none"""
+    if run.train.class_names:
+        return
+    if stage in ("vgg", "resnet"):
+        raise UserError(
+            "--stage vgg needs labels: one sub-folder per class. Or pass --vgg FILE for other weights")
+    if stage in ("ar", "nar") and run.config["conditional"]:
+        raise UserError("this preset's priors are class-conditional and the data has no class sub-folders; "
+                        "sort the images into folders or pass --set conditional=false")
+
+
+def check_folder(run, stages):
+    """raises: UserError for a checkpoint of a later stage that this run's values or images cannot continue"""
+    for stage in stages[1:]:  # the first one's is looked at, and set aside if damaged, when it starts
+        path = run.out / f"{stage}.pt"
+        with contextlib.suppress(RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError):
+            ckpt = torch.load(path, weights_only=True, mmap=True)
+            if isinstance(ckpt, dict) and {"config", "fingerprint", "class_names"} <= ckpt.keys():
+                refuse_other_config(path, DEPENDS[stage], ckpt["config"], run.config)
+                refuse_other_images(path, ckpt, run)
+
+
+# ----------------------------------------------------------------------------------------------------------
 # All stages, --explain, and the command
 # ----------------------------------------------------------------------------------------------------------
 
 
 def train_stage(run, stage):
-    batch, count = run.config[SECTION[stage]]["batch"], world()
-    if batch % count:
-        nearest = " or ".join(str(n) for n in (batch // count * count, (batch // count + 1) * count) if n)
-        raise UserError(f"batch {batch} cannot be split over {count} processes; use {nearest}")
     try:
         if stage in ("vgg", "resnet"):
             train_judge(run, stage)
@@ -1270,19 +1430,21 @@ def train_stage(run, stage):
 
 def main(args, config):
     with one_line_errors():
+        stages = STAGES if args.explain else stages_of(args, config)
+        networks = build_on_meta(config, stages, None if args.explain else given_sizes(args))
         if args.explain:
             with as_user_error():
-                return explain(config)
+                return explain(config, networks)
         run, begin = Run(args, config), time.time()
+        check_stages(run, stages, networks)
         if args.ablation:
             print0(f"ablation {args.ablation}:", *(f"--set {k}={v}" for k, v in args.expanded.items()))
         if args.stage == "all":
             pyplot()  # which the summary draws with
         with run.listening():
             try:
-                for stage in STAGES if args.stage == "all" else [args.stage]:
-                    if not (stage == "vgg" and args.stage == "all" and config["vgg"] != "judge"):
-                        train_stage(run, stage)
+                for stage in stages:
+                    train_stage(run, stage)
                 if args.stage == "all":
                     summarize(run)
             except torch.OutOfMemoryError:

@@ -177,6 +177,7 @@ import shlex
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -187,8 +188,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from perceptual import (
-    LAYER_SETS, LOGIT, NAMES, PatchDiscriminator, StyleDiscriminator, VGGTaps, adv_loss, build_vgg16,
-    disc_loss, layer_weights, lpips_like, normalize_images, perceptual_loss, perceptual_terms,
+    LAYER_SETS, LOGIT, NAMES, VGGTaps, adv_loss, build_vgg16, disc_loss, layer_weights, lpips_like,
+    normalize_images, perceptual_loss, perceptual_terms,
 )
 from prior_ar import ARPrior, PriorConfig
 from prior_nar import mask_tokens
@@ -1852,8 +1853,11 @@ def print_cost(name, c, flops, kept, trainable, frozen=0, processes=8):
           f"{share:.0%} of the peak")
 
 
-def explain(config, processes=8):
-    """Prints modules, sizes, recipe and cost of a preset; all tensors are fake, nothing is computed."""
+def explain(config, networks, processes=8):
+    """Prints modules, sizes, recipe and cost of a preset; all tensors are fake, nothing is computed.
+
+    networks: of all stages, as a run builds them on the meta device first
+    """
 
     def count(module):
         return sum(p.numel() for p in module.parameters())
@@ -1870,24 +1874,18 @@ def explain(config, processes=8):
               f"or fewer with --micro-batch; {'AdamW' if c['weight_decay'] else 'Adam'} {tuple(c['betas'])}, "
               f"weight decay {c['weight_decay']:g}, {config['precision']}")
 
-    sizes = dict(image_size=config["image_size"], **config["tokenizer"])
-    disc = dict(config["discriminator"])
-    kind = disc.pop("kind")
+    first, second, disc, judge = networks["phase1"], networks["phase2"], networks["disc"], config["judge"]
+    N, *k = first.token_shape
+    sizes = dict(config["tokenizer"], image_size=config["image_size"])
+    own = (judge["width"], 10, judge["hidden"]) if config["vgg"] == "judge" else ()
     with torch.device("meta"):
-        judge = config["judge"]
-        own = (judge["width"], 10, judge["hidden"], True) if config["vgg"] == "judge" else ()
-        vgg = build_vgg16(*own)
-        first = VQTokenizer(TokenizerConfig(**sizes))
-        second = VQTokenizer(TokenizerConfig(**dict(sizes, num_attention=first.config.num_attention + 1)))
         table1 = {}
         if first.config.trunk == "seqgan":
             table1 = {name: VQTokenizer(TokenizerConfig(**dict(sizes, **{name: 2})))
                       for name in ("num_attention", "decoder_extra_blocks")}
-        disc = PatchDiscriminator() if kind == "patch" else StyleDiscriminator(config["image_size"], **disc)
-        K, (N, *k) = first.codebook_size, first.token_shape
-        sizes = dict(config["prior"], num_codebooks=k[0] if k else 1)
-        prior = {n: ARPrior(PriorConfig(K, N, n, **sizes)) for n in (0, 1000)}
-        taps = VGGTaps(build_vgg16(*own[:3]))
+        prior = {n: ARPrior(replace(networks["ar"].config, num_classes=n)) for n in (0, 1000)}
+        taps = VGGTaps(build_vgg16(*own))
+    vgg = networks.get("vgg", taps)
     with FakeTensorMode():  # as "meta", but autocast and attention believe to be on a CPU
         for network in (vgg, taps, first, second, disc, *prior.values()):
             to_fake(network)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ import perceptual
 import sample
 import train
 import visualize
-from helpers import ROOT, call, earlier, refusal, rows
+from helpers import ROOT, call, contents, earlier, refusal, rows
 from prior_ar import ARPrior, PriorConfig, sample_logits
 from prior_nar import NARPrior
 
@@ -162,3 +163,148 @@ def test_a_rank_without_a_launch_is_not_heeded_and_errors_are_still_told(
 def test_what_torchrun_sets_is_heeded(monkeypatch):
     left_behind(monkeypatch, TORCHRUN)
     assert sample.launched() == (1, 1, 2) and not sample.speaks()
+
+
+WRONG = {  # section -> words that no preset can run with, and what the line names
+    "tokenizer": (["--set", "tokenizer.base_width=6"], "heads"),
+    "tokenizer key": (["--set", "tokenizer.base_with=8"], "did you mean tokenizer.base_width"),
+    "tokenizer type": (["--set", "tokenizer.num_res_blocks=1.5"], "tokenizer.num_res_blocks must be a whole"),
+    "discriminator": (["--set", "discriminator.max_width=0"], "discriminator.max_width must"),
+    "side": (["--set", "image_size=96"], "power"),
+    "judge": (["--set", "judge.width=0"], "judge.width"),
+    "phase1": (["--set", "phase1.alpha=2.0"], "phase1.alpha"),
+    "phase2": (["--vgg", "judge", "--set", "phase1.layers=A", "--set", "phase2.layers=lpips"],
+               "phase2.layers=lpips needs"),
+    "teachers": (["--set", 'teachers=["nowhere"]'], "teacher"),
+    "prior": (["--set", "prior.n_head=7"], "n_head 7"),
+    "ar": (["--set", "ar.schedule=stairs"], "ar.schedule"),
+    "nar": (["--set", "nar.ema=1.0"], "nar.ema"),
+    "sample": (["--set", "sample.top_p=0.0"], "sample.top_p"),
+}
+
+
+def refused(capsys, *words):
+    """The one line on stderr of a command that ends with exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train.main(*train.parse_args(list(map(str, words))))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+    return error
+
+
+@pytest.mark.parametrize("section", WRONG)
+@pytest.mark.parametrize("preset", train.PRESETS)
+def test_one_wrong_value_of_any_section_is_refused_before_anything_is_written(
+        preset, section, data, tmp_path, capsys):
+    wrong, named = WRONG[section]
+    words = ["--preset", preset, "--stage", "all", "--data", data, "--device", "cpu", *wrong]
+    assert named in refused(capsys, *words, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    if section in ("prior", "discriminator"):  # one function serves both
+        assert named in refused(capsys, "--preset", preset, "--explain", *wrong)
+
+
+def test_the_refusal_of_a_side_names_the_discriminator_that_takes_it_and_the_floor(data, tmp_path, capsys):
+    error = refusal(capsys, "all", tmp_path / "out", data, image_size=96)
+    assert "discriminator.kind=patch" in error and "from 32 on" in error
+    config = {**train.PRESETS["demo"], "image_size": 96, "discriminator": dict(kind="patch")}
+    assert train.build_on_meta(config, train.STAGES)["disc"].layers
+
+
+@pytest.mark.parametrize("more, named", [(["--vgg", "random"], "no class sub-folders"), ([], "needs labels")])
+def test_images_without_classes_are_refused_before_the_first_step(more, named, flat, tmp_path, capsys):
+    assert named in refusal(capsys, "all", tmp_path / "out", flat, *more)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_preset_that_needs_initial_weights_is_refused_before_the_judge_is_trained(tmp_path, capsys):
+    words = ["--preset", "lsun-cat", "--stage", "all", "--vgg", "judge", "--data", "shapes"]
+    error = refused(capsys, *words, "--device", "cpu", "--out", tmp_path / "out")
+    assert "pass --tokenizer FILE" in error and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("section", ["judge", "phase1", "phase2", "ar", "nar"])
+def test_a_batch_that_the_processes_cannot_share_is_refused_at_any_stage(
+        section, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "world", lambda: 4)
+    error = refusal(capsys, "all", tmp_path / "out", data, **{f"{section}.batch": 6})
+    assert "batch 6 cannot be split over 4 processes; use 4 or 8" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "stage, value", [("phase2", "phase2.lr"), ("ar", "prior.dropout"), ("nar", "nar.lr")])
+def test_a_checkpoint_of_a_later_stage_with_other_values_is_refused_before_the_first_stage(
+        stage, value, trained, data, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    shutil.copy(trained / f"{stage}.pt", tmp_path / "out")
+    before = contents(tmp_path / "out")
+    error = refusal(capsys, "all", tmp_path / "out", data, **{value: 0.01})
+    assert value in error and "use another --out" in error and contents(tmp_path / "out") == before
+
+
+def test_a_checkpoint_of_a_later_stage_with_other_images_is_refused_before_the_first_stage(
+        trained, data, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    shutil.copy(trained / "ar.pt", tmp_path / "out")
+    shutil.copytree(data, tmp_path / "data")
+    next((tmp_path / "data" / "train").rglob("*.png")).unlink()
+    ckpt = torch.load(tmp_path / "out" / "ar.pt", weights_only=True)
+    ckpt["config"]["data"] = str(tmp_path / "data")
+    torch.save(ckpt, tmp_path / "out" / "ar.pt")
+    before = contents(tmp_path / "out")
+    assert "the images changed" in refusal(capsys, "all", tmp_path / "out", tmp_path / "data")
+    assert contents(tmp_path / "out") == before
+
+
+def test_initial_weights_that_do_not_fit_are_refused_before_the_judge_is_trained(
+        trained, data, tmp_path, capsys):
+    out, given = tmp_path / "out", ["--tokenizer", trained / "phase1.pt"]
+    assert "size mismatch" in refusal(capsys, "all", out, data, *given, **{"tokenizer.codebook_size": 64})
+    assert "no checkpoint" in refusal(capsys, "all", out, data, "--tokenizer", tmp_path / "none.pt")
+    assert "of stage 'vgg'" in refusal(capsys, "all", out, data, "--tokenizer", trained / "vgg.pt")
+    assert not out.exists()
+
+
+def test_a_phase_whose_judge_is_missing_is_refused_before_that_is_trained(data, flat, tmp_path, capsys):
+    fq = {"tokenizer.trunk": "vqgan", "tokenizer.codebook": "fq", "tokenizer.num_codebooks": 2,
+          "tokenizer.teacher_widths": [0, 48], "teachers": [None, "judge"]}
+    error = refusal(capsys, "phase1", tmp_path / "out", data, **fq)
+    assert "teacher judge gives 32 features, not the 48" in error
+    assert "needs labels" in refusal(capsys, "phase1", tmp_path / "out", flat)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_prior_is_checked_with_the_sizes_of_the_tokenizer_that_it_is_given(trained, data, tmp_path):
+    """Not with the preset's: two sub-codebooks there would refuse the tied head."""
+    fq = {"tokenizer.trunk": "vqgan", "tokenizer.codebook": "fq", "tokenizer.num_codebooks": 2, "ar.steps": 1}
+    call("ar", tmp_path / "out", data, "--tokenizer", trained / "phase1.pt", **fq)
+    assert (tmp_path / "out" / "ar.pt").exists()
+
+
+def test_building_on_the_meta_device_draws_no_random_number():
+    before = torch.get_rng_state()
+    networks = train.build_on_meta(train.PRESETS["demo"], train.STAGES)
+    assert networks.keys() == {"vgg", "phase1", "phase2", "disc", "ar", "nar"}
+    assert all(p.is_meta for network in networks.values() for p in network.parameters())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("share, micro, groups", [
+    (8, None, ""), (8, 4, ""), (12, 8, ""), (4, 64, ""), (6, 2, "of 2 images"),
+    (7, None, "groups of 1 images"),
+    (8, 6, "of 2 and 6 images the style discriminator compares groups of 2 and 3 images"),
+    (9, 4, "of 1 and 4 images the style discriminator compares groups of 1 and 4 images")])
+def test_micro_batches_that_change_the_discriminator_s_groups_are_told(share, micro, groups):
+    told = train.odd_groups(share, micro)
+    assert groups in told and bool(told) == bool(groups)
+
+
+@pytest.mark.parametrize("sets, notes", [
+    ({}, 1), ({"discriminator.kind": "patch"}, 0), ({"phase1.adv_weight": 0.0}, 0)])
+def test_the_note_on_groups_comes_once_and_only_with_the_style_discriminator(
+        sets, notes, trained, data, tmp_path, capsys):
+    out = earlier(trained, tmp_path / "out", "phase1")
+    call("phase1", out, data, "--micro-batch", 3, **sets, **{"phase1.steps": 1})
+    assert capsys.readouterr().out.count("note: phase1: in micro-batches of 2 and 3 images") == notes

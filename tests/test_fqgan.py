@@ -583,7 +583,7 @@ def test_the_presets_of_the_article_build_its_networks(capsys):
                       disentangle=0.1, represent=0.5, clip=1.0)
         assert wanted.items() <= first.items() and first["adv_start"] * first["steps"] == 20_000
     args, config = train.parse_args(["--preset", "fqgan-dual", "--explain"])
-    visualize.explain(config)
+    visualize.explain(config, train.build_on_meta(config, train.STAGES))
     assert "417,104,896" in capsys.readouterr().out
 
 
