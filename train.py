@@ -671,8 +671,8 @@ class Run:
         exit code; SIGUSR1 saves and goes on. A second Ctrl-C, and all signals between two stages, end it at
         once. SIGHUP stays ignored where nohup has seen to it. Only a main thread can listen."""
         if threading.current_thread() is not threading.main_thread():
-            print0("note: not in the main thread, so no signal is heeded: one that ends the program loses the "
-                   "steps since the last save")
+            print0("note: not in the main thread, so no signal is heeded: one that ends the program loses "
+                   "the steps since the last save")
             yield
             return
         pressed = []  # when Ctrl-C was; torchrun repeats it within an instant

@@ -16,7 +16,6 @@ import argparse
 import copy
 import itertools
 import json
-import resource
 import shutil
 import statistics
 import subprocess
@@ -37,7 +36,8 @@ from perceptual import (
 from prior_ar import ARPrior, PriorConfig
 from prior_nar import NARPrior, mask_tokens
 from sample import (
-    FolderData, keep_freed_memory, pack_linears, read_checkpoint, save_checkpoint, scan_folder,
+    FolderData, keep_freed_memory, pack_linears, peak_memory, read_checkpoint, save_checkpoint,
+    scan_folder,
 )
 from tokenizer import TokenizerConfig, VectorQuantizer, VQTokenizer
 from visualize import read_metrics
@@ -55,7 +55,7 @@ def median_time(function, repeats=30):
 
 def peak_mb():
     """Most memory that this process ever had, in MiB."""
-    return sample.peak_memory()
+    return peak_memory()
 
 
 def tensor_peak_mb(function):

@@ -11,24 +11,20 @@ import json
 import multiprocessing
 import os
 import pty
-import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, call, command, earlier, fork, forked, refusal, rows, wait_for, wait_until
-from test_reliability import LONG, alive, at_step, check_equal, nap, napping, signalled, torchrun
+from helpers import ROOT, call, command, earlier, fork, forked, wait_for, wait_until
+from test_reliability import alive, at_step, check_equal, nap, napping, signalled, torchrun
 
-import console
 import sample
 import train
-import visualize
-from sample import UserError, read_checkpoint
+from sample import read_checkpoint
 
 ENV = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
 
@@ -142,3 +138,127 @@ def test_an_unforeseen_exception_in_one_process_ends_all_with_their_workers(trai
     assert job.wait(90) == 1
     assert "RuntimeError: a test" in (tmp_path / "log").read_text()
     wait_until(lambda: not alive(word=out), patience=10)
+
+
+# Signals --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGXCPU, signal.SIGUSR2])
+def test_signals_of_terminals_and_schedulers_save_the_step_in_progress(trained, data, tmp_path, number):
+    out = earlier(trained, tmp_path / "out", "nar")
+    assert signalled(data, out, number) == 128 + number
+    assert read_checkpoint(out / "nar.pt", ["nar"])["step"] == 10
+
+
+def test_they_leave_the_loader_alive_until_the_save(trained, data, tmp_path):
+    out = earlier(trained, tmp_path / "out", "phase1")
+    victim = napping(3, 0.5, "phase1", out, data, "--workers", 2)
+    for number in (signal.SIGHUP, signal.SIGXCPU, signal.SIGUSR2):
+        os.killpg(victim, number)
+    assert wait_for(victim) > 128
+    assert read_checkpoint(out / "phase1.pt", ["phase1"])["step"] == 3
+
+
+def test_sighup_stays_ignored_under_nohup(trained, data, tmp_path):
+    out = earlier(trained, tmp_path / "out", "nar")
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        victim = napping(3, 0.5, "nar", out, data)
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    os.kill(victim, signal.SIGHUP)
+    assert wait_for(victim) == 0
+    check_equal(trained, out, "nar")
+
+
+def test_sighup_while_a_run_validates_saves_that_step(trained, data, tmp_path):
+    out = earlier(trained, tmp_path / "out", "nar")
+
+    def child():
+        train.evaluate_prior = lambda *args: nap(out, 0.5)
+        call("nar", out, data, "--eval-every", 3, "--save-every", 100)
+
+    victim = fork(child)
+    wait_until((out / "napping").exists)
+    os.kill(victim, signal.SIGHUP)
+    assert wait_for(victim) == 129
+    assert read_checkpoint(out / "nar.pt", ["nar"])["step"] == 3
+
+
+@pytest.mark.parametrize("name, stage", [("encode_all", "ar"), ("summarize", "all")])
+def test_sighup_between_two_stages_ends_at_once_and_the_same_command_goes_on(
+    trained, data, tmp_path, name, stage
+):
+    out = tmp_path / "out"
+    out.mkdir()
+    for path in (*trained.glob("*.pt"), trained / "metrics.jsonl"):
+        if stage == "all" or path.name in ("vgg.pt", "phase1.pt", "phase2.pt"):
+            (out / path.name).write_bytes(path.read_bytes())
+
+    def child():
+        setattr(train, name, lambda *args: nap(out, 60))
+        call(stage, out, data)
+
+    victim = fork(child)
+    wait_until((out / "napping").exists)
+    os.kill(victim, signal.SIGHUP)
+    assert wait_for(victim, 20) == 129
+    call("ar", out, data)
+    check_equal(trained, out, "ar")
+
+
+def test_a_closed_terminal_saves_the_step_in_progress(trained, data, tmp_path):
+    """Nothing can be printed any more then, either."""
+    out = earlier(trained, tmp_path / "out", "nar")
+    child, terminal = pty.fork()
+    if child == 0:
+        at_step(3, lambda: nap(out, 1))
+        code = 1
+        with contextlib.suppress(BaseException):
+            try:
+                call("nar", out, data)
+            except SystemExit as stop:
+                code = stop.code
+        os._exit(code)
+    wait_until((out / "napping").exists)
+    os.close(terminal)
+    assert wait_for(child) == 129
+    assert read_checkpoint(out / "nar.pt", ["nar"])["step"] == 3
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("flags, ends", [((), True), (("--signals-to-handle", "SIGTERM,SIGINT"), False)])
+def test_sighup_to_torchrun_under_nohup_saves_or_with_its_flag_is_ignored(
+    trained, data, tmp_path, flags, ends
+):
+    out = earlier(trained, tmp_path / "out", "phase1")
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        job = torchrun(tmp_path, dict(kind="sleep", at=[3, 0], seconds=2),
+                       command("phase1", out, data, "--save-every", 100), *flags)
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    wait_until(lambda: "FAULT" in (tmp_path / "log").read_text())
+    job.send_signal(signal.SIGHUP)
+    assert (job.wait(60) != 0) == ends
+    assert read_checkpoint(out / "phase1.pt", ["phase1"])["step"] == (3 if ends else 6)
+
+
+# Threads --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_in_a_thread_trains_the_same_without_handlers_and_says_so(
+    trained, data, tmp_path, capfd, workers
+):
+    out = earlier(trained, tmp_path / "out", "phase1")
+
+    def child():
+        thread = threading.Thread(target=call, args=("phase1", out, data, "--workers", workers))
+        thread.start()
+        thread.join()
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+    assert forked(child) == 0
+    assert capfd.readouterr().out.count("note: not in the main thread") == 1
+    check_equal(trained, out, "phase1")
