@@ -1,0 +1,82 @@
+"""File systems that cannot do all, and streams that nobody reads (issue on faults): nothing is lost."""
+
+import errno
+import fcntl
+import io
+import os
+import resource
+import stat
+import sys
+
+import pytest
+import torch
+
+import sample
+import train
+from console import Steady, steady_output
+from sample import UserError
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP])
+def test_a_file_is_saved_where_folders_cannot_be_synced(tmp_path, monkeypatch, number):
+    real = os.fsync
+
+    def fsync(file):
+        if stat.S_ISDIR(os.fstat(file if isinstance(file, int) else file.fileno()).st_mode):
+            raise OSError(number, "no")
+        real(file)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    sample.save_atomic(lambda p: p.write_text("kept"), tmp_path / "a.txt")
+    assert (tmp_path / "a.txt").read_text() == "kept"
+
+
+def test_a_file_that_cannot_be_synced_itself_is_still_an_error(tmp_path, monkeypatch):
+    def fsync(file):
+        raise OSError(errno.EIO, "broken disk")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(UserError, match="could not be written"):
+        sample.save_atomic(lambda p: p.write_text("new"), tmp_path / "a.txt")
+    assert not (tmp_path / "a.txt").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP])
+def test_without_locks_a_folder_is_taken_with_one_warning(tmp_path, monkeypatch, capsys, number):
+    def lockf(*words):
+        raise OSError(number, "no locks")
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    for _ in range(2):
+        sample.claim(tmp_path / "run").close()
+    assert capsys.readouterr().err.count("has no locks") == 1
+
+
+@pytest.mark.parametrize("platform, mib", [("linux", 2048.0), ("darwin", 2.0)])
+def test_peak_memory_knows_the_unit_of_the_platform(monkeypatch, platform, mib):
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(resource, "getrusage", lambda who: type("R", (), dict(ru_maxrss=2 * 2**20)))
+    assert sample.peak_memory() == mib
+
+
+@pytest.mark.parametrize("stream", [None, open(os.devnull)])
+def test_a_stream_that_takes_nothing_costs_the_writer_nothing(stream):
+    steady = Steady(stream)
+    assert steady.write("line\n") == 5 and steady.flush() is None
+
+
+def test_output_is_as_before_where_it_can_be_written(monkeypatch):
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    with steady_output():
+        print("told")
+    assert out.getvalue() == "told\n" and sys.stdout is out
+
+
+def test_compile_without_a_compiler_is_one_line(monkeypatch):
+    def broken(function):
+        raise RuntimeError("first line\nerror: no compiler\nmany more")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(UserError, match=r"^--compile does not work here: error: no compiler. Install"):
+        train.check_compiler(torch.device("cpu"))
