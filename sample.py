@@ -12,8 +12,8 @@ number of processes. train.py and visualize.py import the data sets and the load
 import argparse
 from pathlib import Path
 
-from paths import as_path, expanded
-from console import steady_output, steady_process
+from plumbing.paths import as_path, expanded
+from plumbing.console import steady_output, steady_process
 
 
 def parse_args(argv=None):

@@ -18,8 +18,8 @@ import difflib
 import json
 from pathlib import Path
 
-from paths import as_path, expanded
-from console import steady_process
+from plumbing.paths import as_path, expanded
+from plumbing.console import steady_process
 
 STAGES = ("vgg", "phase1", "phase2", "ar", "nar")
 

@@ -12,8 +12,8 @@ it, and shows it beside the reconstruction. A tokenizer whose tokens are predict
 import argparse
 from pathlib import Path
 
-from paths import as_path, expanded
-from console import steady_process
+from plumbing.paths import as_path, expanded
+from plumbing.console import steady_process
 
 # Rows: label, --ablation of train.py, decoder of which phase, the paper's numbers in the order of columns.
 TABLES = {

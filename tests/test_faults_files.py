@@ -13,7 +13,7 @@ import torch
 
 import sample
 import train
-from console import Steady, steady_output
+from plumbing.console import Steady, steady_output
 from sample import UserError
 
 
