@@ -29,18 +29,21 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
+import plumbing.files
+import plumbing.processes
+import plumbing.run
+import recipes.options
+import recipes.small
 import train
-from perceptual import (
-    StyleDiscriminator, VGGTaps, adv_loss, build_vgg16, disc_loss, layer_weights, perceptual_loss,
-)
+from perceptual import StyleDiscriminator, VGGTaps, adv_loss, disc_loss, layer_weights, perceptual_loss
+from plumbing.weights import build_vgg16
 from prior_ar import ARPrior, PriorConfig
 from prior_nar import NARPrior, mask_tokens
-from sample import (
-    FolderData, keep_freed_memory, pack_linears, peak_memory, read_checkpoint, save_checkpoint,
-    scan_folder,
-)
-from tokenizer import TokenizerConfig, VectorQuantizer, VQTokenizer
-from visualize import read_metrics
+from plumbing.data import FolderData, scan_folder
+from plumbing.fast import keep_freed_memory, pack_linears
+from plumbing.files import read_checkpoint, save_checkpoint
+from tokenizer import TokenizerConfig, VQTokenizer, VectorQuantizer
+from plumbing.files import read_metrics
 
 
 def median_time(function, repeats=30):
@@ -55,7 +58,7 @@ def median_time(function, repeats=30):
 
 def peak_mb():
     """Most memory that this process ever had, in MiB."""
-    return peak_memory()
+    return plumbing.processes.peak_memory()
 
 
 def tensor_peak_mb(function):
@@ -365,21 +368,21 @@ def safety(stage, folder):
     words = ["--preset", "cifar10", "--data", "shapes", "--out", str(folder), "--set", "judge.steps=2",
              "--limit", "2000", "--eval-every", "0", "--log-every", "5", "--save-every", "1000",
              "--set", "tokenizer.warm_start=0", "--set", "phase1.adv_start=0.0"]
-    args, config = train.parse_args(["--stage", stage, "--steps", "40", *words])
-    run, path = train.Run(args, config), folder / f"{stage}.pt"
+    args, config = recipes.options.train_args(["--stage", stage, "--steps", "40", *words])
+    run, path = plumbing.run.Run(args, config), folder / f"{stage}.pt"
     train.train_stage(run, stage)
     rows = [row for row in read_metrics(folder / "metrics.jsonl") if row["stage"] == stage]
     step = (rows[-1]["seconds"] - rows[1]["seconds"]) / (rows[-1]["step"] - rows[1]["step"])
     ckpt = read_checkpoint(path, [stage])
     checks = median_time(lambda: run.due("save", stage, 0))
-    checks += median_time(lambda: torch.manual_seed(train.mix(0, stage, 1, 0)))
+    checks += median_time(lambda: torch.manual_seed(plumbing.processes.mix(0, stage, 1, 0)))
     for weights in (ckpt["model"], ckpt["train"].get("disc", {})):
         grads = [torch.randn_like(value) for value in weights.values() if value.is_floating_point()]
         checks += median_time(lambda g=grads: torch.nn.utils.get_total_norm(g).isfinite().item())
     line = median_time(lambda: run.log(stage, 0, lr=0.1, loss_rec=1.0)) / 20
     plain = median_time(lambda: torch.save(ckpt, folder / "plain.pt"), 7)
-    safe = median_time(lambda: train.not_finite(ckpt) or save_checkpoint(ckpt, path), 7)
-    save = (safe - plain) / min(2000, train.CIFAR10[stage]["steps"] // 10)
+    safe = median_time(lambda: plumbing.files.not_finite(ckpt) or save_checkpoint(ckpt, path), 7)
+    save = (safe - plain) / min(2000, recipes.small.CIFAR10[stage]["steps"] // 10)
     print(f"{stage}: step {step * 1e3:.1f} ms; checks {checks * 1e3:.2f} ms, log {line * 1e3:.3f} ms, "
           f"checkpoint {save * 1e3:.3f} ms a step ({plain:.2f} -> {safe:.2f} s each): "
           f"{(checks + line + save) / step:.2%}")

@@ -16,8 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
+import plumbing.run
+import recipes.options
 import train
-from sample import Shapes
+from plumbing.shapes import Shapes
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ["tokenizer", "perceptual", "prior_ar", "prior_nar", "sample", "visualize", "train"]
@@ -56,11 +58,11 @@ def command(stage, out, data, *more, **sets):
 
 
 def call(*words, **sets):
-    train.main(*train.parse_args(command(*words, **sets)))
+    train.main(*recipes.options.train_args(command(*words, **sets)))
 
 
 def open_run(*words, **sets):
-    return train.Run(*train.parse_args(command(*words, **sets)))
+    return plumbing.run.Run(*recipes.options.train_args(command(*words, **sets)))
 
 
 BEFORE = dict(vgg=[], phase1=["vgg"], phase2=["vgg", "phase1"], ar=["phase1", "phase2", "codes"])

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from helpers import differing, rows
 
-from sample import read_checkpoint
-from train import STAGES
+from plumbing.files import read_checkpoint
+from recipes.options import STAGES
 
 ROOT = Path(__file__).parent.parent
 

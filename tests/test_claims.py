@@ -4,9 +4,11 @@ import math
 
 import pytest
 
-import visualize
-from sample import UserError
-from visualize import CLAIMS, Spread, judge_claims
+import recipes.options
+import studies.claims
+from plumbing.errors import UserError
+from recipes.ablations import CLAIMS
+from studies.verdicts import Spread, judge_claims
 
 KEYS = ("rec_phase1_rfid", "ar_phase1_fid", "nar_phase1_fid", "ar_phase2_fid", "nar_phase2_fid",
         "ar_relative", "nar_relative", "rec_phase1_usage")
@@ -145,9 +147,11 @@ def test_intervals_are_student_s_of_the_variance_pooled_over_arms():
 
 
 def test_the_arms_are_those_of_the_protocol_and_each_is_trained_and_measured_alike(tmp_path):
-    args = visualize.parse_args(["claims", "--preset", "claims", "--data", "DIR", "--out", str(tmp_path)])
-    table = visualize.Claims(args)
-    assert [row[1] for row in table.table["rows"]] == [  # cut short, it has one seed of everything first
+    args = recipes.options.visualize_args(
+        ["claims", "--preset", "claims", "--data", "DIR", "--out", str(tmp_path)]
+    )
+    table = studies.claims.Claims(args)
+    assert [row.name for row in table.table["rows"]] == [  # cut short, it has one seed of everything first
         "alpha=0|0", "alpha=0.25|0", "alpha=0.5|0", "alpha=0.75|0", "alpha=1|0", "attention2|0", "vqgan|0",
         "entropy|0", "plain|0", "f4,alpha=0|0", "f4,alpha=1|0", "alpha=0|1", "alpha=0.5|1", "alpha=1|1",
         "attention2|1", "alpha=0|2", "alpha=0.5|2", "alpha=1|2"]
@@ -158,7 +162,7 @@ def test_the_arms_are_those_of_the_protocol_and_each_is_trained_and_measured_ali
     assert words[words.index("--alpha") + 1] == "1" and "tokenizer.channel_mult=[1,2,4]" in words
     assert words[words.index("--seed") + 1] == "0" and words[words.index("--data") + 1] == "DIR"
     words = ["claims", "--preset", "demo", "--out", str(tmp_path / "b")]
-    demo = visualize.Claims(visualize.parse_args(words))
+    demo = studies.claims.Claims(recipes.options.visualize_args(words))
     assert len(demo.table["rows"]) == 11 and "phase1.steps=250" in demo.args.set
     table.show()
     assert (tmp_path / "claims.jsonl").read_text() == ""
@@ -166,11 +170,11 @@ def test_the_arms_are_those_of_the_protocol_and_each_is_trained_and_measured_ali
 
 def test_runs_of_unequal_budgets_are_refused():
     rows = [dict(steps=dict(phase1=9, phase2=2)), dict(steps=dict(phase1=9))]  # an arm of one phase is fine
-    visualize.refuse_unequal(rows, "ROOT")
+    studies.claims.refuse_unequal(rows, "ROOT")
     with pytest.raises(UserError, match="ROOT has runs of phase1 with 8 and with 9 steps"):
-        visualize.refuse_unequal([*rows, dict(steps=dict(phase1=8))], "ROOT")
+        studies.claims.refuse_unequal([*rows, dict(steps=dict(phase1=8))], "ROOT")
 
 
 def test_the_picture_of_the_claims_is_drawn_with_its_intervals(tmp_path):
-    visualize.draw_claims(Spread(as_the_paper_says()), tmp_path / "x.png")
+    studies.claims.draw_claims(Spread(as_the_paper_says()), tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 10_000 and "NaN" not in (tmp_path / "x.json").read_text()

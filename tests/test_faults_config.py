@@ -9,12 +9,19 @@ import sys
 import pytest
 import torch
 
+import plumbing.errors
+import plumbing.preflight
+import plumbing.processes
+import plumbing.run
+import plumbing.stages
+import plumbing.validation
+import recipes.options
+import studies.summary
 import perceptual
-import sample
 import train
-import visualize
-from helpers import ROOT, call, contents, earlier, refusal, rows
+from helpers import ROOT, call, command, contents, earlier, refusal, rows
 from prior_ar import ARPrior, PriorConfig, sample_logits
+from plumbing.files import read_checkpoint
 from prior_nar import NARPrior
 
 
@@ -33,10 +40,11 @@ def test_a_temperature_that_would_overflow_the_logits_takes_the_argmax(temperatu
     logits, u = 30 * torch.randn(5, 16), torch.rand(5)
     assert torch.equal(sample_logits(logits, u, temperature, top_p=0.9), logits.argmax(1))
     ar, noise = ARPrior(PriorConfig(**SIZES)), torch.rand(2, 9)
-    assert torch.equal(ar.generate(None, noise, temperature), ar.generate(None, noise, 0))
+    assert torch.equal(ar.generate(None, noise, temperature=temperature),
+                       ar.generate(None, noise, temperature=0))
     nar, noise = NARPrior(PriorConfig(**SIZES)), torch.rand(2, 4, 2, 9)
-    tokens = nar.generate(None, noise, 4, token_temperature=temperature)
-    assert torch.equal(tokens, nar.generate(None, noise, 4, token_temperature=0))
+    tokens = nar.generate(None, noise, token_temperature=temperature)
+    assert torch.equal(tokens, nar.generate(None, noise, token_temperature=0))
 
 
 def test_the_smallest_temperature_that_divides_takes_the_argmax_too():
@@ -46,41 +54,44 @@ def test_the_smallest_temperature_that_divides_takes_the_argmax_too():
 
 @pytest.mark.parametrize("stage", ["vgg", "phase1", "phase2", "ar", "nar"])
 def test_averaged_weights_that_never_leave_the_first_ones_are_refused(stage, tmp_path, data, capsys):
-    name = f"{train.SECTION[stage]}.ema"
+    name = f"{plumbing.stages.SECTION[stage]}.ema"
     assert f"{name} must be" in refusal(capsys, stage, tmp_path / "out", data, **{name: 1.0})
 
 
 @pytest.mark.parametrize("stage", ["vgg", "phase1", "phase2", "ar", "nar"])
 def test_averaged_weights_slower_than_the_run_are_told_at_its_start(stage, trained, data, tmp_path, capsys):
-    out, name = earlier(trained, tmp_path / "out", stage), f"{train.SECTION[stage]}.ema"
-    call(stage, out, data, **{name: 0.9999, f"{train.SECTION[stage]}.steps": 2})
+    out, name = earlier(trained, tmp_path / "out", stage), f"{plumbing.stages.SECTION[stage]}.ema"
+    call(stage, out, data, **{name: 0.9999, f"{plumbing.stages.SECTION[stage]}.steps": 2})
     told = [line for line in capsys.readouterr().err.splitlines() if "is slow for" in line]
     assert len(told) == 1 and told[0].startswith(f"warning: {name}=0.9999 is slow for 2 steps: 100%")
-    call(stage, out, data, **{name: 0.9999, f"{train.SECTION[stage]}.steps": 2})
+    call(stage, out, data, **{name: 0.9999, f"{plumbing.stages.SECTION[stage]}.steps": 2})
     assert "is slow for" not in capsys.readouterr().err  # it has all its steps
 
 
 def test_the_warning_of_a_slow_average_names_a_value_that_fits():
-    told = train.slow_average("phase1", dict(ema=0.9999, steps=120))
+    told = plumbing.run.slow_average("phase1", dict(ema=0.9999, steps=120))
     assert "99%" in told and "--set phase1.ema=0.958333 fits" in told and "\n" not in told
-    assert train.slow_average("vgg", dict(ema=0.9, steps=1)).count("judge.ema=0 fits") == 1
+    assert plumbing.run.slow_average("vgg", dict(ema=0.9, steps=1)).count("judge.ema=0 fits") == 1
     for steps in (10, 120, 5000, 10**6):
         fits = float(f"{1 - 5 / steps:.6g}")
-        assert train.slow_average("phase1", dict(ema=fits, steps=steps)) == ""
+        assert plumbing.run.slow_average("phase1", dict(ema=fits, steps=steps)) == ""
 
 
-@pytest.mark.parametrize("preset", train.PRESETS)
+@pytest.mark.parametrize("preset", recipes.options.PRESETS)
 def test_no_preset_averages_more_slowly_than_it_trains(preset):
-    config = train.PRESETS[preset]
-    assert not any(train.slow_average(stage, config[train.SECTION[stage]]) for stage in train.STAGES)
+    config = recipes.options.PRESETS[preset]
+    assert not any(
+        plumbing.run.slow_average(stage, config[plumbing.stages.SECTION[stage]])
+        for stage in recipes.options.STAGES
+    )
 
 
 def test_a_fall_of_usage_counted_on_few_tokens_is_no_alarm():
-    c = train.PRESETS["demo"]["phase1"]
+    c = recipes.options.PRESETS["demo"]["phase1"]
 
     def alarms(counted):
         lines = [dict(stage="phase1", usage=usage, usage_tokens=counted) for usage in (0.25, 0.05)]
-        return visualize.early_warnings(lines, "phase1", c, 64)
+        return plumbing.validation.early_warnings(lines, "phase1", c, 64)
 
     assert alarms(16) == alarms(639) == {} and list(alarms(640)) == ["usage"]
 
@@ -95,12 +106,12 @@ def test_the_log_says_on_how_many_tokens_usage_was_counted_and_notes_where_they_
     assert told == [20 * 16] * 2  # validation images times tokens
     assert said.count("320 validation tokens for 512 codes and cannot exceed 62%") == 1
     assert json.loads((trained / "summary.json").read_text())["usage_tokens"] == 320
-    assert "exceed" not in visualize.told_usage(320, 64)
+    assert "exceed" not in plumbing.validation.told_usage(320, 64)
 
 
 def test_the_summary_tells_the_view_number_by_number_in_short_lines(trained):
     summary = json.loads((trained / "summary.json").read_text())
-    lines = dict(visualize.summary_lines(summary))
+    lines = dict(studies.summary.summary_lines(summary))
     assert lines["view.top1"] == f"{summary['view']['top1']:.4g}"
     assert "view" not in lines and "view.nats_by_position" not in lines
     assert all(len(text) < 80 for name, text in lines.items() if name not in ("command", "data"))
@@ -110,11 +121,11 @@ def test_the_summary_tells_the_view_number_by_number_in_short_lines(trained):
 
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "bogus"])
 def test_a_backend_that_a_notebook_left_behind_does_not_reach_matplotlib(backend, tmp_path):
-    code = ("import sample, visualize; fig = visualize.new_figure(1, 1); "
-            f"visualize.save_figure(fig, {str(tmp_path / 'a.png')!r}, []); "
+    code = ("from pathlib import Path; from plumbing import drawing; from studies import sweep; "
+            f"drawing.save_figure(drawing.new_figure(1, 1), {str(tmp_path / 'a.png')!r}, []); "
             "rows = [dict(top_p=1.0, fid=1.0)]; "
-            "sample.draw_sweep(rows, 'top_p', dict(num_images=1, extractor='x'), "
-            f"sample.Path({str(tmp_path / 'b.png')!r}))")
+            "sweep.draw_sweep(rows, 'top_p', dict(num_images=1, extractor='x'), "
+            f"Path({str(tmp_path / 'b.png')!r}))")
     environment = {**os.environ, "MPLBACKEND": backend, "MPLCONFIGDIR": "/proc/none"}
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, timeout=120)
     assert (tmp_path / "a.png").exists() and (tmp_path / "b.png").exists()
@@ -152,17 +163,17 @@ def test_variables_that_fit_no_launch_are_refused(variables, named, data, tmp_pa
 def test_a_rank_without_a_launch_is_not_heeded_and_errors_are_still_told(
         variables, data, tmp_path, monkeypatch, capsys):
     left_behind(monkeypatch, variables)
-    assert sample.launched() == (0, 0, 1)
-    assert sample.setup_device("cpu").type == "cpu" and sample.world() == 1
+    assert plumbing.processes.launched() == (0, 0, 1)
+    assert plumbing.processes.setup_device("cpu").type == "cpu" and plumbing.processes.world() == 1
     assert ("the only process" in capsys.readouterr().err) == ("WORLD_SIZE" not in variables)
-    with pytest.raises(SystemExit), sample.one_line_errors():
-        raise sample.UserError("told")
+    with pytest.raises(SystemExit), plumbing.processes.one_line_errors():
+        raise plumbing.errors.UserError("told")
     assert capsys.readouterr().err == "error: told\n"
 
 
 def test_what_torchrun_sets_is_heeded(monkeypatch):
     left_behind(monkeypatch, TORCHRUN)
-    assert sample.launched() == (1, 1, 2) and not sample.speaks()
+    assert plumbing.processes.launched() == (1, 1, 2) and not plumbing.processes.speaks()
 
 
 WRONG = {  # section -> words that no preset can run with, and what the line names
@@ -175,7 +186,6 @@ WRONG = {  # section -> words that no preset can run with, and what the line nam
     "phase1": (["--set", "phase1.alpha=2.0"], "phase1.alpha"),
     "phase2": (["--vgg", "judge", "--set", "phase1.layers=A", "--set", "phase2.layers=lpips"],
                "phase2.layers=lpips needs"),
-    "teachers": (["--set", 'teachers=["nowhere"]'], "teacher"),
     "prior": (["--set", "prior.n_head=7"], "n_head 7"),
     "ar": (["--set", "ar.schedule=stairs"], "ar.schedule"),
     "nar": (["--set", "nar.ema=1.0"], "nar.ema"),
@@ -187,14 +197,14 @@ def refused(capsys, *words):
     """The one line on stderr of a command that ends with exit code 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        train.main(*train.parse_args(list(map(str, words))))
+        train.main(*recipes.options.train_args(list(map(str, words))))
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
     return error
 
 
 @pytest.mark.parametrize("section", WRONG)
-@pytest.mark.parametrize("preset", train.PRESETS)
+@pytest.mark.parametrize("preset", recipes.options.PRESETS)
 def test_one_wrong_value_of_any_section_is_refused_before_anything_is_written(
         preset, section, data, tmp_path, capsys):
     wrong, named = WRONG[section]
@@ -208,8 +218,8 @@ def test_one_wrong_value_of_any_section_is_refused_before_anything_is_written(
 def test_the_refusal_of_a_side_names_the_discriminator_that_takes_it_and_the_floor(data, tmp_path, capsys):
     error = refusal(capsys, "all", tmp_path / "out", data, image_size=96)
     assert "discriminator.kind=patch" in error and "from 32 on" in error
-    config = {**train.PRESETS["demo"], "image_size": 96, "discriminator": dict(kind="patch")}
-    assert train.build_on_meta(config, train.STAGES)["disc"].layers
+    config = {**recipes.options.PRESETS["demo"], "image_size": 96, "discriminator": dict(kind="patch")}
+    assert plumbing.preflight.build_on_meta(config, recipes.options.STAGES)["disc"].layers
 
 
 @pytest.mark.parametrize("more, named", [(["--vgg", "random"], "no class sub-folders"), ([], "needs labels")])
@@ -227,7 +237,7 @@ def test_a_preset_that_needs_initial_weights_is_refused_before_the_judge_is_trai
 @pytest.mark.parametrize("section", ["judge", "phase1", "phase2", "ar", "nar"])
 def test_a_batch_that_the_processes_cannot_share_is_refused_at_any_stage(
         section, data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "world", lambda: 4)
+    monkeypatch.setattr(plumbing.preflight, "world", lambda: 4)
     error = refusal(capsys, "all", tmp_path / "out", data, **{f"{section}.batch": 6})
     assert "batch 6 cannot be split over 4 processes; use 4 or 8" in error
     assert not (tmp_path / "out").exists()
@@ -268,24 +278,25 @@ def test_initial_weights_that_do_not_fit_are_refused_before_the_judge_is_trained
 
 
 def test_a_phase_whose_judge_is_missing_is_refused_before_that_is_trained(data, flat, tmp_path, capsys):
-    fq = {"tokenizer.trunk": "vqgan", "tokenizer.codebook": "fq", "tokenizer.num_codebooks": 2,
-          "tokenizer.teacher_widths": [0, 48], "teachers": [None, "judge"]}
-    error = refusal(capsys, "phase1", tmp_path / "out", data, **fq)
+    fq = {"tokenizer.teacher_widths": [0, 48], "prior.n_head": 2, "prior.n_embd": 32}
+    words = command("phase1", tmp_path / "out", data, "--preset", "demo-fq", **fq)
+    error = refused(capsys, *words)
     assert "teacher judge gives 32 features, not the 48" in error
     assert "needs labels" in refusal(capsys, "phase1", tmp_path / "out", flat)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_prior_is_checked_with_the_sizes_of_the_tokenizer_that_it_is_given(trained, data, tmp_path):
-    """Not with the preset's: two sub-codebooks there would refuse the tied head."""
-    fq = {"tokenizer.trunk": "vqgan", "tokenizer.codebook": "fq", "tokenizer.num_codebooks": 2, "ar.steps": 1}
-    call("ar", tmp_path / "out", data, "--tokenizer", trained / "phase1.pt", **fq)
-    assert (tmp_path / "out" / "ar.pt").exists()
+    """Not with the preset's, whose codes are not the ones that it will model."""
+    sizes = {"tokenizer.codebook_size": 7, "tokenizer.channel_mult": [1, 2], "ar.steps": 1}
+    call("ar", tmp_path / "out", data, "--tokenizer", trained / "phase1.pt", **sizes)
+    prior = read_checkpoint(tmp_path / "out" / "ar.pt", ["ar"])["model_config"]
+    assert (prior["codebook_size"], prior["num_tokens"]) == (32, 16)
 
 
 def test_building_on_the_meta_device_draws_no_random_number():
     before = torch.get_rng_state()
-    networks = train.build_on_meta(train.PRESETS["demo"], train.STAGES)
+    networks = plumbing.preflight.build_on_meta(recipes.options.PRESETS["demo"], recipes.options.STAGES)
     assert networks.keys() == {"vgg", "phase1", "phase2", "disc", "ar", "nar"}
     assert all(p.is_meta for network in networks.values() for p in network.parameters())
     assert torch.equal(torch.get_rng_state(), before)
@@ -297,7 +308,7 @@ def test_building_on_the_meta_device_draws_no_random_number():
     (8, 6, "of 2 and 6 images the style discriminator compares groups of 2 and 3 images"),
     (9, 4, "of 1 and 4 images the style discriminator compares groups of 1 and 4 images")])
 def test_micro_batches_that_change_the_discriminator_s_groups_are_told(share, micro, groups):
-    told = train.odd_groups(share, micro)
+    told = plumbing.preflight.odd_groups(share, micro)
     assert groups in told and bool(told) == bool(groups)
 
 

@@ -7,19 +7,30 @@ import logging
 import re
 import shutil
 import struct
+import subprocess
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import plumbing.data
+import plumbing.files
+import plumbing.images
+import plumbing.slices
+import recipes.options
+import studies.metrics
+import studies.probe
+import studies.report
+import studies.tables
 from helpers import call, contents, differing, earlier, refusal
 from PIL import Image
 
 import sample
 import train
 import visualize
-from sample import UserError, read_checkpoint
+from plumbing.errors import UserError
+from plumbing.files import read_checkpoint
 
 CONFIG = dict(data=None, val=None, image_size=16, seed=0, limit=None)
 
@@ -32,7 +43,7 @@ def pictures(folder, *names, size=(12, 10)):
 
 
 def load(folder, val=None, **changes):
-    return sample.load_data(dict(CONFIG, data=str(folder), val=val and str(val), **changes))
+    return plumbing.data.load_data(dict(CONFIG, data=str(folder), val=val and str(val), **changes))
 
 
 def refused_data(*words, **changes):
@@ -87,7 +98,7 @@ def test_a_class_that_is_called_like_a_split_stays_a_class_among_others(tmp_path
     (tmp_path / "E" / "test").mkdir()  # empty beside images
     assert len(load(tmp_path / "E")[0]) == 2
     for name in ("bullet_train", "testify", "valley", "trainer", "data", "2017"):
-        assert sample.split_of(name) is None
+        assert plumbing.data.split_of(name) is None
 
 
 def test_a_command_refuses_splits_before_it_writes_anything(tmp_path, capsys):
@@ -103,9 +114,9 @@ def test_a_flat_val_beside_classes_is_told_as_it_is_with_remedies_that_work(tmp_
     assert f"out: --data {tmp_path / 'train'} (sample.py, visualize.py: --data {tmp_path / 'val'})" in said
     assert said == refused_data(tmp_path / "train", tmp_path / "val")
     with pytest.raises(UserError, match="no class sub-folders"):
-        sample.load_data(sample.with_data(CONFIG, str(tmp_path)))  # --reconstruct --data
+        plumbing.data.load_data(plumbing.data.with_data(CONFIG, str(tmp_path)))  # --reconstruct --data
     assert load(tmp_path / "train")[0].num_classes == 3
-    assert len(sample.load_data(sample.with_data(CONFIG, str(tmp_path / "val")))[1]) == 2
+    assert len(plumbing.data.load_data(plumbing.data.with_data(CONFIG, str(tmp_path / "val")))[1]) == 2
 
 
 def test_classes_in_val_alone_are_told_as_they_are(tmp_path):
@@ -149,7 +160,7 @@ def test_decoders_chatter_about_no_file_and_pixels_stay_as_they_were(tmp_path, c
             assert len(heard) > before, name  # Pillow itself does warn
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
-        images = [sample.load_rgb(tmp_path / name) for name in ("a.jpg", "b.png", "c.webp", "d.tif")]
+        images = [plumbing.images.load_rgb(tmp_path / name) for name in ("a.jpg", "b.png", "c.webp", "d.tif")]
     assert not heard and [image.size for image in images] == [(32, 40)] * 3 + [(40, 32)]
     said = capfd.readouterr()
     assert not said.err and not said.out and not caplog.records
@@ -160,8 +171,8 @@ def test_log_lines_of_a_decoder_are_not_printed_and_its_error_is_kept(tmp_path, 
     Image.new("RGB", (40, 32), "red").save(content, "TIFF")
     samples = struct.pack("<HHI", 277, 3, 1)  # the tag of samples per pixel
     (tmp_path / "a.tif").write_bytes(content.getvalue().replace(samples + b"\3", samples + b"c"))
-    with pytest.raises(sample.BadImage):
-        sample.load_rgb(tmp_path / "a.tif")
+    with pytest.raises(plumbing.images.BadImage):
+        plumbing.images.load_rgb(tmp_path / "a.tif")
     assert not caplog.records and logging.getLogger("PIL").level == logging.NOTSET
 
 
@@ -230,7 +241,7 @@ def refused(capsys, script, *words):
     """The one line with which a command ends, exit code 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        script.main(script.parse_args([*map(str, words), "--device", "cpu"]))
+        script.main(PARSERS[script]([*map(str, words), "--device", "cpu"]))
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
     return error
@@ -257,9 +268,11 @@ def test_images_that_are_not_there_are_laid_to_the_run_and_data_is_the_remedy(
 
 def test_data_mends_it(moved, data):
     for words in (["--ckpt", moved / "phase1.pt", "--reconstruct", "--num", 2],):
-        sample.main(sample.parse_args([*map(str, words), "--data", str(data), "--device", "cpu"]))
+        sample.main(recipes.options.sample_args([*map(str, words), "--data", str(data), "--device", "cpu"]))
     assert (moved / "reconstructions_phase1.png").is_file()
-    visualize.main(visualize.parse_args(["report", str(moved), "--data", str(data), "--device", "cpu"]))
+    visualize.main(
+        recipes.options.visualize_args(["report", str(moved), "--data", str(data), "--device", "cpu"])
+    )
     assert (moved / "report.html").is_file()
 
 
@@ -315,8 +328,8 @@ def test_the_fingerprint_of_a_folder_is_that_of_its_copy_and_of_classes_what_it_
         pictures(tmp_path / place / "classes", *(f"{c}/{i}.png" for c in "ab" for i in range(4)))
         (tmp_path / place / "flat").rename(tmp_path / place / f"flat_{place[0]}")
         for name, folder in (("flat", f"flat_{place[0]}"), ("classes", "classes")):
-            files, names = sample.scan_folder(tmp_path / place / folder)
-            found.setdefault(name, []).append(sample.FolderData(files, names, 8, 0).fingerprint)
+            files, names = plumbing.data.scan_folder(tmp_path / place / folder)
+            found.setdefault(name, []).append(plumbing.data.FolderData(files, names, 8, 0).fingerprint)
     assert found["flat"][0] == found["flat"][1] and found["classes"][0] == found["classes"][1]
     lines = "".join(f"{c}/{i}.png {(tmp_path / f'here/classes/{c}/{i}.png').stat().st_size}\n"
                     for c in "ab" for i in range(4))
@@ -330,7 +343,9 @@ def test_a_table_goes_on_with_its_images_in_another_spelling(tmp_path, monkeypat
     (root / "settings.json").write_text('{"preset": "demo", "data": "d1", "set": []}')
 
     def table(data):
-        return visualize.Table(visualize.parse_args(["table1", "--data", str(data), "--out", str(root)]))
+        return studies.tables.Table(
+            recipes.options.visualize_args(["table1", "--data", str(data), "--out", str(root)])
+        )
 
     for same in ("d1", "d1/", "./d1", tmp_path / "d1"):
         table(same)
@@ -344,11 +359,13 @@ def test_a_table_goes_on_with_its_images_in_another_spelling(tmp_path, monkeypat
 
 def paths_of(script, *words):
     """({flag: its value} of the flags that take a path, each given as ~/NAME; configuration of train.py)"""
-    parsed = script.parse_args([*words, *(f"--{name}=~/{name}" for name in PATHS[script])])
+    parsed = PARSERS[script]([*words, *(f"--{name}=~/{name}" for name in PATHS[script])])
     args, config = parsed if script is train else (parsed, {})
     return {name: getattr(args, name) for name in PATHS[script]}, config
 
 
+PARSERS = {train: recipes.options.train_args, sample: recipes.options.sample_args,
+           visualize: recipes.options.visualize_args}
 PATHS = {train: ("data", "val", "out", "tokenizer", "vgg"),
          sample: ("ckpt", "tokenizer", "data", "out", "extractor", "lpips", "references", "reference"),
          visualize: ("data", "extractor")}
@@ -361,7 +378,7 @@ def test_every_path_flag_knows_the_home_folder(script, monkeypatch):
     found, config = paths_of(script, *first)
     assert found == {name: type(value)(f"/home/me/{name}") for name, value in found.items()}
     assert all(config[key] == f"/home/me/{key}" for key in ("data", "val", "vgg") if config)
-    source = inspect.getsource(script.parse_args)
+    source = inspect.getsource(PARSERS[script])
     flags = re.findall(r'add\("(?:--)?(\w+)", type=(?:as_path|expanded)', source)
     lists = ("files", "ckpt", "tokenizer", "out") if script is visualize else ()  # the next test
     assert set(flags) == {*PATHS[script], *lists} and "type=Path" not in source
@@ -369,16 +386,17 @@ def test_every_path_flag_knows_the_home_folder(script, monkeypatch):
 
 def test_paths_in_lists_and_in_set_know_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    args = visualize.parse_args(["view", "--ckpt", "~/a.pt", "~/b.pt", "--tokenizer", "~/c.pt", "d.pt",
-                                 "--out=~/x.png"])
+    args = recipes.options.visualize_args(
+        ["view", "--ckpt", "~/a.pt", "~/b.pt", "--tokenizer", "~/c.pt", "d.pt", "--out=~/x.png"]
+    )
     assert [str(p) for p in (*args.ckpt, *args.tokenizer, args.out)] == [
         "/home/me/a.pt", "/home/me/b.pt", "/home/me/c.pt", "d.pt", "/home/me/x.png"]
-    assert visualize.parse_args(["report", "~/run"]).files == [Path("/home/me/run")]
-    sets = ["data=~/d", "val=~/v", "vgg=~/vgg.pth", 'teachers=[null, "~/clip.pt", "judge"]']
+    assert recipes.options.visualize_args(["report", "~/run"]).files == [Path("/home/me/run")]
+    sets = ["data=~/d", "val=~/v", "vgg=~/vgg.pth", 'phase1.teachers=[null, "~/clip.pt", "judge"]']
     words = [word for item in sets for word in ("--set", item)]
-    config = train.parse_args(["--stage", "phase1", *words])[1]
+    config = recipes.options.train_args(["--stage", "phase1", "--preset", "demo-fq", *words])[1]
     assert [config[key] for key in ("data", "val", "vgg")] == ["/home/me/d", "/home/me/v", "/home/me/vgg.pth"]
-    assert config["teachers"] == [None, "/home/me/clip.pt", "judge"]
+    assert config["phase1"]["teachers"] == [None, "/home/me/clip.pt", "judge"]
 
 
 def test_the_home_folder_of_nobody_is_a_folder_that_does_not_exist(tmp_path, capsys):
@@ -394,9 +412,12 @@ def idle(monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("the work began")
 
-    for module, names in ((sample, ("decode", "generate_tokens", "load_reference", "Extractor")),
-                          (visualize, ("decode", "teacher_forced_view", "draw", "compare", "load_images")),
-                          (visualize.subprocess, ("run",))):
+    for module, names in ((plumbing.slices, ("decode", "generate_tokens")),
+                          (studies.metrics, ("decode", "load_reference", "Extractor")),
+                          (visualize, ("decode", "teacher_forced_view", "draw", "load_images")),
+                          (studies.probe, ("decode", "evaluate", "stability")),
+                          (studies.report, ("decode", "generate_images", "load_pairs", "load_images")),
+                          (subprocess, ("run",))):
         for name in names:
             monkeypatch.setattr(module, name, never)
 
@@ -432,10 +453,10 @@ def test_a_bad_place_for_results_is_known_before_the_work(
 def test_a_good_place_is_left_as_it_was_until_there_is_a_result(tmp_path):
     (tmp_path / "old.png").write_text("old")
     for place in ("old.png", "new.png", "a/b/c.png"):
-        sample.writable(tmp_path / place)
+        plumbing.files.writable(tmp_path / place)
     assert [p.name for p in tmp_path.iterdir()] == ["old.png"] and (tmp_path / "old.png").read_text() == "old"
     with pytest.raises(UserError, match="it is a folder"):
-        sample.writable(tmp_path)
+        plumbing.files.writable(tmp_path)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".json", ".pdf"])
@@ -449,11 +470,11 @@ def test_each_file_of_a_figure_is_tried(trained, tmp_path, capsys, idle, suffix)
 def test_a_bad_place_is_not_laid_to_the_disk_and_a_full_disk_is(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError) as stop:
-        sample.save_atomic(lambda p: p.write_text("x"), tmp_path / "file" / "x.png")
+        plumbing.files.save_atomic(lambda p: p.write_text("x"), tmp_path / "file" / "x.png")
     assert "could not be written" in str(stop.value) and "GB" not in str(stop.value)
 
     def full(place):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(UserError, match="GB are free"):
-        sample.save_atomic(full, tmp_path / "x.png")
+        plumbing.files.save_atomic(full, tmp_path / "x.png")

@@ -11,10 +11,11 @@ import sys
 import pytest
 import torch
 
-import sample
-import train
+import plumbing.files
+import plumbing.processes
+import plumbing.parallel
 from plumbing.console import Steady, steady_output
-from sample import UserError
+from plumbing.errors import UserError
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP])
@@ -27,7 +28,7 @@ def test_a_file_is_saved_where_folders_cannot_be_synced(tmp_path, monkeypatch, n
         real(file)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    sample.save_atomic(lambda p: p.write_text("kept"), tmp_path / "a.txt")
+    plumbing.files.save_atomic(lambda p: p.write_text("kept"), tmp_path / "a.txt")
     assert (tmp_path / "a.txt").read_text() == "kept"
 
 
@@ -37,7 +38,7 @@ def test_a_file_that_cannot_be_synced_itself_is_still_an_error(tmp_path, monkeyp
 
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(UserError, match="could not be written"):
-        sample.save_atomic(lambda p: p.write_text("new"), tmp_path / "a.txt")
+        plumbing.files.save_atomic(lambda p: p.write_text("new"), tmp_path / "a.txt")
     assert not (tmp_path / "a.txt").exists()
 
 
@@ -48,7 +49,7 @@ def test_without_locks_a_folder_is_taken_with_one_warning(tmp_path, monkeypatch,
 
     monkeypatch.setattr(fcntl, "lockf", lockf)
     for _ in range(2):
-        sample.claim(tmp_path / "run").close()
+        plumbing.files.claim(tmp_path / "run").close()
     assert capsys.readouterr().err.count("has no locks") == 1
 
 
@@ -56,7 +57,7 @@ def test_without_locks_a_folder_is_taken_with_one_warning(tmp_path, monkeypatch,
 def test_peak_memory_knows_the_unit_of_the_platform(monkeypatch, platform, mib):
     monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setattr(resource, "getrusage", lambda who: type("R", (), dict(ru_maxrss=2 * 2**20)))
-    assert sample.peak_memory() == mib
+    assert plumbing.processes.peak_memory() == mib
 
 
 @pytest.mark.parametrize("stream", [None, open(os.devnull)])
@@ -79,4 +80,4 @@ def test_compile_without_a_compiler_is_one_line(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", broken)
     with pytest.raises(UserError, match=r"^--compile does not work here: error: no compiler. Install"):
-        train.check_compiler(torch.device("cpu"))
+        plumbing.parallel.check_compiler(torch.device("cpu"))

@@ -19,12 +19,16 @@ import time
 
 import pytest
 import torch
+import plumbing.codes
+import plumbing.dataset
+import plumbing.shapes
+import plumbing.validation
+import studies.summary
 from helpers import ROOT, call, command, earlier, fork, forked, wait_for, wait_until
 from test_reliability import alive, at_step, check_equal, nap, napping, signalled, torchrun
 
-import sample
 import train
-from sample import read_checkpoint
+from plumbing.files import read_checkpoint
 
 ENV = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
 
@@ -82,8 +86,8 @@ def test_a_worker_that_does_not_end_when_asked_is_killed(data):
             time.sleep(600 if position else 0)
             return torch.zeros(1), 0
 
-        sample.Shapes.__getitem__ = item
-        stream = sample.batches(sample.Shapes("train", 10, 32), 1, 0, 1)
+        plumbing.shapes.Shapes.__getitem__ = item
+        stream = plumbing.dataset.batches(plumbing.shapes.Shapes("train", 10, 32), 1, 0, 1)
         next(stream)
         stream.close()
         assert multiprocessing.active_children() == []
@@ -94,7 +98,8 @@ def test_a_worker_that_does_not_end_when_asked_is_killed(data):
 
 RAISE = """
 import json, sys
-import train
+import plumbing.codes, train
+from recipes.options import train_args
 def bug(*args):
     raise RuntimeError("a bug")
 real = train.Run.due
@@ -102,8 +107,8 @@ def due(run, what, stage, step):
     return bug() if what == "log" and step == 2 else real(run, what, stage, step)
 train.Run.due = due
 if sys.argv[2] == "encoding":
-    train.encode_all = bug
-train.main(*train.parse_args(json.loads(sys.argv[1])))
+    plumbing.codes.encode_all = bug
+train.main(*train_args(json.loads(sys.argv[1])))
 """
 
 
@@ -185,9 +190,10 @@ def test_sighup_while_a_run_validates_saves_that_step(trained, data, tmp_path):
     assert read_checkpoint(out / "nar.pt", ["nar"])["step"] == 3
 
 
-@pytest.mark.parametrize("name, stage", [("encode_all", "ar"), ("summarize", "all")])
+@pytest.mark.parametrize("module, name, stage", [
+    (plumbing.codes, "encode_all", "ar"), (studies.summary, "summarize", "all")])
 def test_sighup_between_two_stages_ends_at_once_and_the_same_command_goes_on(
-    trained, data, tmp_path, name, stage
+    trained, data, tmp_path, module, name, stage
 ):
     out = tmp_path / "out"
     out.mkdir()
@@ -196,7 +202,7 @@ def test_sighup_between_two_stages_ends_at_once_and_the_same_command_goes_on(
             (out / path.name).write_bytes(path.read_bytes())
 
     def child():
-        setattr(train, name, lambda *args: nap(out, 60))
+        setattr(module, name, lambda *args: nap(out, 60))
         call(stage, out, data)
 
     victim = fork(child)

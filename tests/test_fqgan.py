@@ -4,28 +4,32 @@ import functools
 import hashlib
 import json
 import math
-import re
 from urllib.error import URLError
 
 import pytest
 import torch
-from helpers import ROOT, call, earlier, open_run, refusal, rows
+import plumbing.preflight
+import recipes.options
+import studies.cost
+import studies.summary
+from helpers import call, earlier, open_run, refusal, rows
 from torch import nn
 
 import train
 import visualize
-from perceptual import Dino, DinoBlock, Teacher, disentanglement, load_teacher, representation_loss
-from prior_ar import ARPrior, PriorConfig, guide, rotary_angles, rotate
-from prior_nar import NARPrior, mask_tokens
-from sample import load_model
-from tokenizer import (
-    Branch, FactorizedQuantizer, MapAttention, TokenizerConfig, VectorQuantizer, VQTokenizer, codebook_usage,
-    count_codes, windowed_attention,
-)
+from forks.fqgan.losses import disentanglement, representation_loss
+from forks.fqgan.teachers import Dino, DinoBlock, Teacher, load_teacher
+from forks.fqgan.prior import FactorizedAR, FactorizedNAR, rotary_angles, rotate
+from forks.fqgan.prior import FactorizedConfig as PriorConfig
+from forks.guidance import guide
+from plumbing.models import load_model
+from forks.fqgan.tokenizer import Branch, FactorizedConfig, FactorizedQuantizer, FactorizedTokenizer
+from forks.fqgan.trunk import MapAttention
+from plumbing.codes import codebook_usage, count_codes
+from tokenizer import TokenizerConfig, VectorQuantizer, windowed_attention
 
-REFERENCE = dict(trunk="vqgan", codebook="fq", codebook_size=16_384, codebook_dim=8, adapter_layers=6)
-TINY = dict(image_size=32, base_width=8, channel_mult=(1, 2), trunk="vqgan", codebook="fq", codebook_size=16,
-            codebook_dim=4)
+REFERENCE = dict(codebook_size=16_384, codebook_dim=8, adapter_layers=6)
+TINY = dict(image_size=32, base_width=8, channel_mult=(1, 2), codebook_size=16, codebook_dim=4)
 
 
 def count(module):
@@ -38,7 +42,7 @@ def count(module):
 )
 def test_the_reference_sizes_are_those_of_the_article(k, widths, total, heads):
     with torch.device("meta"):
-        tokenizer = VQTokenizer(TokenizerConfig(num_codebooks=k, teacher_widths=widths, **REFERENCE))
+        tokenizer = FactorizedTokenizer(FactorizedConfig(num_codebooks=k, teacher_widths=widths, **REFERENCE))
     assert count(tokenizer.encoder.trunk) == 28_117_248
     assert count(tokenizer.encoder.branches[0].adapter) == 19_047_424
     assert count(tokenizer.decoder) == 42_449_795 + (8 * k * 256 + 256)
@@ -47,9 +51,9 @@ def test_the_reference_sizes_are_those_of_the_article(k, widths, total, heads):
 
 
 def test_phase_2_s_attention_is_the_same_built_by_its_config_or_added_later():
-    later = VQTokenizer(TokenizerConfig(**TINY))
+    later = FactorizedTokenizer(FactorizedConfig(**TINY))
     later.add_attention()
-    built = VQTokenizer(TokenizerConfig(num_attention=1, **TINY))
+    built = FactorizedTokenizer(FactorizedConfig(num_attention=1, **TINY))
     built.load_state_dict(later.state_dict())
     tokens = torch.zeros(1, 256, dtype=torch.int64)
     for module in later.decoder.stages.modules():
@@ -64,20 +68,21 @@ def test_phase_2_s_attention_is_the_same_built_by_its_config_or_added_later():
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_tokens_have_an_axis_for_the_codebooks_and_decode_as_forward_does(k):
     torch.manual_seed(0)
-    tokenizer = VQTokenizer(TokenizerConfig(num_codebooks=k, **TINY)).eval()
+    tokenizer = FactorizedTokenizer(FactorizedConfig(num_codebooks=k, **TINY)).eval()
     x = torch.rand(2, 3, 32, 32) * 2 - 1
     tokens = tokenizer.encode(x)
     assert tokens.shape == ((2, 256, k) if k > 1 else (2, 256)) and 0 <= tokens.min() and tokens.max() < 16
     x_hat, same, losses = tokenizer(x)
     assert torch.equal(tokens, same)
     torch.testing.assert_close(tokenizer.decode(tokens), x_hat, atol=1e-5, rtol=1e-4)
-    assert len(losses["codes"]) == k and losses["features"] == []
+    assert ("loss_disentangle" in losses) == (k > 1) and "loss_represent" not in losses
+    assert all(value.ndim == 0 for value in losses.values())
     with pytest.raises(ValueError, match="tokens must be"):
         tokenizer.decode(tokens[..., None])
 
 
 def test_every_codebook_matters_and_they_are_joined_in_index_order():
-    tokenizer = VQTokenizer(TokenizerConfig(num_codebooks=3, **TINY)).eval()
+    tokenizer = FactorizedTokenizer(FactorizedConfig(num_codebooks=3, **TINY)).eval()
     tokens = tokenizer.encode(torch.rand(1, 3, 32, 32))
     codes = tokenizer.quantizer.lookup(tokens.unflatten(1, (16, 16)))
     for i, part in enumerate(tokenizer.quantizer.parts):
@@ -88,7 +93,7 @@ def test_every_codebook_matters_and_they_are_joined_in_index_order():
 
 
 def test_one_codebook_without_adapter_is_the_plain_normalised_quantizer():
-    config = TokenizerConfig(**TINY)
+    config = FactorizedConfig(**TINY)
     torch.manual_seed(0)
     one, plain = FactorizedQuantizer(config), VectorQuantizer(TokenizerConfig(**dict(TINY, codebook="fn")))
     plain.load_state_dict(one.parts[0].state_dict())
@@ -103,7 +108,7 @@ def test_one_codebook_without_adapter_is_the_plain_normalised_quantizer():
 
 
 def test_losses_are_sums_over_codebooks_and_the_entropy_is_maskgit_s():
-    config = TokenizerConfig(num_codebooks=2, **TINY)
+    config = FactorizedConfig(num_codebooks=2, **TINY)
     torch.manual_seed(0)
     quantizer, z = FactorizedQuantizer(config), torch.randn(2, 8, 5, 5)
     _, _, losses = quantizer(z)
@@ -131,9 +136,9 @@ def test_disentanglement_is_0_for_orthogonal_1_for_equal_or_opposite_codes_and_a
 
 
 def test_disentanglement_moves_the_encoder_and_no_codebook():
-    tokenizer = VQTokenizer(TokenizerConfig(num_codebooks=2, **TINY))
+    tokenizer = FactorizedTokenizer(FactorizedConfig(num_codebooks=2, **TINY))
     _, _, losses = tokenizer(torch.rand(2, 3, 32, 32))
-    disentanglement(losses["codes"]).backward()
+    losses["loss_disentangle"].backward()
     assert all(part.codebook.weight.grad is None for part in tokenizer.quantizer.parts)
     assert tokenizer.encoder.branches[0].conv2.weight.grad.abs().sum() > 0
 
@@ -153,22 +158,32 @@ def test_representation_loss_is_ln_b_for_equal_similarities_0_for_one_image_and_
 
 
 def test_a_student_vector_of_the_teacher_s_width_reaches_branch_and_codes():
-    tokenizer = VQTokenizer(TokenizerConfig(num_codebooks=2, teacher_widths=(0, 16), **TINY))
+    tokenizer = FactorizedTokenizer(FactorizedConfig(num_codebooks=2, teacher_widths=(0, 16), **TINY))
+    tokenizer.teachers = [lambda x: torch.randn(len(x), 16)]
     _, _, losses = tokenizer(torch.rand(3, 3, 32, 32))
-    (student,) = losses["features"]
-    assert student.shape == (3, 16)
-    representation_loss(student, torch.randn(3, 16)).backward()
+    losses["loss_represent"].backward()
     assert tokenizer.encoder.branches[1].conv2.weight.grad.abs().sum() > 0
     assert tokenizer.encoder.branches[0].conv2.weight.grad.abs().sum() == 0
 
 
-@pytest.mark.parametrize(
-    "changes", [dict(num_codebooks=2), dict(adapter_layers=1), dict(teacher_widths=(8,))])
-def test_several_codebooks_adapters_and_teachers_belong_to_the_vqgan_trunk(changes):
-    with pytest.raises(ValueError, match="trunk"):
-        TokenizerConfig(**changes)
-    with pytest.raises(ValueError, match="teacher_widths"):
-        TokenizerConfig(**dict(TINY, num_codebooks=3, teacher_widths=(0, 8)))
+def test_students_without_a_teacher_stay_in_the_graph_and_weigh_nothing():
+    """As in the passes before DDP's first step, when no teacher was fetched yet."""
+    tokenizer = FactorizedTokenizer(FactorizedConfig(num_codebooks=2, teacher_widths=(0, 16), **TINY))
+    loss = tokenizer(torch.rand(3, 3, 32, 32))[2]["loss_represent"]
+    loss.backward()
+    assert loss == 0 and tokenizer.quantizer.heads[1].class_vector.grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(num_codebooks=0), "num_codebooks must be at least 1"),
+    (dict(num_codebooks=3, teacher_widths=(0, 8)), "3 codebooks need as many teacher_widths"),
+    (dict(teacher_widths=(12,)), "a width of 12"), (dict(adapter_layers=1, base_width=6), "a width of 12"),
+    (dict(decoder_extra_blocks=2), "decoder_extra_blocks"), (dict(codebook="fn"), "codebook is of"),
+    (dict(warm_start=3), "warm_start"),
+])
+def test_settings_that_fqgan_has_not_and_sizes_that_do_not_fit_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        FactorizedConfig(**{**TINY, **changes})
 
 
 def test_histograms_and_usage_are_taken_for_each_sub_codebook():
@@ -189,7 +204,7 @@ def test_the_trunk_s_attention_is_full_attention_of_one_head():
 
 def test_an_adapter_gets_positions_in_raster_order_and_gives_them_back_so():
     torch.manual_seed(0)
-    branch, h = Branch(TokenizerConfig(**TINY, adapter_layers=1)), torch.randn(2, 16, 16, 16)
+    branch, h = Branch(FactorizedConfig(**TINY, adapter_layers=1)), torch.randn(2, 16, 16, 16)
     seen = []
     branch.adapter.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     branch.adapter.norm_in, branch.adapter.blocks, branch.adapter.norm_out = (nn.Identity() for _ in range(3))
@@ -327,10 +342,10 @@ def test_a_teacher_s_file_of_the_wrong_hash_or_kind_is_refused(tmp_path, monkeyp
 # Priors ---------------------------------------------------------------------------------------------------
 
 PRIOR = dict(codebook_size=16, num_tokens=9, num_classes=3, n_layer=2, n_head=2, n_embd=16, dropout=0.0,
-             num_codebooks=2, head="ar", head_layers=2, block="llama")
+             num_codebooks=2, head="ar", head_layers=2)
 
 
-def tiny(kind=ARPrior, **changes):
+def tiny(kind=FactorizedAR, **changes):
     torch.manual_seed(0)
     prior = kind(PriorConfig(**{**PRIOR, **changes})).eval()
     for parameter in prior.parameters():
@@ -347,10 +362,9 @@ def some_tokens(batch=4, k=2):
 def test_far_s_sizes_are_the_article_s(k, base, large):
     wanted = ((24, 16, 1024, 3, base), (36, 20, 1280, 4, large))
     for layers, heads, d, head_layers, total in wanted:
-        sizes = PriorConfig(16_384, 256, 1000, layers, heads, d, num_codebooks=k, head="ar",
-                            head_layers=head_layers, block="llama")
+        sizes = PriorConfig(16_384, 256, k, 1000, layers, heads, d, head="ar", head_layers=head_layers)
         with torch.device("meta"):
-            prior = ARPrior(sizes)
+            prior = FactorizedAR(sizes)
         assert count(prior) == total
         assert count(prior.transformer.blocks[0]) == {1024: 12_847_104, 1280: 20_318_720}[d]
 
@@ -375,7 +389,7 @@ def test_a_sub_token_s_logits_depend_on_earlier_ones_alone(head):
 @pytest.mark.parametrize("head", ["ar", "linear", "mlp"])
 @pytest.mark.parametrize("k", [1, 2])
 def test_an_untrained_head_starts_at_ln_k_exactly(head, k):
-    prior = ARPrior(PriorConfig(**{**PRIOR, "head": head, "num_codebooks": k}))
+    prior = FactorizedAR(PriorConfig(**{**PRIOR, "head": head, "num_codebooks": k}))
     tokens = some_tokens()[..., 0] if k == 1 else some_tokens()
     loss, _ = prior.loss(prior(tokens, torch.zeros(4, dtype=torch.int64)), tokens)
     assert loss.item() == pytest.approx(math.log(16), abs=1e-6)
@@ -394,13 +408,12 @@ def test_sampling_sees_the_logits_of_teacher_forcing(head):
     tokens = prior.generate(labels, noise)
     logits = torch.stack(seen, 1).view(4, 9, 2, 16)
     torch.testing.assert_close(logits, prior(tokens, labels), atol=1e-4, rtol=1e-4)
-    assert torch.equal(tokens, prior.generate(labels, noise, use_cache=False))
 
 
 def test_guidance_is_linear_in_its_scale_1_is_conditional_and_0_unconditional():
     c, u = torch.randn(2, 3, 7).unbind(0)
     both = torch.cat([c, u])
-    assert torch.equal(guide(c, 1), c)
+    torch.testing.assert_close(guide(both, 1), c)
     torch.testing.assert_close(guide(both, 0), u)
     torch.testing.assert_close(guide(both, 2.5) - guide(both, 1.5), c - u)
     labels, noise = torch.tensor([0, 1, 2]), torch.rand(3, 9, 2, generator=torch.Generator().manual_seed(2))
@@ -410,8 +423,8 @@ def test_guidance_is_linear_in_its_scale_1_is_conditional_and_0_unconditional():
     free = tiny(num_classes=0)
     assert torch.equal(free.generate(None, noise, guidance=3.0), free.generate(None, noise))
     assert torch.equal(drawn[1.0], drawn[1.0 + 1e-7]) and not torch.equal(drawn[1.0], drawn[4.0])
-    masked, noise = tiny(NARPrior), torch.rand(3, 4, 3, 9, generator=torch.Generator().manual_seed(2))
-    assert torch.equal(masked.generate(labels, noise, 4, guidance=0.0), masked.generate(None, noise, 4))
+    masked, noise = tiny(FactorizedNAR), torch.rand(3, 4, 3, 9, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(masked.generate(labels, noise, guidance=0.0), masked.generate(None, noise))
 
 
 def test_classes_are_dropped_in_training_alone():
@@ -426,24 +439,26 @@ def test_classes_are_dropped_in_training_alone():
 
 @pytest.mark.parametrize("head", ["ar", "linear"])
 def test_the_masked_prior_hides_and_fills_all_sub_tokens_of_a_position_together(head):
-    prior, tokens = tiny(NARPrior, head=head), some_tokens()
-    inputs, mask = mask_tokens(tokens, 16, torch.rand(4, 10, generator=torch.Generator().manual_seed(0)))
+    prior, tokens = tiny(FactorizedNAR, head=head), some_tokens()
+    inputs, mask = prior.inputs(tokens, torch.rand(4, 10, generator=torch.Generator().manual_seed(0)))
+    inputs, shown = inputs.chunk(2, 2)
+    assert torch.equal(shown, tokens)  # which only the head of their own position sees
     assert torch.equal(mask[..., 0], mask[..., 1]) and (inputs[mask] == 16).all() and mask.any()
     labels = torch.zeros(4, dtype=torch.int64)
-    logits = prior(inputs, labels, tokens)
+    logits = prior(torch.cat([inputs, tokens], 2), labels)
     assert logits.shape == (4, 9, 2, 16)
     other = tokens.clone()
     other[mask] = (other[mask] + 1) % 16  # what is hidden reaches at most the later slots of its own position
-    moved = (prior(inputs, labels, other) - logits).abs().amax(-1) > 1e-6
+    moved = (prior(torch.cat([inputs, other], 2), labels) - logits).abs().amax(-1) > 1e-6
     assert not moved[..., 0].any() and torch.equal(moved[..., 1], mask[..., 0] & (head == "ar"))
     loss, _ = prior.loss(logits, tokens, mask)
     expected = nn.functional.cross_entropy(logits[mask], tokens[mask])
     torch.testing.assert_close(loss, expected)
     noise = torch.rand(4, 5, 3, 9, generator=torch.Generator().manual_seed(0))
-    drawn, fixed_at = prior.generate(labels, noise, 5, return_steps=True)
+    drawn, fixed_at = prior.generate(labels, noise, return_steps=True)
     assert drawn.shape == (4, 9, 2) and drawn.max() < 16 and fixed_at.shape == (4, 9)
     partial = torch.where(torch.arange(9)[None, :, None] < 4, drawn, 16)
-    again, steps = prior.generate(labels, noise, 5, tokens=partial, return_steps=True)
+    again, steps = prior.generate(labels, noise, partial, return_steps=True)
     assert torch.equal(again[:, :4], drawn[:, :4]) and again.max() < 16
     assert (steps[:, :4] == -1).all() and (steps[:, 4:] >= 0).all()
 
@@ -460,36 +475,33 @@ def test_rotary_products_depend_on_the_difference_of_places_and_the_origin_turns
     assert torch.equal(rotate(q, rotary_angles(torch.zeros(1, 2), 16)), q)
 
 
-@pytest.mark.parametrize("kind", [ARPrior, NARPrior])
+@pytest.mark.parametrize("kind", [FactorizedAR, FactorizedNAR])
 def test_the_place_of_a_token_matters(kind):
     prior, tokens = tiny(kind), some_tokens(1)
     other = tokens[:, [1, 0, *range(2, 9)]]  # two neighbours change places
-    logits = [prior(t, None, *[tokens] * (kind is NARPrior))[:, -1, 0] for t in (tokens, other)]
+    shown = [t if kind is FactorizedAR else torch.cat([t, tokens], 2) for t in (tokens, other)]
+    logits = [prior(t)[:, -1, 0] for t in shown]
     assert (logits[0] - logits[1]).abs().max() > 1e-3
 
 
 def test_several_sub_codebooks_need_a_head_of_their_own():
-    with pytest.raises(ValueError, match="prior.head"):
-        PriorConfig(num_codebooks=2)
+    with pytest.raises(ValueError, match="prior.head must be"):
+        PriorConfig(16, 9, num_codebooks=2, head="tied")
     with pytest.raises(ValueError, match="rotary"):
-        PriorConfig(n_embd=12, n_head=2, head="ar")
+        PriorConfig(16, 9, n_embd=12, n_head=2, head="ar")
 
 
 # A run ----------------------------------------------------------------------------------------------------
 
-FQ = {"tokenizer__trunk": "vqgan", "tokenizer__codebook": "fq", "tokenizer__num_codebooks": 2,
-      "tokenizer__adapter_layers": 1, "tokenizer__teacher_widths": [0, 32], "teachers": [None, "judge"],
-      "phase1__disentangle": 0.1, "phase1__represent": 0.5, "phase1__clip": 1.0, "prior__head": "ar",
-      "prior__block": "llama", "prior__head_layers": 1, "prior__class_dropout": 0.1,
-      "tokenizer__base_width": 16, "sample__guidance": 1.5}
+FQ = {"tokenizer__teacher_widths": [0, 32], "tokenizer__base_width": 16}
 
 
 @pytest.fixture(scope="module")
 def run(trained, data, tmp_path_factory):
     out = earlier(trained, tmp_path_factory.mktemp("fq"), "phase1")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "summarize", functools.partial(visualize.summarize, num=40))
-        call("all", out, data, **FQ)
+        patch.setattr(studies.summary, "summarize", functools.partial(studies.summary.summarize, num=40))
+        call("all", out, data, "--preset", "demo-fq", **FQ)
     return out
 
 
@@ -509,13 +521,13 @@ def test_the_pictures_of_fqgan_and_the_view_run_and_hold_finite_numbers(run, tmp
                          ("fig8", "phase1"), ("fig7a", "nar")):
         path = tmp_path / f"{figure}.png"
         words = [figure, "--ckpt", run / f"{ckpt}.pt", "--num", 10, "--out", path]
-        visualize.main(visualize.parse_args([*map(str, words)]))
+        visualize.main(recipes.options.visualize_args([*map(str, words)]))
         assert path.stat().st_size > 1000 and "NaN" not in path.with_suffix(".json").read_text()
     numbers = json.loads((tmp_path / "fq_alone.json").read_text())
     assert numbers["psnr"].keys() == {"reconstruction", "sub-codebook 0 alone", "sub-codebook 1 alone"}
     for words in (["report", run, "--out", tmp_path / "r.html", "--num", 8],
                   ["compare", run / "phase1.pt", "--steps", 2, "--samples", 20, "--out", tmp_path / "c"]):
-        visualize.main(visualize.parse_args([*map(str, words)]))
+        visualize.main(recipes.options.visualize_args([*map(str, words)]))
 
 
 def test_one_sub_codebook_alone_is_the_decoder_on_zeros_for_the_others(run):
@@ -527,28 +539,28 @@ def test_one_sub_codebook_alone_is_the_decoder_on_zeros_for_the_others(run):
 
 
 def test_what_does_not_fit_together_is_one_line(run, trained, data, tmp_path, capsys):
-    error = refusal(capsys, "phase1", earlier(trained, tmp_path / "a", "phase1"), data,
+    error = refusal(capsys, "phase1", tmp_path / "a", data, "--preset", "demo-fq",
                     **{**FQ, "tokenizer__teacher_widths": [0, 48]})
     assert "gives 32 features, not the 48" in error
-    error = refusal(capsys, "phase1", earlier(trained, tmp_path / "b", "phase1"), data,
-                    **{**FQ, "teachers": [None, "nowhere.pth"]})
+    error = refusal(capsys, "phase1", tmp_path / "b", data, "--preset", "demo-fq",
+                    **{**FQ, "phase1__teachers": [None, "nowhere.pth"]})
     assert "nowhere.pth: no such file" in error
     out = earlier(trained, tmp_path / "c", "ar")
     error = refusal(capsys, "ar", out, data, "--tokenizer", run / "phase1.pt")
-    assert "prior.head ar, linear or mlp" in error
+    assert "does not take tokens (B, 16, 2)" in error
     import sample
 
     with pytest.raises(SystemExit) as stop:
-        sample.main(sample.parse_args(
+        sample.main(recipes.options.sample_args(
             ["--ckpt", str(trained / "ar.pt"), "--tokenizer", str(run / "phase1.pt"), "--device", "cpu"]))
     assert stop.value.code == 2 and "is not the tokenizer" in capsys.readouterr().err
 
 
 def test_the_loss_weighs_fqgan_s_terms_as_the_preset_says():
-    c = train.PRESETS["fqgan-dual"]["phase1"]
+    c = recipes.options.find_preset("fqgan-dual")["phase1"]
     terms = dict(loss_codebook=1.0, loss_commit=10.0, loss_entropy=1e2, loss_disentangle=1e3,
                  loss_represent=1e4)
-    assert train.loss_vq(terms, c) == pytest.approx(1 + 2.5 + 3 + 100 + 5000)
+    assert train.latent_loss(terms, FactorizedTokenizer, c) == pytest.approx(1 + 2.5 + 3 + 100 + 5000)
 
 
 def test_gradients_are_clipped_to_the_norm_asked_for(trained, data, tmp_path):
@@ -567,52 +579,23 @@ def test_gradients_are_clipped_to_the_norm_asked_for(trained, data, tmp_path):
     ("fq-1x", {"num_codebooks": 1, "teacher_widths": []}), ("fq-2x", {"codebook_size": 128}),
     ("fq-dis", {"teacher_widths": []})])
 def test_the_rows_of_fqgan_s_table_3_change_what_they_name(name, changes):
-    args, config = train.parse_args(["--stage", "phase1", "--preset", "demo-fq", "--ablation", name])
-    assert changes.items() <= config["tokenizer"].items() and config["teachers"] == []
+    args, config = recipes.options.train_args(
+        ["--stage", "phase1", "--preset", "demo-fq", "--ablation", name]
+    )
+    assert changes.items() <= config["tokenizer"].items() and config["phase1"]["teachers"] == []
     assert (config["phase1"]["disentangle"] > 0) == (name != "fq-none")
 
 
 def test_the_presets_of_the_article_build_its_networks(capsys):
     for name, total in (("fqgan-dual", 150_410_131), ("fqgan-triple", 159_295_515)):
-        c = train.PRESETS[name]
+        c = recipes.options.find_preset(name)
         with torch.device("meta"):
-            tokenizer = VQTokenizer(TokenizerConfig(image_size=256, **c["tokenizer"]))
+            tokenizer = FactorizedTokenizer(FactorizedConfig(image_size=256, **c["tokenizer"]))
         assert count(tokenizer) == total
         first = c["phase1"]
         wanted = dict(rec="l2", layers="lpips", gan="hinge", adv_weight=0.5, betas=[0.9, 0.95], gamma=0.03,
                       disentangle=0.1, represent=0.5, clip=1.0)
         assert wanted.items() <= first.items() and first["adv_start"] * first["steps"] == 20_000
-    args, config = train.parse_args(["--preset", "fqgan-dual", "--explain"])
-    visualize.explain(config, train.build_on_meta(config, train.STAGES))
+    args, config = recipes.options.train_args(["--preset", "fqgan-dual", "--explain"])
+    studies.cost.explain(config, plumbing.preflight.build_on_meta(config, recipes.options.STAGES))
     assert "417,104,896" in capsys.readouterr().out
-
-
-def test_the_readme_s_answer_to_the_exercise_is_a_quantizer_that_trains():
-    """Lookup-free quantization in at most 40 lines."""
-    text = (ROOT / "README.md").read_text()
-    code = re.search("```python\n(class LookupFreeQuantizer.*?)```", text, re.S)[1]
-    assert len(code.splitlines()) <= 40
-    names = dict(torch=torch, nn=nn, F=nn.functional)
-    exec(code, names)
-    config = TokenizerConfig(image_size=32, base_width=8, channel_mult=(1, 2), codebook="plain",
-                             codebook_size=64, codebook_dim=6)
-    torch.manual_seed(0)
-    tokenizer = VQTokenizer(config)
-    tokenizer.quantizer = names["LookupFreeQuantizer"](config)
-    indices = torch.arange(64).view(1, 8, 8)
-    assert torch.equal(tokenizer.quantizer.quantize(tokenizer.quantizer.lookup(indices)), indices)
-    optimizer, x = torch.optim.Adam(tokenizer.parameters(), 3e-3), torch.rand(4, 3, 32, 32) * 2 - 1
-    first = None
-    for step in range(30):
-        assert tokenizer.start_step(step) == []
-        x_hat, tokens, losses = tokenizer(x)
-        loss = (x_hat - x).abs().mean() + 0.25 * losses["loss_commit"] + 0.1 * losses["loss_entropy"]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        first = first or loss.item()
-    assert loss.item() < first and tokens.unique().numel() > 4
-    with torch.no_grad():
-        torch.testing.assert_close(tokenizer.decode(tokenizer.encode(x)), tokenizer(x)[0])
-    with pytest.raises(ValueError, match="LFQ has 2"):
-        names["LookupFreeQuantizer"](TokenizerConfig(codebook_dim=6, codebook_size=63))

@@ -12,6 +12,19 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
+import plumbing.data
+import plumbing.files
+import plumbing.images
+import plumbing.models
+import plumbing.slices
+import plumbing.weights
+import recipes.ablations
+import recipes.options
+import studies.claims
+import studies.distances
+import studies.extractors
+import studies.metrics
+import studies.tables
 from helpers import ROOT, call, command, fork, wait_for, wait_until
 from PIL import Image
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -19,8 +32,9 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 import perceptual
 import sample
 import visualize
-from perceptual import fidelity, reference_statistics, ssim
-from sample import Shapes, UserError
+from studies.distances import fidelity, reference_statistics, ssim
+from plumbing.errors import UserError
+from plumbing.shapes import Shapes
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +63,7 @@ def measure(run, name, scorer, references, *words):
     out = run / "result.json"
     words = ["--ckpt", run / name, "--metrics", "--extractor", scorer, "--references", references,
              "--lpips", "none", "--device", "cpu", "--out", out, *words]
-    sample.main(sample.parse_args(list(map(str, words))))
+    sample.main(recipes.options.sample_args(list(map(str, words))))
     return json.loads(out.read_text())
 
 
@@ -67,7 +81,7 @@ def test_our_path_through_torch_fidelity_equals_its_own_on_two_folders_of_png_fi
         (tmp_path / name).mkdir()
         for i, image in enumerate(images):
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / name / f"{i:03d}.png")
-    extractor = sample.Extractor(scorer, 32, torch.device("cpu"))
+    extractor = studies.extractors.Extractor(scorer, 32, torch.device("cpu"))
     fake, real = (extractor(images) for images in sets.values())
     ours = fidelity(fake["features"], fake["logits"], reference_statistics(real["features"]))
     theirs = torch_fidelity.calculate_metrics(
@@ -159,8 +173,8 @@ def test_ssim_equals_an_independent_implementation():
 def test_lpips_takes_the_vgg_it_is_given_and_its_own_linear_weights():
     import lpips
 
-    vgg = perceptual.load_vgg16("random")
-    ours = perceptual.build_lpips(vgg)
+    vgg = plumbing.weights.load_vgg16("random")
+    ours = plumbing.weights.build_lpips(vgg)
     x, y = torch.rand(2, 3, 32, 32) * 2 - 1, torch.rand(2, 3, 32, 32) * 2 - 1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -196,7 +210,7 @@ def inception_file(tmp_path_factory):
 
 
 def test_inception_is_torch_fidelity_s_with_the_weights_of_a_local_file(inception_file):
-    extractor, images = sample.Extractor(inception_file, 32, torch.device("cpu")), pictures(2, 0)
+    extractor, images = studies.extractors.Extractor(inception_file, 32, torch.device("cpu")), pictures(2, 0)
     theirs = FeatureExtractorInceptionV3(
         "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=inception_file)
     features, logits = theirs(images.repeat(4, 1, 1, 1))  # 8 images, as ours fills a slice up
@@ -212,26 +226,26 @@ def test_inception_files_that_are_missing_damaged_or_foreign_are_refused(
     official = tmp_path / "weights-inception-2015-12-05-6726825d.pth"
     shutil.copy(inception_file, official)
     with pytest.raises(UserError, match="its hash is wrong"):
-        sample.load_inception(str(official))
+        studies.extractors.load_inception(str(official))
     foreign = tmp_path / "foreign.pth"
     torch.save({"a": torch.zeros(2)}, foreign)
     code = tmp_path / "code.pth"
     torch.save(os.system, code)
     for path in (tmp_path / "nowhere.pth", foreign, code):
         with pytest.raises(UserError, match="no Inception weights.*pass --extractor FILE"):
-            sample.load_inception(str(path))
+            studies.extractors.load_inception(str(path))
     monkeypatch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url",
                         lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
     with pytest.raises(UserError, match="no network"):
-        sample.load_inception("inception")
+        studies.extractors.load_inception("inception")
 
 
 def test_a_judge_and_a_scorer_both_serve_and_give_their_own_logits(trained, scorer, data):
     images = torch.stack([Shapes("val", 5, 32).view(i) for i in range(5)])
-    x = perceptual.normalize_images(sample.to_float(images, "cpu"))
+    x = perceptual.normalize_images(plumbing.images.to_float(images, "cpu"))
     for path, width, stage in ((trained / "vgg.pt", 32, "vgg"), (scorer, 16, "resnet")):
-        found = sample.Extractor(path, 32, torch.device("cpu"))(images)
-        model, _ = sample.load_model(path, (stage,))
+        found = studies.extractors.Extractor(path, 32, torch.device("cpu"))(images)
+        model, _ = plumbing.models.load_model(path, (stage,))
         with torch.no_grad():
             expected = getattr(model, "vgg", model)(x)
         assert found["features"].shape == (5, width)
@@ -239,7 +253,7 @@ def test_a_judge_and_a_scorer_both_serve_and_give_their_own_logits(trained, scor
 
 
 def test_the_scorer_is_a_residual_network_of_another_family_with_the_members_of_a_vgg():
-    network = perceptual.ResNet(32, 10)
+    network = plumbing.weights.ResNet(32, 10)
     assert sum(p.numel() for p in network.parameters()) == 1_228_970
     assert network.features(torch.zeros(2, 3, 32, 32)).shape == (2, 256, 4, 4)
     assert network.eval()(torch.zeros(2, 3, 64, 64)).shape == (2, 10)
@@ -251,20 +265,24 @@ def test_the_scorer_is_a_residual_network_of_another_family_with_the_members_of_
 def test_a_result_of_reconstructions_holds_the_numbers_and_how_they_were_measured(run, scorer, references):
     result = measure(run, "phase2.pt", scorer, references)
     assert result["protocol"] == "rfid-val" and result["num_images"] == 20 == result["reference_images"]
-    assert {*sample.HOW, "extractor", "tokenizer", "decoder", "batch", "command", "seconds",
+    assert {*studies.metrics.HOW, "extractor", "tokenizer", "decoder", "batch", "command", "seconds",
             "images_hash", "torch_fidelity", "threads"} <= result.keys()
-    tokenizer, ckpt = sample.load_model(run / "phase2.pt", ("phase2",))
-    val = sample.load_data(ckpt["config"])[1]
+    tokenizer, ckpt = plumbing.models.load_model(run / "phase2.pt", ("phase2",))
+    val = plumbing.data.load_data(ckpt["config"])[1]
     x = torch.stack([val.view(i) for i in range(20)])
-    tokens = tokenizer.encode(sample.to_float(x, "cpu"))
-    x_hat = sample.to_uint8(sample.decode(tokenizer, tokens))
+    tokens = tokenizer.encode(plumbing.images.to_float(x, "cpu"))
+    x_hat = plumbing.images.to_uint8(plumbing.slices.decode(tokenizer, tokens))
     numbers = result["results"]
     assert numbers["usage"] == len(tokens.unique()) / 32
     assert numbers["l1"] == pytest.approx((x.double() - x_hat.double()).abs().mean().item() / 127.5, rel=1e-3)
     assert numbers["ssim"] == pytest.approx(ssim(x, x_hat).mean().item(), rel=1e-3)
     assert numbers["psnr"] == pytest.approx(
-        sample.psnr(sample.to_float(x, "cpu"), sample.to_float(x_hat, "cpu")).mean().item(), rel=1e-3)
-    extractor = sample.Extractor(scorer, 32, torch.device("cpu"))
+        plumbing.images.psnr(plumbing.images.to_float(x, "cpu"), plumbing.images.to_float(x_hat, "cpu"))
+        .mean()
+        .item(),
+        rel=1e-3,
+    )
+    extractor = studies.extractors.Extractor(scorer, 32, torch.device("cpu"))
     real, fake = extractor(x), extractor(x_hat)
     expected = fidelity(fake["features"], fake["logits"], reference_statistics(real["features"]))
     assert numbers["rfid"] == pytest.approx(expected["fid"], rel=1e-2) and numbers["rfid"] > 0
@@ -290,7 +308,7 @@ def test_an_interrupted_evaluation_makes_the_missing_images_only_and_gives_the_s
         run, scorer, references, monkeypatch):
     whole = measure(run, "ar.pt", scorer, references, "--num", 40, "--batch", 8)
     (run / "result.json").unlink()
-    real, drawn = sample.generate_tokens, []
+    real, drawn = plumbing.slices.generate_tokens, []
 
     def spy(prior, labels, seed, indices, settings):
         drawn.append(indices[0])
@@ -298,7 +316,7 @@ def test_an_interrupted_evaluation_makes_the_missing_images_only_and_gives_the_s
             raise KeyboardInterrupt
         return real(prior, labels, seed, indices, settings)
 
-    monkeypatch.setattr(sample, "generate_tokens", spy)
+    monkeypatch.setattr(plumbing.slices, "generate_tokens", spy)
     with pytest.raises(KeyboardInterrupt):
         measure(run, "ar.pt", scorer, references, "--num", 40, "--batch", 8)
     again = measure(run, "ar.pt", scorer, references, "--num", 40, "--batch", 8)
@@ -316,7 +334,7 @@ def test_who_needs_reference_statistics_that_another_process_makes_waits_for_the
     place, begun, asked = run / "references" / ready.name, run / "begun", run / "asked"
 
     def other():
-        lock = sample.claim(place.parent)
+        lock = plumbing.files.claim(place.parent)
         begun.touch()
         wait_until(asked.exists)
         shutil.copy(ready, place)
@@ -324,8 +342,8 @@ def test_who_needs_reference_statistics_that_another_process_makes_waits_for_the
 
     child = fork(other)
     wait_until(begun.exists)
-    monkeypatch.setattr(sample, "reference_statistics", None)  # nothing is made twice
-    monkeypatch.setattr(sample.time, "sleep", lambda seconds: asked.touch())
+    monkeypatch.setattr(studies.distances, "reference_statistics", None)  # nothing is made twice
+    monkeypatch.setattr(studies.metrics.time, "sleep", lambda seconds: asked.touch())
     (run / "result.json").unlink()
     assert measure(run, "ar.pt", scorer, place.parent, "--num", 30)["reference_images"] == 60
     assert asked.exists() and capsys.readouterr().out.count("waiting: ") == 1 and wait_for(child) == 0
@@ -359,12 +377,12 @@ def test_two_processes_measure_the_same_samples_and_the_same_numbers(run, scorer
 
 def test_reference_statistics_are_made_once_and_again_when_an_image_changes(trained, scorer, data, tmp_path):
     folder = shutil.copytree(data, tmp_path / "data")
-    config = dict(sample.read_checkpoint(trained / "ar.pt", ("ar",))["config"], data=str(folder))
-    args = sample.parse_args(["--ckpt", "x", "--references", str(tmp_path / "cache")])
-    extractor = sample.Extractor(scorer, 32, torch.device("cpu"))
+    config = dict(plumbing.files.read_checkpoint(trained / "ar.pt", ("ar",))["config"], data=str(folder))
+    args = recipes.options.sample_args(["--ckpt", "x", "--references", str(tmp_path / "cache")])
+    extractor = studies.extractors.Extractor(scorer, 32, torch.device("cpu"))
 
     def reference():
-        return sample.load_reference(args, extractor, config, "train")
+        return studies.metrics.load_reference(args, extractor, config, "train")
 
     first, files = reference(), set((tmp_path / "cache").glob("*.pt"))
     assert reference()["reference_hash"] == first["reference_hash"]
@@ -380,7 +398,7 @@ def test_reference_statistics_are_made_once_and_again_when_an_image_changes(trai
 
 
 def test_too_few_samples_are_refused_before_any_is_drawn(run, scorer, references, capsys, monkeypatch):
-    monkeypatch.setattr(sample, "generate_tokens", None)
+    monkeypatch.setattr(plumbing.slices, "generate_tokens", None)
     error = refused(capsys, ["--ckpt", run / "ar.pt", "--metrics", "--extractor", scorer, "--num", 16,
                              "--references", references])
     assert "16 images are too few" in error and "16 features" in error
@@ -400,7 +418,7 @@ def test_reference_statistics_serve_where_the_images_are_not(run, scorer, refere
 
 
 def test_an_evaluation_that_another_process_is_making_is_refused(run, scorer, references, monkeypatch):
-    real, errors = sample.generate_tokens, []
+    real, errors = plumbing.slices.generate_tokens, []
 
     def meanwhile(*words):
         if not errors:  # the same command once more, as another process: locks are between processes
@@ -416,7 +434,7 @@ def test_an_evaluation_that_another_process_is_making_is_refused(run, scorer, re
             errors.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
         return real(*words)
 
-    monkeypatch.setattr(sample, "generate_tokens", meanwhile)
+    monkeypatch.setattr(plumbing.slices, "generate_tokens", meanwhile)
     assert measure(run, "ar.pt", scorer, references, "--num", 40)["results"]["fid"] > 0
     assert errors == [2]
 
@@ -429,7 +447,7 @@ def test_parts_of_other_images_are_not_taken_for_these(run, scorer, references, 
     words = ("phase2.pt", scorer, references, "--batch", 8)
     whole = measure(run, *words, "--data", other)
     (run / "result.json").unlink()
-    real, seen = sample.to_uint8, []
+    real, seen = plumbing.images.to_uint8, []
 
     def stop(x):
         seen.append(len(x))
@@ -437,10 +455,10 @@ def test_parts_of_other_images_are_not_taken_for_these(run, scorer, references, 
             raise KeyboardInterrupt
         return real(x)
 
-    monkeypatch.setattr(sample, "to_uint8", stop)
+    monkeypatch.setattr(plumbing.images, "to_uint8", stop)
     with pytest.raises(KeyboardInterrupt):
         measure(run, *words)  # of the run's own images, interrupted
-    monkeypatch.setattr(sample, "to_uint8", real)
+    monkeypatch.setattr(plumbing.images, "to_uint8", real)
     again = measure(run, *words, "--data", other)
     assert again["images_hash"] == whole["images_hash"] and again["results"] == whole["results"]
     assert whole["num_images"] == 20  # all of the folder, none held out
@@ -457,7 +475,7 @@ def test_an_unconditional_prior_of_labelled_images_is_measured(trained, data, sc
 
 def test_a_sweep_measures_each_value_once_and_writes_a_csv_and_a_plot(run, scorer, references, monkeypatch):
     words = ("--num", 20, "--sweep", "top-p=0.5,1")
-    sample.main(sample.parse_args(list(map(str, [
+    sample.main(recipes.options.sample_args(list(map(str, [
         "--ckpt", run / "ar.pt", "--metrics", "--extractor", scorer, "--references", references,
         "--device", "cpu", *words]))))
     lines = (run / "sweep_ar_top_p.csv").read_text().splitlines()
@@ -467,25 +485,25 @@ def test_a_sweep_measures_each_value_once_and_writes_a_csv_and_a_plot(run, score
     assert results[0]["images_hash"] != results[1]["images_hash"]
     assert lines[1].split(",")[1] == str(results[0]["results"]["fid"])
     assert Image.open(run / "sweep_ar_top_p.png").size[0] > 1000
-    monkeypatch.setattr(sample, "generate_tokens", None)  # nothing is drawn a second time
-    sample.main(sample.parse_args(list(map(str, [
+    monkeypatch.setattr(plumbing.slices, "generate_tokens", None)  # nothing is drawn a second time
+    sample.main(recipes.options.sample_args(list(map(str, [
         "--ckpt", run / "ar.pt", "--metrics", "--extractor", scorer, "--references", references,
         "--device", "cpu", *words]))))
 
 
 def test_class_accuracy_counts_by_class_and_keeps_silent_about_other_classes(scorer):
-    extractor = sample.Extractor(scorer, 32, torch.device("cpu"))
+    extractor = studies.extractors.Extractor(scorer, 32, torch.device("cpu"))
     names, labels = Shapes.NAMES, torch.arange(20) % 10
     rows = dict(labels=labels, logits=torch.nn.functional.one_hot((labels + (labels == 3).long()) % 10, 10))
     names = extractor.class_names
-    found = sample.class_accuracy(extractor, names, rows)
+    found = studies.metrics.class_accuracy(extractor, names, rows)
     assert found["all"] == 0.9 and found[names[3]] == 0 and found[names[4]] == 1
-    assert sample.class_accuracy(extractor, ["cat", "dog"], rows) == {}
+    assert studies.metrics.class_accuracy(extractor, ["cat", "dog"], rows) == {}
 
 
 def refused(capsys, words):
     with pytest.raises(SystemExit) as stop:
-        sample.main(sample.parse_args(list(map(str, words))))
+        sample.main(recipes.options.sample_args(list(map(str, words))))
     error = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 2 and error.startswith("error: ")
     return error
@@ -512,7 +530,7 @@ def test_bad_input_of_metrics_ends_with_one_line_and_exit_code_2(run, scorer, re
     np.savez(run / "stats.npz", mu=np.zeros(3))
     assert "no file of reference" in refused(capsys, [*ar, "--num", 30, "--reference", run / "stats.npz"])
     assert "no setting" in refused(capsys, [*ar, "--sweep", "sharpness=1"])
-    assert "out of bounds" in refused(capsys, [*ar, "--sweep", "top_p=0.5,2"])
+    assert "top_p must be a number between 1e-09 and 1" in refused(capsys, [*ar, "--sweep", "top_p=0.5,2"])
     assert "NUMBER" in refused(capsys, [*ar, "--sweep", "top_p=high"])
     # reference statistics of another protocol, and a file that is none
     measure(run, "phase2.pt", scorer, tmp_path / "vals")
@@ -553,12 +571,14 @@ def fake_result(**changes):
     return how | dict(extractor="resnet.pt", results=dict(fid=3.5, precision=0.25)) | changes
 
 
-@pytest.mark.parametrize("key", sample.HOW)
+@pytest.mark.parametrize("key", studies.metrics.HOW)
 def test_numbers_of_unlike_protocols_never_share_a_column(key, tmp_path, capsys):
     (tmp_path / "a.json").write_text(json.dumps(fake_result()))
     (tmp_path / "b.json").write_text(json.dumps(fake_result(**{key: 7})))
     with pytest.raises(SystemExit) as stop:
-        visualize.main(visualize.parse_args(["metrics", str(tmp_path / "a.json"), str(tmp_path / "b.json")]))
+        visualize.main(
+            recipes.options.visualize_args(["metrics", str(tmp_path / "a.json"), str(tmp_path / "b.json")])
+        )
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1
     assert "cannot share a column" in error and key in error and "7 in the other" in error
@@ -567,15 +587,17 @@ def test_numbers_of_unlike_protocols_never_share_a_column(key, tmp_path, capsys)
 def test_like_results_stand_side_by_side(tmp_path, capsys):
     for name, fid in (("a", 3.5), ("b", 4.25)):
         (tmp_path / f"{name}.json").write_text(json.dumps(fake_result(results=dict(fid=fid, precision=0.25))))
-    visualize.main(visualize.parse_args(["metrics", str(tmp_path / "a.json"), str(tmp_path / "b.json")]))
+    visualize.main(
+        recipes.options.visualize_args(["metrics", str(tmp_path / "a.json"), str(tmp_path / "b.json")])
+    )
     out = capsys.readouterr().out
     assert "gfid-train" in out and "3.5" in out and "4.25" in out and "precision" in out
     (tmp_path / "a.json").write_text("[]")
     with pytest.raises(SystemExit):
-        visualize.main(visualize.parse_args(["metrics", str(tmp_path / "a.json")]))
+        visualize.main(recipes.options.visualize_args(["metrics", str(tmp_path / "a.json")]))
     assert "no result of sample.py" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
-        visualize.main(visualize.parse_args(["metrics", str(tmp_path / "nowhere.json")]))
+        visualize.main(recipes.options.visualize_args(["metrics", str(tmp_path / "nowhere.json")]))
     assert stop.value.code == 2
 
 
@@ -586,7 +608,7 @@ def table(name, out, data, *words):
     sets = command("phase1", out, data, **{"judge.width": 2})
     sets = [word for pair in zip(sets, sets[1:], strict=False) if pair[0] == "--set" for word in pair]
     words = [name, "--preset", "demo", "--data", data, "--out", out, "--samples", 20, *sets, *words]
-    return visualize.parse_args(list(map(str, words)))
+    return recipes.options.visualize_args(list(map(str, words)))
 
 
 def in_process(monkeypatch, fail=()):
@@ -602,20 +624,22 @@ def in_process(monkeypatch, fail=()):
             return subprocess.CompletedProcess(words, 1, stderr="first line\nout of luck")
         try:
             if words[1].endswith("train.py"):
-                train.main(*train.parse_args(words[2:]))
+                train.main(*recipes.options.train_args(words[2:]))
             else:
-                sample.main(sample.parse_args(words[2:]))
+                sample.main(recipes.options.sample_args(words[2:]))
         except SystemExit as stop:
             code, message = stop.code, "see above"
         return subprocess.CompletedProcess(words, code, stderr=message)
 
-    monkeypatch.setattr(visualize.subprocess, "run", run)
+    monkeypatch.setattr(studies.tables.subprocess, "run", run)
     return ran
 
 
 def test_a_table_trains_and_measures_every_row_once_and_shows_the_paper_beside(
         data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(visualize.TABLES["table1"], "rows", visualize.TABLES["table1"]["rows"][:2])
+    monkeypatch.setitem(
+        recipes.ablations.TABLES["table1"], "rows", recipes.ablations.TABLES["table1"]["rows"][:2]
+    )
     ran = in_process(monkeypatch)
     words = ("--stages", "phase1,ar", "--run")
     visualize.main(table("table1", tmp_path, data, *words))
@@ -640,11 +664,11 @@ def test_a_table_trains_and_measures_every_row_once_and_shows_the_paper_beside(
 def test_a_damaged_checkpoint_counts_as_missing_and_its_numbers_are_refused(trained, tmp_path):
     path = tmp_path / "phase1.pt"
     shutil.copy(trained / "phase1.pt", path)
-    assert visualize.finished(path, []) and visualize.row_seconds(path) >= 0
+    assert studies.tables.finished(path, []) and studies.tables.row_seconds(path) >= 0
     path.write_bytes(path.read_bytes()[:5000])
-    assert not visualize.finished(path, [])
+    assert not studies.tables.finished(path, [])
     with pytest.raises(UserError, match="phase1.pt is damaged; delete it"):
-        visualize.row_seconds(path)
+        studies.tables.row_seconds(path)
 
 
 def test_rows_of_other_settings_never_stand_in_one_table(data, tmp_path, monkeypatch, capsys):
@@ -694,7 +718,9 @@ def test_fig_5b_is_drawn_over_alpha_and_fig_7b_decodes_with_both_phases(data, tm
 
 
 def test_the_claims_are_told_from_the_measured_numbers_of_each_run(data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(visualize.TABLES["claims"], "rows", [("alpha=0, seed 0", "alpha=0|0", "phase1", ())])
+    monkeypatch.setattr(
+        studies.claims, "ROWS", [recipes.ablations.Row("alpha=0, seed 0", "alpha=0|0", {}, ())]
+    )
     ran = in_process(monkeypatch)
     visualize.main(table("claims", tmp_path, data, "--run"))
     assert len(ran) == 2 + 4 + 7
@@ -712,10 +738,10 @@ def test_the_claims_are_told_from_the_measured_numbers_of_each_run(data, tmp_pat
     assert f"{row['rec_phase1_usage']:.1%}" in told and (tmp_path / "claims_fig5b.png").exists()
     (seen,) = json.loads((tmp_path / "claims_fig11.json").read_text())
     curves = json.loads((tmp_path / "claims_fig10.json").read_text())
-    tokenizer, ckpt = sample.load_model(folder / "phase1.pt", ("phase1",))
-    judge, _ = sample.load_model(tmp_path / "judge" / "vgg.pt", ("vgg",))
-    val = sample.load_data(ckpt["config"])[1]
-    x = sample.to_float(torch.stack([val.view(i) for i in range(20)]), "cpu")
+    tokenizer, ckpt = plumbing.models.load_model(folder / "phase1.pt", ("phase1",))
+    judge, _ = plumbing.models.load_model(tmp_path / "judge" / "vgg.pt", ("vgg",))
+    val = plumbing.data.load_data(ckpt["config"])[1]
+    x = plumbing.images.to_float(torch.stack([val.view(i) for i in range(20)]), "cpu")
     with torch.no_grad():
         x_hat = tokenizer.decode(tokenizer.encode(x))
         gap = judge(x_hat, ["relu5_3"])["relu5_3"] - judge(x, ["relu5_3"])["relu5_3"]
@@ -725,22 +751,24 @@ def test_the_claims_are_told_from_the_measured_numbers_of_each_run(data, tmp_pat
     assert json.loads((tmp_path / "claims.json").read_text())["runs"] == 1
     ran.clear()
     capsys.readouterr()
-    monkeypatch.setattr(visualize, "stability", None)  # the second time its numbers come from a file
+    monkeypatch.setattr(studies.claims, "stability", None)  # the second time its numbers come from a file
     visualize.main(table("claims", tmp_path, data, "--run"))
     assert not ran and "missing" not in capsys.readouterr().out
     assert json.loads((tmp_path / "claims.jsonl").read_text()) == row
 
 
-def test_the_presets_of_tables_are_those_of_train():
-    import train
-
-    assert set(visualize.PRESETS) == set(train.PRESETS)
+@pytest.mark.parametrize("preset", [*recipes.options.PRESETS, "demo-fq", "lfq.demo"])
+def test_a_table_takes_every_preset_of_train(preset, tmp_path):
+    args = recipes.options.visualize_args(["table6", "--preset", preset, "--out", str(tmp_path)])
+    assert studies.tables.Table(args).preset == recipes.options.find_preset(preset)
 
 
 def test_at_full_scale_the_entropy_row_is_the_baseline_and_inception_the_extractor(tmp_path):
     def folders(preset):
-        table = visualize.Table(visualize.parse_args(["table5", "--preset", preset, "--out", str(tmp_path)]))
-        rows = [table.row(name, "phase1")[0] for _, name, _, _ in table.table["rows"]]
+        table = studies.tables.Table(
+            recipes.options.visualize_args(["table5", "--preset", preset, "--out", str(tmp_path)])
+        )
+        rows = [table.row(name, "phase1")[0] for name in [row.name for row in table.table["rows"]]]
         return [commands[0][0].parent.name for commands in rows], table
 
     found, full = folders("imagenet-ablation")
@@ -752,7 +780,7 @@ def test_at_full_scale_the_entropy_row_is_the_baseline_and_inception_the_extract
 def test_the_commands_of_a_table_go_through_torchrun_where_several_processes_are_wanted(tmp_path, capsys):
     words = ["table5", "--preset", "imagenet-ablation", "--out", str(tmp_path), "--nproc", "8"]
     words += ["--data", "DIR", "--workers", "4", "--set", "phase1.lr=2e-4"]
-    visualize.main(visualize.parse_args(words))
+    visualize.main(recipes.options.visualize_args(words))
     lines = [line.strip() for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
     assert len(lines) == 4 * 6
     start = "torchrun --standalone --nproc_per_node=8 train.py --stage phase1 --preset imagenet-ablation"

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import plumbing.weights
 import perceptual as P
 
 SMALL = {"width": 8, "num_classes": 10, "hidden": 16}
@@ -20,7 +21,7 @@ ALL_LAYERS = [*P.LAYERS, P.LOGIT]
 @pytest.fixture(scope="module")
 def taps():
     torch.manual_seed(0)
-    return P.VGGTaps(P.build_vgg16(**SMALL))
+    return P.VGGTaps(plumbing.weights.build_vgg16(**SMALL))
 
 
 @pytest.fixture
@@ -31,7 +32,9 @@ def pair():
 
 @pytest.fixture
 def small_build(monkeypatch):
-    monkeypatch.setattr(P, "build_vgg16", functools.partial(P.build_vgg16, **SMALL))
+    monkeypatch.setattr(
+        plumbing.weights, "build_vgg16", functools.partial(plumbing.weights.build_vgg16, **SMALL)
+    )
 
 
 def tiny_discriminator():
@@ -100,7 +103,7 @@ def test_default_vgg_is_torchvisions():
     from torchvision.models import vgg16
 
     with torch.device("meta"):
-        ours, theirs = P.build_vgg16(), vgg16(init_weights=False)
+        ours, theirs = plumbing.weights.build_vgg16(), vgg16(init_weights=False)
     assert count(ours) == 138_357_544
     shapes = [{key: value.shape for key, value in vgg.state_dict().items()} for vgg in (ours, theirs)]
     assert shapes[0] == shapes[1] and str(ours.features) == str(theirs.features)
@@ -109,7 +112,7 @@ def test_default_vgg_is_torchvisions():
 
 def test_taps_are_relus_with_the_published_channels_and_strides():
     with torch.device("meta"):
-        taps = P.VGGTaps(P.build_vgg16())
+        taps = P.VGGTaps(plumbing.weights.build_vgg16())
         out = taps(torch.zeros(1, 3, 256, 256), ALL_LAYERS)
     assert all(isinstance(taps.vgg.features[index], nn.ReLU) for index in (3, 8, 15, 22, 29))
     assert list(P.LAYERS.values()) == [3, 8, 15, 22, 29]
@@ -144,14 +147,14 @@ def test_vgg_runs_only_as_deep_as_the_deepest_layer(taps, pair):
 
 def test_folding_batch_norm_changes_nothing(pair):
     torch.manual_seed(0)
-    vgg = P.build_vgg16(**SMALL, batch_norm=True)
+    vgg = plumbing.weights.build_vgg16(**SMALL, batch_norm=True)
     for module in vgg.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.uniform_(module.bias, -0.5, 0.5)
             module.running_mean.uniform_(-0.5, 0.5)
             module.running_var.uniform_(0.5, 1.5)
-    folded = P.fold_batch_norm(vgg.train())
+    folded = plumbing.weights.fold_batch_norm(vgg.train())
     assert vgg.training and not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
     torch.testing.assert_close(folded(pair[0]), vgg.eval()(pair[0]), rtol=1e-5, atol=1e-5)
     P.VGGTaps(folded)  # the taps are again at the indices of LAYERS
@@ -161,9 +164,9 @@ def test_folding_batch_norm_changes_nothing(pair):
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip format", "format of 2017"])
 def test_a_saved_file_loads_tensor_for_tensor(tmp_path, small_build, zipped):
-    vgg = P.build_vgg16()
+    vgg = plumbing.weights.build_vgg16()
     torch.save(vgg.state_dict(), tmp_path / "vgg.pth", _use_new_zipfile_serialization=zipped)
-    loaded = P.load_vgg16(str(tmp_path / "vgg.pth"))
+    loaded = plumbing.weights.load_vgg16(str(tmp_path / "vgg.pth"))
     assert loaded.random_weights is False
     for key, value in vgg.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], value), key
@@ -183,22 +186,22 @@ def test_a_full_size_torchvision_file_loads(tmp_path, monkeypatch, source):
     if source != "file":  # there its name ends in its hash
         named = path.with_name(f"vgg16-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}.pth")
         path.rename(named)
-        monkeypatch.setattr(P, "VGG_URL", f"https://example.org/{named.name}")
+        monkeypatch.setattr(plumbing.weights, "VGG_URL", f"https://example.org/{named.name}")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    loaded = P.load_vgg16(path if source == "file" else None)
+    loaded = plumbing.weights.load_vgg16(path if source == "file" else None)
     assert count(loaded) == 138_357_544 and loaded.classifier[6].bias[7] == 0.5
 
 
 @pytest.mark.parametrize("damage", ["missing", "renamed", "extra", "reshaped"])
 def test_a_missing_renamed_extra_or_reshaped_weight_raises(tmp_path, small_build, damage):
-    state = P.build_vgg16().state_dict()
+    state = plumbing.weights.build_vgg16().state_dict()
     weight = state.pop("features.28.weight") if damage != "extra" else torch.zeros(1)
     if damage != "missing":
         key = "features.28.weight" if damage == "reshaped" else "features.28.kernel"
         state[key] = weight[:1] if damage == "reshaped" else weight
     torch.save(state, tmp_path / "vgg.pth")
     with pytest.raises(ValueError, match=r"features\.28\.") as caught:
-        P.load_vgg16(tmp_path / "vgg.pth")
+        plumbing.weights.load_vgg16(tmp_path / "vgg.pth")
     assert "\n" not in str(caught.value)
 
 
@@ -207,22 +210,22 @@ def test_a_wrong_file_in_the_cache_of_torch_hub_is_refused(tmp_path, monkeypatch
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     folder = tmp_path / "hub" / "checkpoints"
     folder.mkdir(parents=True)
-    torch.save(P.build_vgg16(width=4, hidden=8).state_dict(), folder / "vgg16-397923af.pth")
+    torch.save(plumbing.weights.build_vgg16(width=4, hidden=8).state_dict(), folder / "vgg16-397923af.pth")
     with pytest.raises(ValueError, match="vgg16-397923af.pth is damaged"):
-        P.load_vgg16()
+        plumbing.weights.load_vgg16()
 
 
 def test_a_hash_in_the_file_name_is_checked(tmp_path, small_build):
     plain = tmp_path / "vgg.pth"
-    torch.save(P.build_vgg16().state_dict(), plain)
+    torch.save(plumbing.weights.build_vgg16().state_dict(), plain)
     data = plain.read_bytes()
     good = tmp_path / f"vgg16-{hashlib.sha256(data).hexdigest()[:8]}.pth"
     good.write_bytes(data)
-    P.load_vgg16(good)
+    plumbing.weights.load_vgg16(good)
     bad = tmp_path / "vgg16-397923af.pth"
     bad.write_bytes(data)
     with pytest.raises(ValueError, match="damaged"):
-        P.load_vgg16(bad)
+        plumbing.weights.load_vgg16(bad)
 
 
 class Bomb:
@@ -244,7 +247,7 @@ def test_pickled_code_is_refused_and_not_executed(tmp_path, writer):
     else:
         torch.save({"features.0.weight": Bomb(proof)}, path)
     with pytest.raises(ValueError, match="no readable state dict") as caught:
-        P.load_vgg16(path)
+        plumbing.weights.load_vgg16(path)
     assert not proof.exists() and "\n" not in str(caught.value)
 
 
@@ -254,14 +257,14 @@ def test_a_foreign_file_gives_one_line(tmp_path, content):
     path.write_bytes(content)
     for source in (path, tmp_path / "absent.pth"):
         with pytest.raises(ValueError, match="https://") as caught:
-            P.load_vgg16(source)
+            plumbing.weights.load_vgg16(source)
         assert "\n" not in str(caught.value)
 
 
 def test_a_file_that_is_no_dict_gives_one_line(tmp_path):
     torch.save(torch.zeros(3), tmp_path / "vgg.pth")
     with pytest.raises(ValueError, match="no VGG-16"):
-        P.load_vgg16(tmp_path / "vgg.pth")
+        plumbing.weights.load_vgg16(tmp_path / "vgg.pth")
 
 
 def test_without_network_the_error_names_url_size_and_remedies(tmp_path, monkeypatch):
@@ -271,20 +274,20 @@ def test_without_network_the_error_names_url_size_and_remedies(tmp_path, monkeyp
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("torch.hub.urlopen", no_network)
     with pytest.raises(RuntimeError) as caught:
-        P.load_vgg16()
+        plumbing.weights.load_vgg16()
     message = str(caught.value)
-    for part in (P.VGG_URL, "528 MB", "--vgg FILE", "--vgg random", "no network"):
+    for part in (plumbing.weights.VGG_URL, "528 MB", "--vgg FILE", "--vgg random", "no network"):
         assert part in message
-    assert "\n" not in message and P.VGG_URL == "https://download.pytorch.org/models/vgg16-397923af.pth"
+    assert "\n" not in message and plumbing.weights.VGG_URL == "https://download.pytorch.org/models/vgg16-397923af.pth"
 
 
 def test_random_weights_are_seeded_marked_and_leave_the_generator_alone(small_build):
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    first = P.load_vgg16("random")
+    first = plumbing.weights.load_vgg16("random")
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(6)
-    second = P.load_vgg16("random")
+    second = plumbing.weights.load_vgg16("random")
     assert first.random_weights is True and P.VGGTaps(first).random_weights is True
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
@@ -345,15 +348,6 @@ def test_loss_is_float32_under_autocast(taps, pair):
         assert taps(pair[0], ["relu2_2"])["relu2_2"].dtype == torch.bfloat16
         terms = P.perceptual_terms(taps, *pair, ALL_LAYERS)
     assert all(term.dtype == torch.float32 and term.ndim == 0 for term in terms.values())
-
-
-def test_logit_size_resizes_the_logit_branch_alone(taps, pair):
-    resized = P.VGGTaps(taps.vgg, logit_size=64)
-    plain, other = taps(pair[0], ["relu5_3", "logit"]), resized(pair[0], ["relu5_3", "logit"])
-    assert torch.equal(plain["relu5_3"], other["relu5_3"])
-    assert not torch.allclose(plain["logit"], other["logit"])
-    big = F.interpolate(pair[0], size=(64, 64), mode="bilinear", antialias=True)
-    torch.testing.assert_close(other["logit"], taps(big, ["logit"])["logit"], rtol=1e-3, atol=1e-4)
 
 
 def test_wrong_names_and_shapes_are_refused(taps, pair):
@@ -544,10 +538,3 @@ def test_r1_gradients_are_finite_for_a_batch_of_equal_images():
     net, x = tiny_discriminator(), torch.zeros(4, 3, 16, 16)
     P.r1_penalty(net, x).backward()
     assert all(torch.isfinite(p.grad).all() for p in net.parameters() if p.grad is not None)
-
-
-def test_adaptive_weight_is_the_clipped_detached_ratio_of_gradient_norms():
-    w = torch.ones(4, requires_grad=True)
-    weight = P.adaptive_weight((3 * w).sum(), (2 * w).sum(), w)
-    assert weight.item() == pytest.approx(6 / (4 + 1e-4)) and not weight.requires_grad
-    assert P.adaptive_weight((3e9 * w).sum(), (0 * w).sum(), w).item() == pytest.approx(1e4)

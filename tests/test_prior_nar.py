@@ -143,8 +143,9 @@ def test_untrained_loss_is_near_ln_k():
 @pytest.mark.parametrize("steps", [1, 5, 12, 20])
 def test_each_round_fixes_the_scheduled_number_and_no_hole_is_left(steps, space):
     prior = tiny_prior(sharpen=5.0)
-    noise = uniforms(3, steps, 2, 12)
-    tokens, fixed_at = prior.generate(None, noise, steps, confidence_space=space, return_steps=True)
+    noise = uniforms(3, *prior.noise_shape(dict(nar_steps=steps)))
+    assert noise.shape == (3, min(steps, 12), 2, 12)
+    tokens, fixed_at = prior.generate(None, noise, confidence_space=space, return_steps=True)
     assert tokens.dtype == torch.int64 and 0 <= tokens.min() and tokens.max() < MASK
     counts = decode_counts(12, steps)
     for row in fixed_at:
@@ -171,14 +172,15 @@ def test_decoding_is_the_loop_of_maskgit_written_out(space, token_temperature, c
                 scores[n] += choice_temperature * (1 - (t + 1) / 5) * gumbel
             for n in sorted(scores, key=scores.get)[left:]:
                 tokens[b, n], rounds[b, n] = candidates[n], t
-    found = prior.generate(labels, noise, 5, token_temperature, choice_temperature, space, return_steps=True)
+    sampler = dict(token_temperature=token_temperature, choice_temperature=choice_temperature)
+    found = prior.generate(labels, noise, confidence_space=space, return_steps=True, **sampler)
     assert torch.equal(found[0], tokens) and torch.equal(found[1], rounds)
 
 
 def test_a_fixed_token_never_changes():
     prior, seen = tiny_prior(sharpen=5.0), []
     prior.transformer.token_table.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
-    tokens = prior.generate(None, uniforms(2, 6, 2, 12), steps=6)
+    tokens = prior.generate(None, uniforms(2, 6, 2, 12))
     assert len(seen) == 6
     for before, after in zip(seen, seen[1:] + [tokens], strict=True):
         visible = before != MASK
@@ -191,7 +193,7 @@ def test_given_tokens_survive_in_rows_with_different_numbers_of_holes():
     partial = given.clone()
     for row, holes in enumerate([0, 1, 3, 7, 12]):
         partial[row, torch.randperm(12, generator=torch.Generator().manual_seed(row))[:holes]] = MASK
-    tokens, fixed_at = prior.generate(None, uniforms(5, 4, 2, 12), 4, tokens=partial, return_steps=True)
+    tokens, fixed_at = prior.generate(None, uniforms(5, 4, 2, 12), partial, return_steps=True)
     visible = partial != MASK
     assert torch.equal(tokens[visible], given[visible]) and tokens.max() < MASK
     assert torch.equal(fixed_at == -1, visible)
@@ -199,16 +201,16 @@ def test_given_tokens_survive_in_rows_with_different_numbers_of_holes():
         counts = decode_counts(holes, 4)
         assert [int((fixed_at[row] > t).sum()) for t in range(len(counts))] == counts
     for row in range(5):  # and no row depends on the others
-        alone = prior.generate(None, uniforms(5, 4, 2, 12)[row : row + 1], 4, tokens=partial[row : row + 1])
+        alone = prior.generate(None, uniforms(5, 4, 2, 12)[row : row + 1], partial[row : row + 1])
         assert torch.equal(alone[0], tokens[row])
 
 
 def test_an_image_is_the_same_alone_and_in_a_batch_of_four():
     prior, noise = tiny_prior(sharpen=5.0), uniforms(4, 5, 2, 12)
     labels = torch.tensor([0, 1, 2, 0])
-    together = prior.generate(labels, noise, steps=5)
+    together = prior.generate(labels, noise)
     for i in range(4):
-        assert torch.equal(prior.generate(labels[i : i + 1], noise[i : i + 1], steps=5)[0], together[i])
+        assert torch.equal(prior.generate(labels[i : i + 1], noise[i : i + 1])[0], together[i])
 
 
 def test_choice_temperature_zero_makes_the_choice_noise_irrelevant():
@@ -216,15 +218,16 @@ def test_choice_temperature_zero_makes_the_choice_noise_irrelevant():
     other = noise.clone()
     other[:, :, 1] = uniforms(4, 5, 12, seed=1)
     other[:, :, 1, ::3] = 0.0  # the bound of the range must not become an infinity
-    greedy = [prior.generate(None, n, 5, 1.0, 0.0, return_steps=True) for n in (noise, other)]
+    greedy = [prior.generate(None, n, choice_temperature=0.0, return_steps=True) for n in (noise, other)]
     assert torch.equal(greedy[0][0], greedy[1][0]) and torch.equal(greedy[0][1], greedy[1][1])
-    noisy = [prior.generate(None, n, 5, 1.0, 0.45, return_steps=True)[1] for n in (noise, other)]
+    noisy = [prior.generate(None, n, choice_temperature=0.45, return_steps=True)[1] for n in (noise, other)]
     assert not torch.equal(noisy[0], noisy[1])
 
 
 def test_without_noise_the_surest_candidates_are_fixed_first():
     prior, noise = tiny_prior(sharpen=5.0), uniforms(2, 3, 2, 12)
-    _, fixed_at = prior.generate(None, noise, 3, 0, choice_temperature=0.0, return_steps=True)
+    _, fixed_at = prior.generate(
+        None, noise, token_temperature=0, choice_temperature=0.0, return_steps=True)
     probs = prior(torch.full((2, 12), MASK)).softmax(2).amax(2)
     for row in range(2):
         assert probs[row][fixed_at[row] == 0].min() >= probs[row][fixed_at[row] > 0].max()
@@ -233,7 +236,7 @@ def test_without_noise_the_surest_candidates_are_fixed_first():
 def test_one_step_at_token_temperature_zero_is_argmax():
     prior = tiny_prior(sharpen=5.0)
     expected = prior(torch.full((2, 12), MASK)).argmax(2)
-    assert torch.equal(prior.generate(None, uniforms(2, 1, 2, 12), 1, token_temperature=0), expected)
+    assert torch.equal(prior.generate(None, uniforms(2, 1, 2, 12), token_temperature=0), expected)
 
 
 def test_special_ids_are_never_sampled_however_strong_their_rows():
@@ -242,27 +245,29 @@ def test_special_ids_are_never_sampled_however_strong_their_rows():
         prior.transformer.norm.bias.fill_(1.0)
         prior.transformer.token_table.weight[MASK] = 100.0
     assert prior(random_tokens(2)).shape == (2, 12, 32)
-    assert prior.generate(None, uniforms(16, 4, 2, 12), 4, token_temperature=100.0).max() < MASK
+    assert prior.generate(None, uniforms(16, 4, 2, 12), token_temperature=100.0).max() < MASK
 
 
 def test_generate_ignores_dropout_and_restores_the_mode():
     prior, noise = tiny_prior(sharpen=5.0, dropout=0.5), uniforms(2, 4, 2, 12)
-    expected = prior.generate(None, noise, 4)
+    expected = prior.generate(None, noise)
     prior.train()
-    assert torch.equal(prior.generate(None, noise, 4), expected) and prior.training
+    assert torch.equal(prior.generate(None, noise), expected) and prior.training
 
 
 def test_bfloat16_weights_and_noise_at_its_bounds_give_valid_tokens():
     noise = torch.zeros(1, 4, 2, 12)
     noise[..., ::2] = 1 - 2**-24
-    tokens = tiny_prior().bfloat16().generate(None, noise, 4)
+    tokens = tiny_prior().bfloat16().generate(None, noise)
     assert tokens.shape == (1, 12) and tokens.max() < MASK
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        dict(steps=5),
+        dict(noise=torch.zeros(2, 4, 2, 11)),
+        dict(noise=torch.ones(2, 4, 2, 12)),
+        dict(noise=torch.zeros(2, 13, 2, 12)),  # more rounds than tokens
         dict(confidence_space="logit"),
         dict(tokens=torch.full((2, 12), 33)),
         dict(tokens=torch.zeros(1, 12, dtype=torch.int64)),
@@ -270,9 +275,9 @@ def test_bfloat16_weights_and_noise_at_its_bounds_give_valid_tokens():
     ],
 )
 def test_generate_rejects_bad_settings(settings):
-    settings = {"labels": None, "steps": 4, **settings}
+    settings = {"labels": None, "noise": torch.zeros(2, 4, 2, 12), **settings}
     with pytest.raises(ValueError):
-        tiny_prior().generate(noise=torch.zeros(2, 4, 2, 12), **settings)
+        tiny_prior().generate(**settings)
 
 
 def test_a_tiny_prior_overfits_four_sequences():
@@ -285,4 +290,4 @@ def test_a_tiny_prior_overfits_four_sequences():
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.1 and accuracy.item() == 1.0
-    assert torch.equal(prior.generate(labels, uniforms(4, 4, 2, 12), 4), tokens)
+    assert torch.equal(prior.generate(labels, uniforms(4, 4, 2, 12)), tokens)

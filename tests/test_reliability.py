@@ -21,6 +21,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import plumbing.data
+import plumbing.files
+import plumbing.images
+import plumbing.models
+import plumbing.processes
+import plumbing.parallel
+import plumbing.run
+import plumbing.shapes
+import plumbing.validation
+import recipes.options
 from helpers import (
     ROOT, SCRIPTS, STEPS, call, command, contents, differing, earlier, fork, forked, open_run, refusal, rows,
     wait_for, wait_until, write_pictures,
@@ -29,23 +39,23 @@ from PIL import Image
 
 import sample
 import train
-import visualize
 from prior_ar import sample_logits, top_p_filter
-from sample import UserError, intact, newest_intact, read_checkpoint, save_checkpoint
+from plumbing.errors import UserError
+from plumbing.files import intact, newest_intact, read_checkpoint, save_checkpoint
 
 # Killed and started again ---------------------------------------------------------------------------------
 
 
 def at_step(step, action, what="log"):
     """Calls `action()` in this process when a run comes to the end of `step`, before it is logged."""
-    real = train.Run.due
+    real = plumbing.run.Run.due
 
     def due(run, found, stage, number):
         if found == what and number + 1 == step:
             action()
         return real(run, found, stage, number)
 
-    train.Run.due = due
+    plumbing.run.Run.due = due
 
 
 def killed_at(step, *words, **sets):
@@ -73,7 +83,7 @@ KMEANS = dict(tokenizer__codebook="kmeans", tokenizer__kmeans_warmup=1, tokenize
 
 
 @pytest.mark.parametrize("stage, sets", [
-    *[(stage, {}) for stage in train.STAGES],
+    *[(stage, {}) for stage in recipes.options.STAGES],
     pytest.param("phase1", KMEANS, id="phase1-kmeans"),
     pytest.param("phase1", dict(tokenizer__warm_start=3), id="phase1-warm_start"),
 ])
@@ -124,7 +134,7 @@ def test_a_log_that_was_torn_in_the_middle_of_a_line_has_each_step_once_in_the_e
 
 def some_checkpoint(step, numel=50_000):
     torch.manual_seed(step)
-    return dict(format=sample.FORMAT, stage="ar", step=step, model=dict(weight=torch.randn(numel)))
+    return dict(format=plumbing.files.FORMAT, stage="ar", step=step, model=dict(weight=torch.randn(numel)))
 
 
 def steps_on_disk(folder):
@@ -390,7 +400,7 @@ def test_a_loader_worker_that_dies_ends_the_run_with_a_hint_and_loses_nothing(
     out = earlier(trained, tmp_path / "out", "phase1")
 
     def child():
-        real = sample.FolderData.__getitem__
+        real = plumbing.data.FolderData.__getitem__
 
         def item(images, position):
             if position == 8 * 4 and torch.utils.data.get_worker_info():
@@ -399,7 +409,7 @@ def test_a_loader_worker_that_dies_ends_the_run_with_a_hint_and_loses_nothing(
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(images, position)
 
-        sample.FolderData.__getitem__ = item
+        plumbing.data.FolderData.__getitem__ = item
         call("phase1", out, data, "--workers", 2)
 
     assert forked(child) == 1
@@ -428,7 +438,7 @@ def not_finite_at(monkeypatch, player, steps, value=math.nan):
     def passes():
         return int(train_step[0])
 
-    train_step, real_loop = [0], train.Run.loop
+    train_step, real_loop = [0], plumbing.run.Run.loop
 
     def loop(run, stage, start):
         for step in real_loop(run, stage, start):
@@ -436,7 +446,7 @@ def not_finite_at(monkeypatch, player, steps, value=math.nan):
             yield step
 
     monkeypatch.setattr(train, "build_optimizer", build)
-    monkeypatch.setattr(train.Run, "loop", loop)
+    monkeypatch.setattr(plumbing.run.Run, "loop", loop)
 
 
 @pytest.mark.parametrize("player, name", [(0, "tokenizer"), (1, "discriminator")])
@@ -448,7 +458,11 @@ def test_a_gradient_that_is_not_finite_skips_one_update_of_one_player(
     not_finite_at(monkeypatch, player, {3, 5}, value)
     call("phase1", out, data, phase1__adv_start=0.0)
     ckpt = read_checkpoint(out / "phase1.pt", ["phase1"])
-    assert ckpt["step"] == STEPS and train.not_finite(ckpt) == "" and list(ckpt["skips"][name]) == [0, 2]
+    assert (
+        ckpt["step"] == STEPS
+        and plumbing.files.not_finite(ckpt) == ""
+        and list(ckpt["skips"][name]) == [0, 2]
+    )
     moments = [state["step"].item() for state in ckpt["train"]["opt_g"]["state"].values()]
     assert set(moments) == {STEPS - 2 if player == 0 else STEPS}
     counts = [row.get(f"skipped_{name}") for row in rows(out, "phase1") if "lr" in row]
@@ -466,12 +480,16 @@ def test_a_run_whose_gradients_stay_bad_stops_and_keeps_its_last_checkpoint(
     error = capsys.readouterr().err
     assert "updates of the prior were skipped" in error and "lower lr" in error
     good = read_checkpoint(out / "ar.pt", ["ar"])
-    assert train.not_finite(good) == "" and good["step"] == 10 and list(good["skips"]["prior"]) == [8, 8]
+    assert (
+        plumbing.files.not_finite(good) == ""
+        and good["step"] == 10
+        and list(good["skips"]["prior"]) == [8, 8]
+    )
 
 
 def test_weights_that_are_not_finite_are_never_written(trained, data, tmp_path, monkeypatch, capsys):
     out = earlier(trained, tmp_path / "out", "ar")
-    real = train.Run.due
+    real = plumbing.run.Run.due
 
     def due(run, what, stage, step):
         if what == "save" and step + 1 == 4:
@@ -485,7 +503,7 @@ def test_weights_that_are_not_finite_are_never_written(trained, data, tmp_path, 
 
     models, real_build = [], train.build_optimizer
     monkeypatch.setattr(train, "build_optimizer", build)
-    monkeypatch.setattr(train.Run, "due", due)
+    monkeypatch.setattr(plumbing.run.Run, "due", due)
     with pytest.raises(SystemExit) as stop:
         call("ar", out, data)
     assert stop.value.code == 1 and "is not finite, so nothing was written" in capsys.readouterr().err
@@ -507,23 +525,24 @@ def test_lines_of_the_log_are_json_even_where_a_loss_is_not_finite(trained, data
     assert json.loads(line, parse_constant=refuse)["loss"] is None
 
 
-FINE = dict(stage="phase1", lr=1.0, loss_rec=0.2, loss_per=1.0, loss_disc=1.2, usage=0.9, adaptive_weight=1.0)
+FINE = dict(stage="phase1", lr=1.0, loss_rec=0.2, loss_per=1.0, loss_disc=1.2, usage=0.9)
 
 
 @pytest.mark.parametrize("name, changes, word", [
     ("usage", [dict(usage=0.9), dict(usage=0.5)], "phase1.gamma"),
     ("disc", [dict(loss_disc=0.01)] * 5, "phase1.r1_gamma"),
-    ("adaptive", [dict(adaptive_weight=1e4)], "phase1.adaptive"),
     ("val", [dict(val_loss=2.0), dict(val_loss=2.5)], "dropout"),
     ("per", [dict(loss_per=1e-4)], "--vgg"),
 ])
 def test_each_early_warning_names_its_cause_and_a_setting_and_comes_only_then(name, changes, word):
-    c = train.PRESETS["imagenet"]["phase1"]
-    assert visualize.early_warnings([FINE] * 9, "phase1", c) == {}
-    found = visualize.early_warnings([FINE, *[{**FINE, **change} for change in changes]], "phase1", c)
+    c = recipes.options.PRESETS["imagenet"]["phase1"]
+    assert plumbing.validation.early_warnings([FINE] * 9, "phase1", c) == {}
+    found = plumbing.validation.early_warnings(
+        [FINE, *[{**FINE, **change} for change in changes]], "phase1", c
+    )
     assert list(found) == [name] and word in found[name]
     almost = [{**FINE, **change} for change in changes[:-1]]
-    assert visualize.early_warnings([FINE, *almost], "phase1", c) == {}
+    assert plumbing.validation.early_warnings([FINE, *almost], "phase1", c) == {}
 
 
 def test_a_discriminator_that_wins_is_told_between_validations_too(trained, data, tmp_path, capsys):
@@ -610,19 +629,19 @@ def test_a_data_set_of_mostly_bad_images_is_refused(tmp_path, capsys):
 def test_images_that_vanish_during_training_stop_the_run(trained, tmp_path, capsys):
     write_pictures(tmp_path / "data")
     out = earlier(trained, tmp_path / "out", "phase1")
-    real, seen = train.Run.due, []
+    real, seen = plumbing.run.Run.due, []
 
     def due(run, what, stage, step):
         if step == 2 and not seen:
             seen.append(shutil.rmtree(tmp_path / "data"))
         return real(run, what, stage, step)
 
-    train.Run.due = due
+    plumbing.run.Run.due = due
     try:
         with pytest.raises(SystemExit) as stop:
             call("phase1", out, tmp_path / "data", "--steps", 40, "--vgg", trained / "vgg.pt")
     finally:
-        train.Run.due = real
+        plumbing.run.Run.due = real
     assert stop.value.code == 1 and "still there" in capsys.readouterr().err
 
 
@@ -662,31 +681,31 @@ BOMB += zlib.crc32(BOMB[12:29]).to_bytes(4, "big") + b"\0\0\0\0IDAT\x35\xaf\x06\
 ])
 def test_a_file_that_is_no_usable_image_says_why(tmp_path, name, make, reason):
     make(tmp_path / name)
-    with pytest.raises(sample.BadImage, match=reason):
-        sample.load_rgb(tmp_path / name, min_side=4)
+    with pytest.raises(plumbing.images.BadImage, match=reason):
+        plumbing.images.load_rgb(tmp_path / name, min_side=4)
 
 
 def test_the_first_frame_of_an_animation_is_taken(tmp_path):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     for name in ("a.png", "a.webp"):
         frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
-        red, _, blue = sample.load_rgb(tmp_path / name).getpixel((4, 4))
+        red, _, blue = plumbing.images.load_rgb(tmp_path / name).getpixel((4, 4))
         assert red > 200 and blue < 50
 
 
 def test_file_names_of_every_kind_are_read(tmp_path):
     for name in ("with space.png", "ümläut.png", "new\nline.png", "日本.PNG", "a'b.png"):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
-    files, _ = sample.scan_folder(tmp_path)
-    assert len(files) == 5 and all(sample.load_rgb(path).size == (8, 8) for path in files)
-    assert sample.FolderData(files, [], 8, 0).fingerprint[0] == 5
+    files, _ = plumbing.data.scan_folder(tmp_path)
+    assert len(files) == 5 and all(plumbing.images.load_rgb(path).size == (8, 8) for path in files)
+    assert plumbing.data.FolderData(files, [], 8, 0).fingerprint[0] == 5
 
 
 # Sample sets ----------------------------------------------------------------------------------------------
 
 
 def draw(*words):
-    sample.main(sample.parse_args([*map(str, words), "--device", "cpu", "--format", "files"]))
+    sample.main(recipes.options.sample_args([*map(str, words), "--device", "cpu", "--format", "files"]))
 
 
 def test_interrupted_sampling_goes_on_and_a_folder_of_other_settings_is_refused(trained, tmp_path, capsys):
@@ -714,11 +733,11 @@ def test_interrupted_sampling_goes_on_and_a_folder_of_other_settings_is_refused(
 def test_a_sheet_and_an_npz_say_what_made_them(trained, tmp_path):
     for kind, name in (("sheet", "a.png"), ("npz", "a.npz")):
         words = ["--ckpt", trained / "nar.pt", "--num", "3", "--format", kind, "--out", tmp_path / name]
-        sample.main(sample.parse_args([*map(str, words), "--device", "cpu"]))
+        sample.main(recipes.options.sample_args([*map(str, words), "--device", "cpu"]))
     sheet = json.loads(Image.open(tmp_path / "a.png").text["info"])
     array = json.loads(str(np.load(tmp_path / "a.npz")["info"]))
-    assert sheet == array and sheet["tokenizer"] == sample.latent_hash(
-        sample.load_model(trained / "phase2.pt", ["phase2"])[0])
+    assert sheet == array and sheet["tokenizer"] == plumbing.files.latent_hash(
+        plumbing.models.load_model(trained / "phase2.pt", ["phase2"])[0])
 
 
 def test_no_steps_build_everything_and_fewer_steps_than_done_do_nothing(trained, data, tmp_path, capsys):
@@ -736,7 +755,7 @@ def test_unusual_settings_are_told_of_and_obeyed(trained, data, tmp_path, capsys
     said = capsys.readouterr()
     assert "0.2 is far above" in said.err and "sees each of the 60 images 1.5 times" in said.out
     words = ["--ckpt", trained / "nar.pt", "--num", 2, "--steps", 40, "--out", tmp_path / "x.png"]
-    sample.main(sample.parse_args([*map(str, words), "--device", "cpu"]))
+    sample.main(recipes.options.sample_args([*map(str, words), "--device", "cpu"]))
     assert "16 tokens take 16 steps at most" in capsys.readouterr().out
 
 
@@ -827,14 +846,14 @@ def test_any_split_of_the_stream_gives_the_same_items(monkeypatch):
     dice = random.Random(0)
     for _ in range(200):
         n, share, processes, start = (dice.randint(1, k) for k in (50, 5, 8, 40))
-        data, batch = sample.Shapes("train", n, 8, seed=dice.randrange(1000)), share * processes
+        data, batch = plumbing.shapes.Shapes("train", n, 8, seed=dice.randrange(1000)), share * processes
         whole = [data.shuffled(p) for p in range(start * batch, (start + 3) * batch)]
-        monkeypatch.setattr(sample, "world", lambda count=processes: count)
+        monkeypatch.setattr(plumbing.processes, "world", lambda count=processes: count)
         parts = []
         for step in range(start, start + 3):
             for rank in range(processes):
-                monkeypatch.setattr(sample, "rank", lambda number=rank: number)
-                mine = range(step * batch, (step + 1) * batch)[sample.my_rows(batch)]
+                monkeypatch.setattr(plumbing.processes, "rank", lambda number=rank: number)
+                mine = range(step * batch, (step + 1) * batch)[plumbing.processes.my_rows(batch)]
                 parts += [data.shuffled(p) for p in mine]
         assert whole == parts
         epoch = [data.shuffled(p) for p in range(n * start, n * (start + 1))]
@@ -889,16 +908,16 @@ def killed_and_resumed(trained, data, folder, count, warm_up):
     """Names of all that differs between an unbroken run and one that was killed at step 3 of 4."""
 
     def straight():
-        train.WARM_UP = warm_up
+        plumbing.parallel.WARM_UP = warm_up
         call("phase1", folder / "straight", data, **GAN)
 
     def dies():
-        train.WARM_UP = warm_up
+        plumbing.parallel.WARM_UP = warm_up
         at_step(3, lambda: os.kill(os.getpid(), signal.SIGKILL))
         call("phase1", folder / "broken", data, **GAN)
 
     def goes_on():
-        train.WARM_UP = warm_up
+        plumbing.parallel.WARM_UP = warm_up
         call("phase1", folder / "broken", data, **GAN)
 
     for name in ("straight", "broken"):
@@ -914,7 +933,7 @@ def killed_and_resumed(trained, data, folder, count, warm_up):
 @pytest.mark.dist
 @pytest.mark.parametrize("count", [2, 3, 4])
 def test_several_processes_killed_and_started_again_end_as_unbroken_ones(trained, data, tmp_path, count):
-    assert killed_and_resumed(trained, data, tmp_path, count, train.WARM_UP) == []
+    assert killed_and_resumed(trained, data, tmp_path, count, plumbing.parallel.WARM_UP) == []
 
 
 @pytest.mark.dist
@@ -935,7 +954,7 @@ def test_a_gradient_that_is_not_finite_in_one_process_skips_the_update_in_all(tr
 
             def spoil_third(grad):
                 calls.append(1)
-                bad = len(calls) == 3 + train.WARM_UP and os.environ["RANK"] == "1"
+                bad = len(calls) == 3 + plumbing.parallel.WARM_UP and os.environ["RANK"] == "1"
                 return grad * math.nan if bad else None
 
             weight.register_hook(spoil_third)
@@ -946,7 +965,7 @@ def test_a_gradient_that_is_not_finite_in_one_process_skips_the_update_in_all(tr
 
     assert run_processes(2, child) == [0, 0]  # equal weights were found at every save
     ckpt = read_checkpoint(out / "ar.pt", ["ar"])
-    assert list(ckpt["skips"]["prior"]) == [0, 1] and train.not_finite(ckpt) == ""
+    assert list(ckpt["skips"]["prior"]) == [0, 1] and plumbing.files.not_finite(ckpt) == ""
 
 
 @pytest.mark.dist

@@ -1,12 +1,10 @@
 """Claims about sample.py: data as functions of their address, image files, checkpoints, samples, pictures."""
 
-import inspect
 import itertools
 import math
 import os
 import pickle
 from pathlib import Path
-from argparse import Namespace
 from dataclasses import asdict
 
 import numpy as np
@@ -14,10 +12,26 @@ import pytest
 import torch
 from PIL import Image
 
+import plumbing.data
+import plumbing.dataset
+import plumbing.fast
+import plumbing.files
+import plumbing.images
+import plumbing.models
+import plumbing.processes
+import plumbing.shapes
+import plumbing.slices
+import recipes.options
 import sample
+from forks.guidance import GuidedAR, GuidedNAR
 from prior_ar import ARPrior, KVCache, PriorConfig
 from prior_nar import NARPrior
-from sample import FORMAT, FolderData, Shapes, UserError, load_rgb, mix, read_checkpoint, scan_folder
+from plumbing.data import FolderData, scan_folder
+from plumbing.errors import UserError
+from plumbing.files import FORMAT, read_checkpoint
+from plumbing.images import load_rgb
+from plumbing.processes import mix
+from plumbing.shapes import Shapes
 from tokenizer import TokenizerConfig, VQTokenizer
 
 SETTINGS = dict(
@@ -63,7 +77,7 @@ def run(tmp_path):
     tokenizer = tiny_tokenizer()
     write_checkpoint(tmp_path / "phase1.pt", "phase1", tokenizer)
     for stage, kind in (("ar", ARPrior), ("nar", NARPrior)):
-        ours = sample.latent_hash(tokenizer)
+        ours = plumbing.files.latent_hash(tokenizer)
         write_checkpoint(tmp_path / f"{stage}.pt", stage, tiny_prior(kind), tokenizer_hash=ours)
     return tmp_path
 
@@ -88,11 +102,11 @@ def test_mix_is_the_same_number_on_every_machine_and_differs_for_other_parts():
 
 def test_seeded_numbers_depend_on_the_seed_only():
     torch.manual_seed(0)
-    first = sample.seeded_rand(2, 3, seed=5)
+    first = plumbing.processes.seeded_rand(2, 3, seed=5)
     state = torch.get_rng_state()
-    assert torch.equal(sample.seeded_rand(2, 3, seed=5), first)
+    assert torch.equal(plumbing.processes.seeded_rand(2, 3, seed=5), first)
     assert torch.equal(torch.get_rng_state(), state)
-    assert not torch.equal(sample.seeded_rand(2, 3, seed=6), first)
+    assert not torch.equal(plumbing.processes.seeded_rand(2, 3, seed=6), first)
 
 
 # Shapes ---------------------------------------------------------------------------------------------------
@@ -128,7 +142,7 @@ def test_classes_of_shapes_are_balanced_and_every_class_looks_different():
     for index in range(200):
         assert 0.02 < data.mask(index).mean() < 0.6  # a shape under enough of the image, on enough ground
     axis = torch.linspace(-1.2, 1.2, 33)
-    fields = [sample.shape_distance(label, axis[None, :], axis[:, None]) < 0 for label in range(10)]
+    fields = [plumbing.shapes.shape_distance(label, axis[None, :], axis[:, None]) < 0 for label in range(10)]
     assert all((a != b).float().mean() > 0.02 for a, b in itertools.combinations(fields, 2))
 
 
@@ -182,18 +196,18 @@ def test_crops_are_central_without_a_seed_and_deterministic_with_one(tmp_path):
 def test_batches_from_a_later_step_are_the_rest_of_the_stream_for_any_number_of_workers(workers):
     data = Shapes("train", 10, 8)  # 4 does not divide 10: batches cross the epochs
     expected = [[data[position] for position in range(4 * step, 4 * step + 4)] for step in range(6)]
-    loader = sample.batches(data, 4, 3, workers)
+    loader = plumbing.dataset.batches(data, 4, 3, workers)
     for items, (x, labels) in zip(expected[3:], loader, strict=False):
         assert x.dtype == torch.uint8 and torch.equal(x, torch.stack([item[0] for item in items]))
         assert labels.tolist() == [item[1] for item in items]
 
 
 def test_processes_take_contiguous_shares_of_the_batch(monkeypatch):
-    monkeypatch.setattr(sample, "world", lambda: 4)
+    monkeypatch.setattr(plumbing.processes, "world", lambda: 4)
     rows = []
     for rank in range(4):
-        monkeypatch.setattr(sample, "rank", lambda rank=rank: rank)
-        rows += range(12)[sample.my_rows(12)]
+        monkeypatch.setattr(plumbing.processes, "rank", lambda rank=rank: rank)
+        rows += range(12)[plumbing.processes.my_rows(12)]
     assert rows == list(range(12))
 
 
@@ -254,7 +268,7 @@ def test_files_are_resized_to_the_short_side(tmp_path, size):
 def test_shrinking_averages_over_all_pixels():
     stripes = np.zeros((64, 64), np.uint8)
     stripes[:, ::2] = 255  # every second pixel alone would be white or black
-    shrunk = sample.to_square(Image.fromarray(stripes).convert("RGB"), 16).float()
+    shrunk = plumbing.images.to_square(Image.fromarray(stripes).convert("RGB"), 16).float()
     assert (shrunk - 127.5)[:, :, 1:-1].abs().max() < 4
 
 
@@ -301,9 +315,9 @@ def test_a_missing_folder_an_empty_one_and_a_file_are_named_errors(tmp_path):
 def test_without_a_validation_folder_a_twentieth_is_held_out_and_stays_the_same(tmp_path):
     for i in range(40):
         picture(tmp_path / "a" / f"{i:02d}.png")
-    train, val = sample.load_data(dict(CONFIG, data=str(tmp_path)))
+    train, val = plumbing.data.load_data(dict(CONFIG, data=str(tmp_path)))
     assert (len(train), len(val)) == (38, 2) and not set(train.files) & set(val.files)
-    again = sample.load_data(dict(CONFIG, data=str(tmp_path), limit=5))
+    again = plumbing.data.load_data(dict(CONFIG, data=str(tmp_path), limit=5))
     assert again[1].files == val.files and len(again[0]) == 5 and set(again[0].files) < set(train.files)
 
 
@@ -312,25 +326,25 @@ def test_the_first_validation_images_are_of_many_classes(tmp_path):
         picture(tmp_path / "train" / name / "0.png")
         for i in range(40):
             picture(tmp_path / "val" / name / f"{i:02d}.png")
-    _, val = sample.load_data(dict(CONFIG, data=str(tmp_path)))
+    _, val = plumbing.data.load_data(dict(CONFIG, data=str(tmp_path)))
     assert set(val.labels[:20]) == {0, 1, 2, 3}
 
 
 def test_train_and_val_folders_are_found_and_val_has_no_class_of_its_own(tmp_path):
     for name in ("train/a/1.png", "train/b/1.png", "val/a/2.png", "val/b/2.png"):
         picture(tmp_path / name)
-    train, val = sample.load_data(dict(CONFIG, data=str(tmp_path)))
+    train, val = plumbing.data.load_data(dict(CONFIG, data=str(tmp_path)))
     assert (len(train), len(val)) == (2, 2) and train.class_names == val.class_names == ["a", "b"]
     picture(tmp_path / "train/0/3.png")  # sorts before a and b: the labels of val follow the training classes
-    train, val = sample.load_data(dict(CONFIG, data=str(tmp_path)))
+    train, val = plumbing.data.load_data(dict(CONFIG, data=str(tmp_path)))
     assert train.class_names == ["0", "a", "b"] and sorted(val.labels) == [1, 2]
     folders = [Path(path).parent.name for path in val.files]
     assert [train.class_names[label] for label in val.labels] == folders
     picture(tmp_path / "val/c/3.png")
     with pytest.raises(UserError, match="classes that .* lacks: c"):
-        sample.load_data(dict(CONFIG, data=str(tmp_path)))
+        plumbing.data.load_data(dict(CONFIG, data=str(tmp_path)))
     with pytest.raises(UserError, match="--data FOLDER"):
-        sample.load_data(dict(CONFIG, data=None))
+        plumbing.data.load_data(dict(CONFIG, data=None))
 
 
 # Checkpoints ----------------------------------------------------------------------------------------------
@@ -392,7 +406,7 @@ def test_missing_files_folders_other_stages_and_other_formats_are_refused(run):
 
 @pytest.mark.parametrize("stage, kind", [("phase1", VQTokenizer), ("ar", ARPrior), ("nar", NARPrior)])
 def test_every_stage_loads_as_its_model_in_eval_mode(run, stage, kind):
-    model, ckpt = sample.load_model(run / f"{stage}.pt", [stage])
+    model, ckpt = plumbing.models.load_model(run / f"{stage}.pt", [stage])
     assert type(model) is kind and not model.training and ckpt["stage"] == stage
     assert all(torch.equal(value, ckpt["model"][name]) for name, value in model.state_dict().items())
 
@@ -401,37 +415,39 @@ def test_averaged_weights_are_loaded_where_there_are_any_and_names_must_match(tm
     prior = tiny_prior()
     averaged = {name: 2 * value for name, value in prior.state_dict().items()}
     write_checkpoint(tmp_path / "ar.pt", "ar", prior, ema=averaged)
-    model, _ = sample.load_model(tmp_path / "ar.pt", ["ar"])
+    model, _ = plumbing.models.load_model(tmp_path / "ar.pt", ["ar"])
     assert all(torch.equal(value, averaged[name]) for name, value in model.state_dict().items())
     renamed = {f"module.{name}": value for name, value in averaged.items()}
     write_checkpoint(tmp_path / "ar.pt", "ar", prior, model=renamed)
-    with pytest.raises(RuntimeError, match="Missing key"):
-        sample.load_model(tmp_path / "ar.pt", ["ar"])
+    with pytest.raises(UserError, match="Missing key"):
+        plumbing.models.load_model(tmp_path / "ar.pt", ["ar"])
 
 
 def test_the_latent_hash_covers_encoder_and_codebook_and_not_the_decoder():
     tokenizer, hashes = tiny_tokenizer(), []
     for part in (tokenizer.decoder.conv_out, tokenizer.encoder.conv_in, tokenizer.quantizer.codebook):
-        hashes.append(sample.latent_hash(tokenizer))
+        hashes.append(plumbing.files.latent_hash(tokenizer))
         with torch.no_grad():
             part.weight[0] += 1e-3
-    hashes.append(sample.latent_hash(tokenizer))
+    hashes.append(plumbing.files.latent_hash(tokenizer))
     assert hashes[0] == hashes[1] and len(set(hashes)) == 3
-    assert sample.latent_hash(tiny_tokenizer()) == hashes[0]
+    assert plumbing.files.latent_hash(tiny_tokenizer()) == hashes[0]
 
 
 def test_a_prior_finds_its_tokenizer_and_refuses_a_foreign_one(run, tmp_path_factory):
     ckpt = read_checkpoint(run / "ar.pt", ["ar"])
-    assert sample.load_tokenizer_of(run / "ar.pt", ckpt)[1]["stage"] == "phase1"
+    assert plumbing.models.load_tokenizer_of(run / "ar.pt", ckpt)[1]["stage"] == "phase1"
     second = tiny_tokenizer()
     second.add_attention()
     write_checkpoint(run / "phase2.pt", "phase2", second)
-    assert sample.load_tokenizer_of(run / "ar.pt", ckpt)[1]["stage"] == "phase2"  # the better decoder first
+    assert (
+        plumbing.models.load_tokenizer_of(run / "ar.pt", ckpt)[1]["stage"] == "phase2"
+    )  # the better decoder first
     foreign = write_checkpoint(run / "foreign.pt", "phase1", tiny_tokenizer(seed=9))
     with pytest.raises(UserError, match="is not the tokenizer that .*ar.pt was trained on"):
-        sample.load_tokenizer_of(run / "ar.pt", ckpt, given=foreign)
+        plumbing.models.load_tokenizer_of(run / "ar.pt", ckpt, given=foreign)
     with pytest.raises(UserError, match="pass --tokenizer FILE"):
-        sample.load_tokenizer_of(tmp_path_factory.mktemp("alone") / "ar.pt", ckpt)
+        plumbing.models.load_tokenizer_of(tmp_path_factory.mktemp("alone") / "ar.pt", ckpt)
 
 
 # Sampling -------------------------------------------------------------------------------------------------
@@ -442,7 +458,7 @@ def test_image_i_is_the_same_for_any_number_of_images_and_whatever_follows(kind)
     prior, tokenizer, labels = tiny_prior(kind), tiny_tokenizer(), [0, 1, 2, 2, 1, 0, 1]
 
     def draw(num, labels, seed=0):
-        return sample.generate_images(prior, tokenizer, num, labels, seed, SETTINGS, batch=4)
+        return plumbing.slices.generate_images(prior, tokenizer, num, labels, seed, SETTINGS, batch=4)
 
     seven = draw(7, labels)
     assert seven.shape == (7, 3, 16, 16) and seven.dtype == torch.uint8
@@ -458,57 +474,64 @@ def test_image_i_is_the_same_for_any_number_of_images_and_whatever_follows(kind)
 @pytest.mark.parametrize("kind", [ARPrior, NARPrior])
 def test_tokens_of_an_image_depend_on_its_index_and_not_on_its_place_in_a_batch(kind):
     prior, labels = tiny_prior(kind), torch.ones(6, dtype=torch.int64)
-    together = sample.generate_tokens(prior, labels, 0, range(6), SETTINGS)
+    together = plumbing.slices.generate_tokens(prior, labels, 0, range(6), SETTINGS)
     assert together.unique(dim=0).shape[0] == 6
     for some in ([5], [4, 1], [3, 0, 2]):
-        found = sample.generate_tokens(prior, labels[: len(some)], 0, some, SETTINGS)
+        found = plumbing.slices.generate_tokens(prior, labels[: len(some)], 0, some, SETTINGS)
         assert torch.equal(found, together[some])
 
 
 def test_every_chunk_has_the_full_batch_so_that_matrix_products_round_alike(monkeypatch):
-    real, seen = sample.generate_tokens, []
+    real, seen = plumbing.slices.generate_tokens, []
 
     def spy(prior, labels, seed, indices, settings):
         seen.append((labels.tolist(), list(indices)))
         return real(prior, labels, seed, indices, settings)
 
-    monkeypatch.setattr(sample, "generate_tokens", spy)
+    monkeypatch.setattr(plumbing.slices, "generate_tokens", spy)
     labels = [0, 1, 2, 2, 1]
-    assert len(sample.generate_images(tiny_prior(), tiny_tokenizer(), 5, labels, 0, SETTINGS, batch=4)) == 5
+    assert (
+        len(plumbing.slices.generate_images(tiny_prior(), tiny_tokenizer(), 5, labels, 0, SETTINGS, batch=4))
+        == 5
+    )
     assert seen == [([0, 1, 2, 2], [0, 1, 2, 3]), ([1, 0, 1, 2], [4, 5, 6, 7])]  # filled up from the start
 
 
 @pytest.mark.parametrize("rows", [1, 7, 8, 9, 20])
 def test_slices_have_exactly_eight_rows_and_the_filling_is_cut_off_again(rows):
     x, sizes = torch.randn(rows, 2, generator=torch.Generator().manual_seed(0)), []
-    assert torch.equal(sample.in_slices(lambda part: sizes.append(len(part)) or part + 1, x), x + 1)
+    assert torch.equal(plumbing.fast.in_slices(lambda part: sizes.append(len(part)) or part + 1, x), x + 1)
     assert sizes == [8] * math.ceil(rows / 8)
 
 
 @pytest.mark.parametrize("kind", [ARPrior, NARPrior])
 def test_processes_draw_the_images_of_a_single_one(kind, monkeypatch):
     prior, tokenizer, labels = tiny_prior(kind), tiny_tokenizer(), [0, 1, 2, 0, 1]
-    expected, parts = sample.generate_images(prior, tokenizer, 5, labels, 0, SETTINGS, batch=2), {}
-    monkeypatch.setattr(sample, "world", lambda: 2)
-    real = sample.gather_images
+    expected, parts = plumbing.slices.generate_images(prior, tokenizer, 5, labels, 0, SETTINGS, batch=2), {}
+    monkeypatch.setattr(plumbing.slices, "world", lambda: 2)
+    real = plumbing.slices.gather_images
 
     def gather(chunks):
         parts.update(chunks)
         return real(parts.items())
 
-    monkeypatch.setattr(sample, "gather_images", gather)
-    monkeypatch.setattr(sample.dist, "all_gather_object", lambda parts, mine: parts.__setitem__(1, []))
-    monkeypatch.setattr(sample, "rank", lambda: 1)
-    alone = sample.generate_images(prior, tokenizer, 5, labels, 0, SETTINGS, batch=2)
+    monkeypatch.setattr(plumbing.slices, "gather_images", gather)
+    monkeypatch.setattr(
+        plumbing.slices.dist, "all_gather_object", lambda parts, mine: parts.__setitem__(1, [])
+    )
+    monkeypatch.setattr(plumbing.slices, "rank", lambda: 1)
+    alone = plumbing.slices.generate_images(prior, tokenizer, 5, labels, 0, SETTINGS, batch=2)
     assert set(parts) == {2} and torch.equal(alone, expected[2:4])  # those of the other are still missing
-    monkeypatch.setattr(sample, "rank", lambda: 0)
-    assert torch.equal(sample.generate_images(prior, tokenizer, 5, labels, 0, SETTINGS, batch=2), expected)
+    monkeypatch.setattr(plumbing.slices, "rank", lambda: 0)
+    assert torch.equal(
+        plumbing.slices.generate_images(prior, tokenizer, 5, labels, 0, SETTINGS, batch=2), expected
+    )
 
 
 @pytest.mark.parametrize("kind", [ARPrior, NARPrior])
 def test_unconditional_priors_sample_without_labels(kind):
     prior = tiny_prior(kind, num_classes=0)
-    found = sample.generate_images(prior, tiny_tokenizer(), 3, None, 0, SETTINGS, batch=2)
+    found = plumbing.slices.generate_images(prior, tiny_tokenizer(), 3, None, 0, SETTINGS, batch=2)
     assert found.shape == (3, 3, 16, 16)
 
 
@@ -526,27 +549,38 @@ def test_classes_are_chosen_by_name_or_number():
 
 
 def test_flags_are_written_over_the_sampler_of_the_preset_and_zero_counts():
-    args = Namespace(top_p=None, nar_steps=5, confidence_space="log", choice_temperature=0.0)
-    settings = sample.sample_settings(args, CONFIG, "nar")
-    expected = dict(nar_steps=5, confidence_space="log", choice_temperature=0.0, guidance=1.0,
+    def flags(*words):
+        return recipes.options.sample_args(["--ckpt", "x.pt", *words])
+
+    args = flags("--steps", "5", "--confidence-space", "log", "--choice-temperature", "0")
+    settings = sample.sample_settings(args, CONFIG, NARPrior)
+    expected = dict(nar_steps=5, confidence_space="log", choice_temperature=0.0,
                     token_temperature=SETTINGS["token_temperature"])
     assert settings == expected and SETTINGS["nar_steps"] == 3  # the preset is not touched
-    with pytest.raises(UserError, match="--steps does nothing for AR"):
-        sample.sample_settings(args, CONFIG, "ar")
-    assert sample.sample_settings(Namespace(temperature=0.0), CONFIG, "ar")["temperature"] == 0
+    with pytest.raises(UserError, match="--steps does nothing for ARPrior"):
+        sample.sample_settings(args, CONFIG, tiny_prior())
+    assert sample.sample_settings(flags("--temperature", "0"), CONFIG, ARPrior)["temperature"] == 0
+    with pytest.raises(UserError, match="--guidance does nothing for NARPrior"):
+        sample.sample_settings(flags("--guidance", "2"), CONFIG, tiny_prior(NARPrior))
+    assert sample.sample_settings(flags("--guidance", "2"), CONFIG, GuidedNAR)["guidance"] == 2
 
 
-@pytest.mark.parametrize("kind", [ARPrior, NARPrior])
+@pytest.mark.parametrize("kind", [ARPrior, NARPrior, GuidedAR, GuidedNAR])
 def test_every_setting_of_the_sampler_reaches_its_prior(kind, monkeypatch):
     settings = dict(temperature=0.9, top_k=3, top_p=0.8, guidance=1.5, nar_steps=2, token_temperature=0.7,
                     choice_temperature=0.3, confidence_space="log")
-    wanted, got = dict.fromkeys(sample.SAMPLER["ar" if kind is ARPrior else "nar"]), {}
-    prior = tiny_prior(kind, class_dropout=0.1)
-    real = inspect.signature(kind.generate)
-    monkeypatch.setattr(kind, "generate", lambda *a, **k: got.update(real.bind(*a, **k).arguments))
-    sample.generate_tokens(prior, torch.tensor([0]), 0, [0], settings)
-    got["nar_steps"] = got.pop("steps", None)
-    assert {name: got[name] for name in wanted} == {name: settings[name] for name in wanted}
+    got, shapes = {}, []
+    torch.manual_seed(1)
+    prior = kind(kind.Config(**PRIOR))
+
+    def generate(prior, labels, noise, **sampler):
+        shapes.append(tuple(noise.shape[1:]))
+        got.update(sampler)
+
+    monkeypatch.setattr(kind, "generate", generate)
+    plumbing.slices.generate_tokens(prior, torch.tensor([0]), 0, [0], settings)
+    assert got == {name: settings[name] for name in kind.SAMPLER} and len(got) >= 3
+    assert shapes == [(16,) if isinstance(prior, ARPrior) else (2, 2, 16)]
 
 
 def test_data_of_train_and_val_folders_is_split_as_in_training_and_another_folder_is_taken_whole(tmp_path):
@@ -554,22 +588,24 @@ def test_data_of_train_and_val_folders_is_split_as_in_training_and_another_folde
         for i in range(count):
             picture(tmp_path / split / f"{i}.png")
     config = dict(CONFIG, data="shapes", val="elsewhere")
-    assert [len(part) for part in sample.load_data(sample.with_data(config, str(tmp_path)))] == [6, 2]
-    whole = sample.load_data(sample.with_data(config, str(tmp_path / "train")))
-    assert [len(part) for part in whole] == [6, 6] and sample.with_data(config, None) == config
+    assert [
+        len(part) for part in plumbing.data.load_data(plumbing.data.with_data(config, str(tmp_path)))
+    ] == [6, 2]
+    whole = plumbing.data.load_data(plumbing.data.with_data(config, str(tmp_path / "train")))
+    assert [len(part) for part in whole] == [6, 6] and plumbing.data.with_data(config, None) == config
 
 
 def test_images_beside_class_folders_are_told_and_links_in_a_circle_left_out(tmp_path, capsys):
     picture(tmp_path / "cat" / "1.png")
     picture(tmp_path / "loose.png")
     (tmp_path / "cat" / "circle.png").symlink_to(tmp_path / "cat" / "circle.png")
-    files, names = sample.scan_folder(tmp_path)
+    files, names = plumbing.data.scan_folder(tmp_path)
     assert len(files) == 1 and names == ["cat"]
     assert "1 images beside the class folders" in capsys.readouterr().err
 
 
 def test_the_seed_orders_and_flips_procedural_images_too():
-    data = [sample.load_data(dict(CONFIG, seed=seed, limit=30))[0] for seed in (0, 1)]
+    data = [plumbing.data.load_data(dict(CONFIG, seed=seed, limit=30))[0] for seed in (0, 1)]
     flips = [[torch.equal(d[i][0], d.view(d.shuffled(i)).flip(2)) for i in range(30)] for d in data]
     assert flips[0] != flips[1] and data[0].fingerprint != data[1].fingerprint
     assert [data[0].shuffled(i) for i in range(30)] != [data[1].shuffled(i) for i in range(30)]
@@ -580,7 +616,7 @@ def test_the_seed_orders_and_flips_procedural_images_too():
 @pytest.mark.parametrize("value", ["-1", "inf", "nan", "warm"])
 def test_temperatures_out_of_bounds_are_refused_by_the_name_of_their_flag(flag, value, capsys):
     with pytest.raises(SystemExit) as stop:
-        sample.parse_args(["--ckpt", "x.pt", flag, value])
+        recipes.options.sample_args(["--ckpt", "x.pt", flag, value])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and flag in error and error.count("\n") == 1
 
@@ -588,10 +624,10 @@ def test_temperatures_out_of_bounds_are_refused_by_the_name_of_their_flag(flag, 
 @pytest.mark.parametrize("top_p, fine", [("0", False), ("1e-6", True), ("1", True), ("1.01", False)])
 def test_top_p_lies_between_zero_excluded_and_one_included(top_p, fine, capsys):
     if fine:
-        assert sample.parse_args(["--ckpt", "x.pt", "--top-p", top_p]).top_p == float(top_p)
+        assert recipes.options.sample_args(["--ckpt", "x.pt", "--top-p", top_p]).top_p == float(top_p)
     else:
         with pytest.raises(SystemExit):
-            sample.parse_args(["--ckpt", "x.pt", "--top-p", top_p])
+            recipes.options.sample_args(["--ckpt", "x.pt", "--top-p", top_p])
         assert "--top-p" in capsys.readouterr().err
 
 
@@ -604,8 +640,8 @@ def test_bf16_and_packed_weights_give_the_logits_of_float32_up_to_rounding_cache
     tokens = torch.randint(0, 16, (batch, 16), generator=torch.Generator().manual_seed(0))
     labels = torch.zeros(batch, dtype=torch.int64)
     exact = prior(tokens, labels)
-    half = sample.pack_linears(prior.bfloat16(), batch)
-    assert any(isinstance(module, sample.PackedLinear) for module in half.modules())
+    half = plumbing.fast.pack_linears(prior.bfloat16(), batch)
+    assert any(isinstance(module, plumbing.fast.PackedLinear) for module in half.modules())
     model, steps = half.transformer, []
     caches = [KVCache(16) for _ in model.blocks]
     for i in range(16):
@@ -620,7 +656,7 @@ def test_samples_of_bf16_weights_are_pictures_and_say_so(run, stage):
     words = ["--ckpt", str(run / f"{stage}.pt"), "--num", "4", "--format", "npz", "--device", "cpu"]
     for precision in ("fp32", "bf16"):
         out = run / f"{precision}.npz"
-        sample.main(sample.parse_args([*words, "--precision", precision, "--out", str(out)]))
+        sample.main(recipes.options.sample_args([*words, "--precision", precision, "--out", str(out)]))
         with np.load(out) as file:
             assert file["arr_0"].shape == (4, 16, 16, 3) and file["arr_0"].std() > 1
             assert f'"precision": "{precision}"' in str(file["info"])
@@ -631,44 +667,46 @@ def test_samples_of_bf16_weights_are_pictures_and_say_so(run, stage):
 
 def test_all_256_values_survive_the_way_to_float_and_back():
     u = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
-    x = sample.to_float(u, "cpu")
+    x = plumbing.images.to_float(u, "cpu")
     assert x.dtype == torch.float32 and x.min() == -1 and x.max() == 1
-    assert torch.equal(sample.to_uint8(x), u)
-    assert sample.to_uint8(torch.tensor([-7.0, 7.0])).tolist() == [0, 255]
+    assert torch.equal(plumbing.images.to_uint8(x), u)
+    assert plumbing.images.to_uint8(torch.tensor([-7.0, 7.0])).tolist() == [0, 255]
 
 
 def test_psnr_has_its_closed_form_and_counts_after_rounding():
     u = torch.randint(0, 200, (3, 3, 4, 4), generator=torch.Generator().manual_seed(0)).byte()
-    x = sample.to_float(u, "cpu")
-    found = sample.psnr(x, sample.to_float(u + torch.tensor([1, 5, 50]).byte()[:, None, None, None], "cpu"))
+    x = plumbing.images.to_float(u, "cpu")
+    found = plumbing.images.psnr(
+        x, plumbing.images.to_float(u + torch.tensor([1, 5, 50]).byte()[:, None, None, None], "cpu")
+    )
     assert found.shape == (3,)
     torch.testing.assert_close(found, torch.tensor([20 * math.log10(255 / d) for d in (1, 5, 50)]).double())
     one = u.clone()
     one[0, 0, 0, 0] += 6  # one value of 48
     expected = 10 * math.log10(255**2 / (36 / 48))
-    assert sample.psnr(x, sample.to_float(one, "cpu"))[0].item() == pytest.approx(expected)
-    assert sample.psnr(x, x + 0.001).min() > 140 and sample.psnr(x, x).isfinite().all()
+    assert plumbing.images.psnr(x, plumbing.images.to_float(one, "cpu"))[0].item() == pytest.approx(expected)
+    assert plumbing.images.psnr(x, x + 0.001).min() > 140 and plumbing.images.psnr(x, x).isfinite().all()
 
 
 def test_a_sheet_has_rows_of_columns_with_gaps_and_room_for_its_note():
     images = torch.arange(5).byte().mul(50).view(5, 1, 1, 1).expand(5, 3, 4, 6).contiguous()
-    sheet = sample.make_sheet(images, 3, zoom=2)
+    sheet = plumbing.images.make_sheet(images, 3, zoom=2)
     assert sheet.size == (3 * 12 + 2 * 2, 2 * 8 + 2)
     pixels = np.asarray(sheet)
     for i in range(5):
         top, left = i // 3 * 10, i % 3 * 14
         assert (pixels[top : top + 8, left : left + 12] == 50 * i).all()
     assert (pixels[8:10] == 255).all() and (pixels[:, 12:14] == 255).all() and (pixels[10:, 28:] == 255).all()
-    noted = sample.make_sheet(images, 3, note="random weights", zoom=2)
+    noted = plumbing.images.make_sheet(images, 3, note="random weights", zoom=2)
     assert noted.size == (40, 18 + 14) and (np.asarray(noted)[:18] == pixels).all()
     assert (np.asarray(noted)[18:] < 128).any()
-    assert sample.make_sheet(images, 5).size[1] == 64  # small images are enlarged
-    assert sample.make_sheet(images[:1], 1, zoom=1).size == (6, 4)
+    assert plumbing.images.make_sheet(images, 5).size[1] == 64  # small images are enlarged
+    assert plumbing.images.make_sheet(images[:1], 1, zoom=1).size == (6, 4)
 
 
 def test_a_stopped_writer_leaves_the_old_file_and_no_temporary_one(tmp_path):
     path = tmp_path / "new" / "x.txt"
-    sample.save_atomic(lambda p: p.write_text("old"), path)
+    plumbing.files.save_atomic(lambda p: p.write_text("old"), path)
 
     def fail(temporary):
         assert temporary.parent == path.parent and path.read_text() == "old"
@@ -676,9 +714,9 @@ def test_a_stopped_writer_leaves_the_old_file_and_no_temporary_one(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sample.save_atomic(fail, path)
+        plumbing.files.save_atomic(fail, path)
     assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
-    sample.save_atomic(lambda p: p.write_text("new"), path)
+    plumbing.files.save_atomic(lambda p: p.write_text("new"), path)
     assert path.read_text() == "new" and list(path.parent.iterdir()) == [path]
 
 
@@ -686,7 +724,7 @@ def test_a_stopped_writer_leaves_the_old_file_and_no_temporary_one(tmp_path):
 
 
 def call(*words):
-    sample.main(sample.parse_args([*map(str, words), "--device", "cpu"]))
+    sample.main(recipes.options.sample_args([*map(str, words), "--device", "cpu"]))
 
 
 @pytest.mark.parametrize("stage", ["ar", "nar"])
@@ -709,10 +747,10 @@ def test_the_command_writes_sheet_files_and_npz_of_the_same_images(run, stage, c
 def test_the_command_reconstructs_validation_images(run):
     call("--ckpt", run / "phase1.pt", "--reconstruct", "--num", 3, "--batch", 2, "--format", "npz")
     data, tokenizer = Shapes("val", 3, 16), tiny_tokenizer()
-    x = sample.to_float(torch.stack([data.view(i) for i in range(3)]), "cpu")
+    x = plumbing.images.to_float(torch.stack([data.view(i) for i in range(3)]), "cpu")
     with np.load(run / "reconstructions_phase1.npz") as arrays:
         found = torch.from_numpy(arrays["arr_0"]).permute(0, 3, 1, 2)
-    expected = sample.to_uint8(sample.decode(tokenizer, tokenizer.encode(x)))
+    expected = plumbing.images.to_uint8(plumbing.slices.decode(tokenizer, tokenizer.encode(x)))
     assert (found.int() - expected.int()).abs().max() <= 1  # another batch size rounds differently
     call("--ckpt", run / "phase1.pt", "--reconstruct", "--num", 10)
     sheet = np.asarray(Image.open(run / "reconstructions_phase1.png"))

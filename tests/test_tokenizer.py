@@ -7,27 +7,19 @@ import torch
 import torch.nn.functional as F
 
 import tokenizer as module
+from forks.fqgan.tokenizer import FactorizedConfig, FactorizedTokenizer
+from plumbing.codes import codebook_usage
+from plumbing.fast import group_norm
+from plumbing.kmeans import OfflineKMeans, kmeans
+from plumbing.parallel import wrap
 from tokenizer import (
-    CODEBOOKS,
-    BlockAttention,
-    Downsample,
-    ResBlock,
-    TokenizerConfig,
-    Upsample,
-    VectorQuantizer,
-    VQTokenizer,
-    attention_units,
-    average_probs,
-    code_distances,
-    codebook_usage,
-    entropy_loss,
-    from_windows,
-    group_norm,
-    kmeans,
-    to_windows,
-    windowed_attention,
+    ALLOWED, BlockAttention, Downsample, KMeansQuantizer, ResBlock, TokenizerConfig, Upsample, VQTokenizer,
+    VectorQuantizer, attention_units, average_probs, code_distances, entropy_loss, from_windows,
+    to_windows, windowed_attention,
 )
+from train import mean_probs
 
+CODEBOOKS = ALLOWED["codebook"]
 TINY = dict(image_size=16, base_width=8, channel_mult=(1, 2, 2), codebook_size=16, codebook_dim=4)  # f = 4
 
 
@@ -45,7 +37,8 @@ def tiny_tokenizer(seed=0, **changes):
 
 def tiny_quantizer(seed=0, **changes):
     torch.manual_seed(seed)
-    quantizer = VectorQuantizer(TokenizerConfig(**{**TINY, **changes}))
+    Quantizer = KMeansQuantizer if changes.get("codebook") == "kmeans" else VectorQuantizer
+    quantizer = Quantizer(TokenizerConfig(**{**TINY, **changes}))
     torch.nn.init.normal_(quantizer.codebook.weight)
     return quantizer
 
@@ -82,8 +75,6 @@ def brute_force_indices(z_hat, codes):
         (dict(bias=True, num_attention=1), 57_970_435, 58.0),
         (dict(bias=True, num_attention=2), 61_393_667, 61.4),
         (dict(bias=True, decoder_extra_blocks=2), 69_897_987, 69.9),
-        (dict(attention="parallel", num_attention=1), 57_950_979, 58.0),
-        (dict(attention="parallel", num_attention=2), 61_369_091, 61.4),
         (dict(bias=True, latent_kernel=3), 56_644_355, 56.6),
         (dict(codebook="fn", codebook_dim=32, codebook_size=8192), 54_303_267, 54.3),
         (dict(codebook="plain"), 54_532_867, 54.5),
@@ -108,14 +99,11 @@ def test_parameters_of_encoder_decoder_and_codebook_are_exact():
 
 @pytest.mark.parametrize("width, expected", [(128, 131_840), (256, 525_824), (512, 2_100_224)])
 def test_parameters_of_the_blocks_follow_their_closed_forms(width, expected):
-    config = TokenizerConfig()
     with torch.device("meta"):
         assert count(ResBlock(width)) == 18 * width**2 + 4 * width
         assert count(Downsample(width, 256)) == count(Upsample(width, 256)) == 9 * width * 256 + 256
-        assert count(attention_units(width, 16, config, 1)) == 8 * width**2 + 6 * width == expected
-        assert count(attention_units(width, 16, config, 2)) == 2 * expected
-        config.attention = "parallel"
-        assert count(attention_units(width, 16, config, 1)) == 8 * width**2 + 8 * width
+        assert count(attention_units(width, 16, 1)) == 8 * width**2 + 6 * width == expected
+        assert count(attention_units(width, 16, 2)) == 2 * expected
 
 
 def test_downsampling_pads_a_zero_row_and_column_at_the_bottom_and_right():
@@ -221,13 +209,13 @@ def test_tokens_that_form_no_square_grid_are_refused(shape):
         tiny_tokenizer().decode(torch.zeros(shape, dtype=torch.int64))
 
 
-def test_unknown_codebook_attention_and_distance_are_refused():
-    with pytest.raises(ValueError, match="plain, entropy, fn, kmeans"):
+def test_unknown_codebook_distance_and_set_are_refused():
+    with pytest.raises(ValueError, match="'plain', 'entropy', 'fn', 'kmeans'"):
         TokenizerConfig(codebook="vq")
-    with pytest.raises(ValueError, match="interleaved"):
-        VQTokenizer(TokenizerConfig(**TINY, num_attention=1, attention="full"))
     with pytest.raises(ValueError, match="squared"):
-        code_distances(normal(2, 4), normal(3, 4), "cosine")
+        TokenizerConfig(distance="cosine")
+    with pytest.raises(ValueError, match="'batch', 'image'"):
+        TokenizerConfig(entropy_set="epoch")
 
 
 def test_attention_on_a_map_that_its_blocks_do_not_tile_is_refused():
@@ -244,9 +232,12 @@ def test_attention_on_a_map_that_its_blocks_do_not_tile_is_refused():
 
 @pytest.mark.parametrize(
     "changes, message",
-    [(dict(channel_mult=()), "widths"), (dict(base_width=0), "widths"), (dict(latent_kernel=2), "1 or 3"),
-     (dict(kmeans_every=0), "kmeans_every must be at least 1"), (dict(num_codebooks=0), "num_codebooks"),
-     (dict(codebook_size=20_000, warm_start=2), "16,384 vectors")],
+    [
+        (dict(channel_mult=()), "no width"),
+        (dict(base_width=0), "no width"),
+        (dict(latent_kernel=2), r"\(1, 3\)"),
+        (dict(codebook_size=20_000, warm_start=2), "16,384 vectors"),
+    ],
 )
 def test_sizes_that_make_no_tokenizer_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
@@ -270,7 +261,8 @@ def test_distances_are_the_euclidean_ones_squared_up_to_a_constant_of_each_row()
     true = torch.cdist(z, codes)
     squared = code_distances(z, codes) + z.square().sum(1, keepdim=True)
     torch.testing.assert_close(squared, true.square())
-    torch.testing.assert_close(code_distances(z, codes, "l2"), true)
+    soften = VectorQuantizer(TokenizerConfig(**TINY, distance="l2")).soften
+    torch.testing.assert_close(soften(code_distances(z, codes), z), true)
 
 
 def test_a_code_returns_its_own_index_and_costs_nothing():
@@ -317,14 +309,14 @@ def test_the_two_terms_are_the_mean_squared_quantization_error_without_beta():
 
 
 @pytest.mark.parametrize("codebook", CODEBOOKS)
-def test_only_the_codebooks_of_the_paper_s_entropy_and_of_fqgan_have_an_entropy_term(codebook):
+def test_only_the_codebook_of_sec_3_4_has_an_entropy_term(codebook):
     model, x = tiny_tokenizer(codebook=codebook, kmeans_warmup=0), images(2)
-    has_entropy = codebook in ("entropy", "fq")
+    has_entropy = codebook == "entropy"
     expected = {"loss_codebook", "loss_commit"} | ({"loss_entropy"} if has_entropy else set())
     losses = model(x)[2]
     assert set(losses) == expected
     assert all(value.dtype == torch.float32 and value.ndim == 0 for value in losses.values())
-    assert (model.average_probs(x) is not None) == has_entropy
+    assert (mean_probs(model, [x, x]) is not None) == has_entropy
 
 
 def test_without_the_entropy_term_losses_and_gradients_are_those_of_plain_vq():
@@ -346,8 +338,8 @@ def test_the_quantizer_computes_in_float32_under_bfloat16_autocast(monkeypatch):
     quantizer, z_hat = tiny_quantizer(), normal(2, 4, 5, 5, seed=1)
     expected, types = quantizer(z_hat), []
 
-    def spy(z, codes, kind="squared"):
-        distances = code_distances(z, codes, kind)
+    def spy(z, codes):
+        distances = code_distances(z, codes)
         types.extend((z.dtype, codes.dtype, distances.dtype))
         return distances
 
@@ -415,7 +407,7 @@ def test_the_global_mean_makes_two_half_batches_equal_one_batch_in_float64():
     z, codes = z.requires_grad_(), codes.requires_grad_()
 
     def gradients(rows, global_probs):
-        loss = quantizer._entropy_loss(code_distances(z[rows], codes), 1, global_probs)
+        loss = quantizer.usage_loss(code_distances(z[rows], codes), z[rows], 1, global_probs)
         return loss, *torch.autograd.grad(loss, (z, codes))
 
     halves = slice(0, 20), slice(20, 40)
@@ -429,10 +421,10 @@ def test_the_global_mean_makes_two_half_batches_equal_one_batch_in_float64():
     assert (naive[1] - full[1]).abs().max() > 1e-4 and (naive[2] - full[2]).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(trunk="vqgan", codebook="fq", num_codebooks=2)])
-def test_accumulated_micro_batches_give_the_gradients_of_the_whole_batch(changes):
+@pytest.mark.parametrize("factorized", [False, True])
+def test_accumulated_micro_batches_give_the_gradients_of_the_whole_batch(factorized):
     torch.manual_seed(0)
-    model = VQTokenizer(TokenizerConfig(**TINY, **changes)) if changes else tiny_tokenizer()
+    model = FactorizedTokenizer(FactorizedConfig(**TINY, num_codebooks=2)) if factorized else tiny_tokenizer()
     x = images(4)
     x[2:] = x[2:] * 0.1 + 0.5
 
@@ -447,7 +439,7 @@ def test_accumulated_micro_batches_give_the_gradients_of_the_whole_batch(changes
         return ((some - others).norm() / others.norm()).item()
 
     full, parts = gradients([x], None), x.split(2)
-    probs = torch.stack([model.average_probs(part) for part in parts]).mean(0)
+    probs = mean_probs(model, parts)
     assert gap(gradients(parts, probs), full) < 1e-4
     assert gap(gradients(parts, None), full) > 1e-2
 
@@ -499,23 +491,30 @@ def test_kmeans_depends_on_its_seed_only_and_survives_fewer_distinct_points_than
     assert kmeans(torch.ones(9, 3), 4, seed=0).eq(1).all()
 
 
+def overwrites(quantizer, step):
+    """Whether the step begins with a new codebook, which is then the one parameter named."""
+    named = quantizer.start_step(step)
+    assert not named or named[0] is quantizer.codebook.weight and len(named) == 1
+    return bool(named)
+
+
 def test_reestimation_on_k_distinct_vectors_gives_error_zero_and_usage_one():
     quantizer = tiny_quantizer(codebook="kmeans", kmeans_warmup=1, kmeans_every=1, kmeans_last=1).train()
     z_hat = torch.stack(torch.meshgrid(*[torch.tensor([-1.0, 1.0])] * 4, indexing="ij")).reshape(1, 4, 4, 4)
     quantizer.start_step(0)
     quantizer(z_hat)
-    assert quantizer.start_step(1) is True
+    assert overwrites(quantizer, 1)
     z_st, indices, losses = quantizer(z_hat)
     assert torch.equal(z_st, z_hat) and losses["loss_codebook"] == 0
     assert codebook_usage(torch.bincount(indices.flatten(), minlength=16)) == (1, pytest.approx(16))
 
 
-def test_start_step_is_true_exactly_when_the_codebook_was_overwritten():
+def test_start_step_names_the_codebook_exactly_when_it_was_overwritten():
     quantizer = tiny_quantizer(codebook="kmeans", kmeans_warmup=2, kmeans_every=3, kmeans_last=9).train()
     overwritten, bypassed = [], []
     for step in range(13):
         before = quantizer.codebook.weight.clone()
-        told = quantizer.start_step(step)
+        told = overwrites(quantizer, step)
         assert told == (not torch.equal(before, quantizer.codebook.weight))
         overwritten += [step] * told
         bypassed += [step] * quantizer.bypass
@@ -526,10 +525,10 @@ def test_start_step_is_true_exactly_when_the_codebook_was_overwritten():
 
 @pytest.mark.parametrize("codebook", ["plain", "entropy", "fn"])
 def test_without_kmeans_start_step_does_nothing_and_there_is_no_reservoir(codebook):
-    quantizer = tiny_quantizer(codebook=codebook)
-    assert not any(quantizer.start_step(step) for step in range(5))
-    assert not quantizer.bypass and not quantizer.collecting
-    assert set(quantizer.state_dict()) == {"codebook.weight"}
+    model = tiny_tokenizer(codebook=codebook)
+    assert not any(model.start_step(step) for step in range(5))
+    assert type(model.quantizer) is VectorQuantizer
+    assert set(model.quantizer.state_dict()) == {"codebook.weight"}
 
 
 def test_reestimation_is_skipped_while_the_reservoir_holds_fewer_than_k_vectors():
@@ -537,18 +536,18 @@ def test_reestimation_is_skipped_while_the_reservoir_holds_fewer_than_k_vectors(
     before = quantizer.codebook.weight.clone()
     quantizer.start_step(0)
     quantizer(normal(1, 4, 3, 5))  # 15 of the 16
-    assert quantizer.start_step(1) is False
+    assert not overwrites(quantizer, 1)
     assert torch.equal(quantizer.codebook.weight, before)
     quantizer(normal(1, 4, 1, 1, seed=1))  # kept: the skipped ones still count
-    assert quantizer.start_step(2) is True
+    assert overwrites(quantizer, 2)
 
 
 def test_reestimation_empties_the_reservoir():
     quantizer = tiny_quantizer(codebook="kmeans", kmeans_warmup=1, kmeans_every=1, kmeans_last=9).train()
     quantizer.start_step(0)
     quantizer(normal(2, 4, 4, 4))
-    assert quantizer.start_step(1) is True
-    assert quantizer.start_step(2) is False
+    assert overwrites(quantizer, 1)
+    assert not overwrites(quantizer, 2)
 
 
 def test_quantizing_in_parts_gives_the_same_tokens(monkeypatch):
@@ -559,7 +558,7 @@ def test_quantizing_in_parts_gives_the_same_tokens(monkeypatch):
 
 
 def test_the_reservoir_is_a_uniform_sample_of_everything_seen(monkeypatch):
-    monkeypatch.setattr(VectorQuantizer, "RESERVOIR", 200)
+    monkeypatch.setattr(OfflineKMeans, "RESERVOIR", 200)
     quantizer = tiny_quantizer(codebook="kmeans", codebook_dim=1).train()
     quantizer.start_step(0)
     for i in range(20):
@@ -576,7 +575,7 @@ def test_vectors_that_are_not_finite_never_reach_the_codebook():
     z_hat[0, 1, 2, 3], z_hat[1, 0, 0, 0] = math.nan, math.inf
     quantizer(z_hat)
     assert (quantizer.reservoir_keys >= 0).sum() == 30
-    assert quantizer.start_step(1) is True and quantizer.codebook.weight.isfinite().all()
+    assert overwrites(quantizer, 1) and quantizer.codebook.weight.isfinite().all()
 
 
 def test_while_warming_up_the_decoder_gets_the_encoder_output_and_the_losses_are_zero():
@@ -593,16 +592,22 @@ def test_while_warming_up_the_decoder_gets_the_encoder_output_and_the_losses_are
     assert torch.equal(model(x)[0], model.decode(tokens))  # evaluation quantizes
 
 
-def test_a_compiled_tokenizer_gives_what_the_module_gives_while_codes_are_bypassed_and_after():
+def test_a_compiled_tokenizer_gives_what_the_module_gives_while_codes_are_bypassed_and_after(monkeypatch):
     # compiled as a whole, the random keys of the warm start break its graph and bf16 then raises
+    def compile(module):
+        module._compiled_call_impl = torch.compile(module._call_impl, backend="aot_eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile)
     model, x = tiny_tokenizer(codebook="entropy", warm_start=2).train(), images(4)
     model, x = (part.to(memory_format=torch.channels_last) for part in (model, x))
     for step in (0, 3):
         model.quantizer.start_step(step)
         torch.compiler.reset()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16) as autocast:
+            model._compiled_call_impl = None
             expected = model(x)
-            found = torch.compile(model, backend="aot_eager")(x)
+            found = wrap(model, (x,), x.device, autocast, compiled=True)(x)
+        assert model._compiled_call_impl is not None
         torch.testing.assert_close(found, expected)
         found[0].float().sum().backward()
         assert model.encoder.conv_in.weight.grad.isfinite().all()
@@ -612,7 +617,7 @@ def test_warm_start_gives_the_entropy_codebook_one_kmeans_and_then_its_usual_los
     model, x = tiny_tokenizer(codebook="entropy", warm_start=3).train(), images(4)
     told, names = [], []
     for step in range(6):
-        told.append(model.quantizer.start_step(step))
+        told.append(overwrites(model.quantizer, step))
         names.append("loss_entropy" in model(x)[2])
     assert told == [False, False, False, True, False, False]
     assert names == [False, False, False, True, True, True]
@@ -641,14 +646,13 @@ def attend(kind, block=4):
 
 
 @pytest.mark.parametrize("row, column", [(0, 0), (5, 10), (15, 3)])
-def test_receptive_sets_are_the_block_the_grid_their_union_and_everything(row, column):
+def test_receptive_sets_are_the_block_the_grid_and_of_both_in_a_row_everything(row, column):
     rows, columns = torch.arange(16)[:, None], torch.arange(16)[None, :]
     own_block = (rows // 4 == row // 4) & (columns // 4 == column // 4)
     own_grid = (rows % 4 == row % 4) & (columns % 4 == column % 4)
     assert torch.equal(seen_pixels(attend("regional"), row, column), own_block)
     assert torch.equal(seen_pixels(attend("dilated"), row, column), own_grid)
-    parallel = seen_pixels(attend("parallel"), row, column)
-    assert torch.equal(parallel, own_block | own_grid) and parallel.sum() == 31
+    assert own_block.sum() == own_grid.sum() == 16
     assert seen_pixels(lambda x: attend("dilated")(attend("regional")(x)), row, column).sum() == 256
 
 
@@ -671,33 +675,30 @@ def test_one_window_over_the_whole_map_is_full_attention(kind, block):
     torch.testing.assert_close(windowed_attention(q, k, v, block, kind), expected)
 
 
-def unit(kind, num=1, zero=False):
+def unit(num=1, zero=False):
     torch.manual_seed(0)
-    layers = attention_units(8, 16, TokenizerConfig(**TINY, attention=kind), num).double()
+    layers = attention_units(8, 16, num).double()
     if not zero:
         for parameter in layers.parameters():
             torch.nn.init.normal_(parameter)
     return layers
 
 
-@pytest.mark.parametrize("kind", ["interleaved", "parallel"])
-def test_new_attention_units_are_the_identity(kind):
+def test_new_attention_units_are_the_identity():
     x = normal(2, 8, 16, 16, dtype=torch.float64)
-    assert torch.equal(unit(kind, num=2, zero=True)(x), x)
-    assert not torch.allclose(unit(kind)(x), x)
+    assert torch.equal(unit(num=2, zero=True)(x), x)
+    assert not torch.allclose(unit()(x), x)
 
 
-@pytest.mark.parametrize("kind", ["interleaved", "parallel"])
-def test_a_cyclic_shift_by_the_block_side_commutes_with_the_unit(kind):
-    layers, x = unit(kind), normal(2, 8, 16, 16, dtype=torch.float64)
+def test_a_cyclic_shift_by_the_block_side_commutes_with_the_unit():
+    layers, x = unit(), normal(2, 8, 16, 16, dtype=torch.float64)
     shifted = layers(x.roll((4, -8), (2, 3)))
     torch.testing.assert_close(shifted, layers(x).roll((4, -8), (2, 3)))
     assert not torch.allclose(layers(x.roll(1, 2)), layers(x).roll(1, 2))  # windows have borders
 
 
-@pytest.mark.parametrize("kind", ["interleaved", "parallel"])
-def test_images_of_a_batch_do_not_mix(kind):
-    layers, x = unit(kind), normal(3, 8, 16, 16, dtype=torch.float64)
+def test_images_of_a_batch_do_not_mix():
+    layers, x = unit(), normal(3, 8, 16, 16, dtype=torch.float64)
     torch.testing.assert_close(layers(x)[1:2], layers(x[1:2]))
 
 
@@ -705,16 +706,14 @@ def test_images_of_a_batch_do_not_mix(kind):
 
 
 @pytest.mark.parametrize("there", [0, 2])
-@pytest.mark.parametrize("attention", ["interleaved", "parallel"])
-def test_new_units_leave_the_reconstruction_bit_equal_and_the_weights_load_again(attention, there):
-    model, x = tiny_tokenizer(attention=attention, num_attention=there).eval(), images(2)
+def test_new_units_leave_the_reconstruction_bit_equal_and_the_weights_load_again(there):
+    model, x = tiny_tokenizer(num_attention=there).eval(), images(2)
     for parameter in model.decoder.stages[0].attention.parameters():
         torch.nn.init.normal_(parameter)  # units of phase 1 were trained; the new ones come behind them
     before, size = model(x)[0], count(model)
     model.add_attention()
     widths = model.config.widths
-    per_width = 8 if attention == "parallel" else 6
-    assert count(model) - size == sum(8 * width**2 + per_width * width for width in widths)
+    assert count(model) - size == sum(8 * width**2 + 6 * width for width in widths)
     assert torch.equal(model(x)[0], before) and model.config.num_attention == there + 1
     again = VQTokenizer(model.config)
     again.load_state_dict(model.state_dict(), strict=True)
@@ -732,7 +731,7 @@ def test_phase_2_moves_the_decoder_and_leaves_encoder_codebook_and_tokens_bit_id
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
     for step in range(3):
         model.train()
-        model.quantizer.start_step(step)
+        assert model.start_step(step) == []
         x_hat, seen, losses = model(x)
         assert losses == {} and torch.equal(seen, tokens)
         optimizer.zero_grad()
@@ -757,4 +756,4 @@ def test_after_freezing_encoder_and_codebook_stay_in_eval_mode_without_gradients
     assert model.decoder.training and not model.encoder.training and not model.quantizer.training
     model(images(2))[0].sum().backward()
     assert all(p.grad is None for part in (model.encoder, model.quantizer) for p in part.parameters())
-    assert model.average_probs(images(2)) is None
+    assert mean_probs(model, [images(2), images(2)]) is None

@@ -20,35 +20,49 @@ from urllib.error import URLError
 
 import pytest
 import torch
+import forks
+import perceptual
+import plumbing.codes
+import plumbing.dataset
+import plumbing.images
+import plumbing.judge
+import plumbing.preflight
+import plumbing.processes
+import plumbing.run
+import plumbing.weights
+import recipes.ablations
+import recipes.options
+import recipes.paper
+import recipes.small
+import studies.cost
+import studies.summary
 from helpers import ROOT, SCRIPTS, STEPS, call, command, contents, differing, earlier, open_run, refusal, rows
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import perceptual
-import sample
 import train
-import visualize
-from sample import latent_hash, load_model, read_checkpoint
+from plumbing.files import latent_hash, read_checkpoint
+from plumbing.models import load_model
 from tokenizer import TokenizerConfig, VQTokenizer
 
 # Schedules and presets ------------------------------------------------------------------------------------
 
 
 def test_the_schedules_pass_through_the_points_of_tables_9_and_10():
-    phase1, ar, nar = (train.PRESETS["imagenet"][stage] for stage in ("phase1", "ar", "nar"))
+    phase1, ar, nar = (recipes.options.PRESETS["imagenet"][stage] for stage in ("phase1", "ar", "nar"))
     middle = (80_000 + 1_500_000) // 2
     for c, step, lr in [
         (phase1, 0, 1e-4), (phase1, 250_000, 7.5e-5), (phase1, 500_000, 5e-5),
         (phase1, 125_000, 7.5e-5 + 2.5e-5 * math.cos(math.pi / 4)),  # no straight line
         (ar, 0, 1e-4), (ar, 80_000, 1e-4), (ar, middle, (1e-4 * 5e-6) ** 0.5), (ar, 1_500_000, 5e-6),
         (nar, 0, 1e-4), (nar, 50_000, 1e-4), (nar, 775_000, 5e-5), (nar, 1_500_000, 0),
-        (train.PRESETS["imagenet"]["phase2"], 123_456, 5e-5),
+        (recipes.options.PRESETS["imagenet"]["phase2"], 123_456, 5e-5),
     ]:
         assert train.lr_at(step, c) == pytest.approx(lr, rel=1e-9, abs=1e-20)
     assert train.lr_at(80_001, ar) < 1e-4 and train.lr_at(50_001, nar) < 1e-4
 
 
 def test_warm_up_grows_in_a_straight_line_and_then_changes_nothing():
-    plain = train.PRESETS["imagenet"]["ar"]
+    plain = recipes.options.PRESETS["imagenet"]["ar"]
     warm = dict(plain, warmup=100)
     assert [train.lr_at(step, warm) for step in (0, 49, 99)] == pytest.approx([1e-6, 5e-5, 1e-4])
     assert train.lr_at(100_000, warm) == train.lr_at(100_000, plain)
@@ -67,7 +81,7 @@ def test_warm_up_grows_in_a_straight_line_and_then_changes_nothing():
 def test_each_preset_equals_its_column_of_tables_9_and_10(
     preset, batches, steps, lr, priors, nar_temperature, top_p
 ):
-    c = train.PRESETS[preset]
+    c = recipes.options.PRESETS[preset]
     first, second, ar, nar = (c[stage] for stage in ("phase1", "phase2", "ar", "nar"))
     assert (first["batch"], second["batch"]) == batches and (first["steps"], second["steps"]) == steps
     assert (first["lr"], first["schedule"]) == lr and first["lr_end"] == 5e-5 and first["lr_start"] == 0
@@ -85,27 +99,26 @@ def test_each_preset_equals_its_column_of_tables_9_and_10(
     wanted = dict(top_p=top_p, nar_steps=12, choice_temperature=nar_temperature, temperature=1)
     assert wanted.items() <= c["sample"].items()
     assert c["image_size"] == 256 and c["vgg"] == "imagenet" and c["tokenizer"] == {}
-    assert c["prior"] == dict(n_layer=24, n_head=16, n_embd=768, dropout=0.1, class_dropout=0.0, head="tied",
-                              head_layers=3, block="gpt")
+    assert c["prior"] == dict(n_layer=24, n_head=16, n_embd=768, dropout=0.1)
     assert c["conditional"] == (preset == "imagenet")
 
 
-@pytest.mark.parametrize("preset", train.PRESETS)
+@pytest.mark.parametrize("preset", recipes.options.PRESETS)
 def test_all_presets_have_the_same_keys(preset):
-    for key, value in train.IMAGENET.items():
+    for key, value in recipes.paper.IMAGENET.items():
         if isinstance(value, dict) and key != "tokenizer":
-            assert train.PRESETS[preset][key].keys() == value.keys()
-    assert train.PRESETS[preset].keys() == train.IMAGENET.keys()
+            assert recipes.options.PRESETS[preset][key].keys() == value.keys()
+    assert recipes.options.PRESETS[preset].keys() == recipes.paper.IMAGENET.keys()
 
 
 def test_weight_decay_is_on_matrices_of_linear_layers_and_convolutions_only():
     module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4), torch.nn.Embedding(5, 4))
-    optimizer = train.build_optimizer(module, train.PRESETS["imagenet"]["ar"])
+    optimizer = train.build_optimizer(module, recipes.options.PRESETS["imagenet"]["ar"])
     assert isinstance(optimizer, torch.optim.AdamW) and list(optimizer.defaults["betas"]) == [0.9, 0.96]
     decayed, others = optimizer.param_groups
     assert [p is module[0].weight for p in decayed["params"]] == [True] and decayed["weight_decay"] == 1e-2
     assert len(others["params"]) == 4 and others["weight_decay"] == 0
-    plain = train.build_optimizer(module, train.PRESETS["imagenet"]["phase1"])
+    plain = train.build_optimizer(module, recipes.options.PRESETS["imagenet"]["phase1"])
     assert type(plain) is torch.optim.Adam and plain.defaults["weight_decay"] == 0
 
 
@@ -120,12 +133,13 @@ def test_every_flag_is_read_and_has_a_help_text_of_its_own(monkeypatch):
         return real(parser, *words)
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", spy)
-    train.parse_args(["--stage", "vgg"])
+    recipes.options.train_args(["--stage", "vgg"])
     actions = [action for action in parsers[0]._actions if action.dest != "help"]
     texts = [action.help for action in actions]
     assert len(texts) > 15 and all(texts) and len(set(texts)) == len(texts)
-    code = (ROOT / "train.py").read_text()
-    by_name = inspect.getsource(train.build_config) + inspect.getsource(train.Run.due)
+    code = "".join(path.read_text() for path in (
+        ROOT / "train.py", ROOT / "recipes" / "options.py", *(ROOT / "plumbing").glob("*.py")))
+    by_name = inspect.getsource(recipes.options.build_config) + inspect.getsource(plumbing.run.Run.due)
     for action in actions:
         name = action.dest.removesuffix("_every")  # Run.due puts the two together
         assert re.search(rf"args\.{action.dest}\b", code) or f'"{name}"' in by_name, action.dest
@@ -159,7 +173,7 @@ def test_every_flag_is_read_and_has_a_help_text_of_its_own(monkeypatch):
         ("--set precision=fp8", "precision"),
         ("--set limit=abc", "limit"), ("--set limit=2.5", "limit must be a whole number"),
         ('--set phase1.betas=["a",0.9]', "phase1.betas"), ("--set phase1.betas=[null,0.9]", "phase1.betas"),
-        ("--set phase1.init=FILE", "phase1.init"), ("--set sample.guidance=2", "prior.class_dropout=0.1"),
+        ("--set phase1.init=FILE", "phase1.init"), ("--set sample.guidance=2", "sample.guidance"),
         ("--set data=5", "data"),
         ("--precision fp16", "bf16"),
         ("--workers -1", "--workers"),
@@ -187,7 +201,7 @@ def test_every_flag_is_read_and_has_a_help_text_of_its_own(monkeypatch):
 def test_a_wrong_command_line_ends_with_exit_code_2_and_names_the_cause(words, message, capsys):
     words = words if "--stage" in words or not words else f"--stage phase1 {words}"
     with pytest.raises(SystemExit) as stop:
-        train.parse_args(words.split())
+        recipes.options.train_args(words.split())
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("error: ") == 1
     assert message in error[error.index("error: ") :] and error[error.index("error: ") :].count("\n") == 1
@@ -197,8 +211,9 @@ def test_no_flag_is_taken_for_one_of_torchrun_s():
     """torchrun reads the words after the script too: it refuses a prefix that two of its own flags share."""
     from torch.distributed.run import get_args_parser
 
-    for name in ("train", "sample"):
-        flags = re.findall(r'add\("(--[\w-]+)"', (ROOT / f"{name}.py").read_text())
+    for parse in (recipes.options.train_args, recipes.options.sample_args):
+        name = parse.__name__.removesuffix("_args")
+        flags = re.findall(r'add\("(--[\w-]+)"', inspect.getsource(parse))
         assert len(flags) > 10
         for flag in flags:
             parsed = get_args_parser().parse_args(["--standalone", f"{name}.py", flag, "1"])
@@ -207,12 +222,12 @@ def test_no_flag_is_taken_for_one_of_torchrun_s():
 
 def test_flags_and_set_are_written_into_a_copy_of_the_preset():
     words = "--stage ar --steps 7 --batch 3 --alpha 0.5 --seed 4 --limit 9 --set ar.lr=0.5"
-    _, config = train.parse_args([*words.split(), "--set", "tokenizer.bias=true"])
+    _, config = recipes.options.train_args([*words.split(), "--set", "tokenizer.bias=true"])
     assert (config["ar"]["steps"], config["ar"]["batch"], config["ar"]["lr"]) == (7, 3, 0.5)
     assert (config["phase1"]["alpha"], config["seed"], config["limit"]) == (0.5, 4, 9)
     assert config["tokenizer"]["bias"] is True
-    assert train.parse_args(["--stage", "vgg", "--steps", "7"])[1]["judge"]["steps"] == 7
-    assert "bias" not in train.DEMO["tokenizer"] and train.DEMO["ar"]["steps"] != 7
+    assert recipes.options.train_args(["--stage", "vgg", "--steps", "7"])[1]["judge"]["steps"] == 7
+    assert "bias" not in recipes.small.DEMO["tokenizer"] and recipes.small.DEMO["ar"]["steps"] != 7
 
 
 # Resuming -------------------------------------------------------------------------------------------------
@@ -222,7 +237,7 @@ def test_a_finished_stage_started_again_changes_no_checkpoint(trained, data, tmp
     out = tmp_path / "again"
     shutil.copytree(trained, out)
     before = contents(out)
-    for stage in train.STAGES:
+    for stage in recipes.options.STAGES:
         call(stage, out, data)
     assert contents(out) == before
 
@@ -280,9 +295,10 @@ class HostWaits(TorchDispatchMode):
     """Notes what makes the host wait for a GPU: reading a value, and results whose size depends on values.
 
     It runs on the CPU, where nothing tells tensors of the device from the host's own. The latter are left
-    out by where they are read: seeds and data in sample.py, and the counter of AveragedModel.
+    out by where they are read: seeds and data in HOST, and the counter of AveragedModel.
     """
 
+    HOST = ("dataset.py", "processes.py", "codes.py")
     OPERATIONS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "equal")
 
     def __init__(self):
@@ -299,14 +315,14 @@ class HostWaits(TorchDispatchMode):
 
     def note(self, name):
         files = [Path(frame.filename) for frame in traceback.extract_stack()]
-        ours = [file.name for file in files if file.parent == ROOT]
-        if ours and ours[-1] != "sample.py" and "swa_utils.py" not in [file.name for file in files]:
+        ours = [file.name for file in files if file.parent in (ROOT, ROOT / "plumbing")]
+        if ours and ours[-1] not in self.HOST and "swa_utils.py" not in [file.name for file in files]:
             self.seen.append(f"{name} in {ours[-1]}")
 
 
 def host_waits(stage, monkeypatch, out, data):
     """What the third step of a stage waits for; it neither logs nor saves."""
-    real, waits, methods = train.Run.loop, HostWaits(), ("cpu", "numpy", "tolist")
+    real, waits, methods = plumbing.run.Run.loop, HostWaits(), ("cpu", "numpy", "tolist")
 
     def loop(run, stage, start):
         for step in real(run, stage, start):
@@ -319,12 +335,12 @@ def host_waits(stage, monkeypatch, out, data):
                     patch.setattr(torch.Tensor, name, lambda x, n=name, f=method: (waits.note(n), f(x))[1])
                 yield step
 
-    monkeypatch.setattr(train.Run, "loop", loop)
+    monkeypatch.setattr(plumbing.run.Run, "loop", loop)
     call(stage, out, data, "--log-every", 100, "--save-every", 100, phase1__adv_start=0.0)
     return waits.seen
 
 
-@pytest.mark.parametrize("stage", train.STAGES)
+@pytest.mark.parametrize("stage", recipes.options.STAGES)
 def test_a_training_step_never_waits_for_the_device(trained, data, tmp_path, monkeypatch, stage):
     """R1 included: it is due at every second step of the tiny run."""
     out = earlier(trained, tmp_path / "out", stage)
@@ -337,8 +353,8 @@ def test_a_training_step_never_waits_for_the_device(trained, data, tmp_path, mon
 def test_that_one_which_reads_a_gradient_is_noticed(trained, data, tmp_path, monkeypatch, read):
     real = train.set_lr
 
-    def set_lr(optimizer, lr):
-        real(optimizer, lr)
+    def set_lr(lr, optimizer):
+        real(lr, optimizer)
         for parameter in optimizer.param_groups[0]["params"][:1]:
             if parameter.grad is not None:
                 read(parameter)
@@ -349,10 +365,10 @@ def test_that_one_which_reads_a_gradient_is_noticed(trained, data, tmp_path, mon
 
 def test_the_unigram_entropy_is_that_of_all_classes_in_whatever_order_the_images_are():
     tokens = (torch.arange(40_000) // 10_000)[:, None].expand(-1, 3)  # four classes, a code for each
-    assert train.unigram_entropy(tokens, 8) == pytest.approx(math.log(4), abs=1e-3)
-    assert train.unigram_entropy(tokens[:7], 8) == 0  # fewer images than it draws
+    assert plumbing.codes.unigram_entropy(tokens, 8) == pytest.approx(math.log(4), abs=1e-3)
+    assert plumbing.codes.unigram_entropy(tokens[:7], 8) == 0  # fewer images than it draws
     pair = torch.stack([tokens, torch.zeros_like(tokens)], -1)  # the mean of two sub-codebooks
-    assert train.unigram_entropy(pair, 8) == pytest.approx(math.log(4) / 2, abs=1e-3)
+    assert plumbing.codes.unigram_entropy(pair, 8) == pytest.approx(math.log(4) / 2, abs=1e-3)
 
 
 @pytest.mark.parametrize("stage", ["ar", "nar"])
@@ -367,10 +383,11 @@ DRIVER = """
 import json, sys
 import torch
 import train
-from sample import rank
+from plumbing.processes import rank
+from recipes.options import train_args
 
 for words in json.loads(sys.argv[1]):
-    run = train.Run(*train.parse_args(words))
+    run = train.Run(*train_args(words))
     train.train_stage(run, words[1])
 found, model = [], torch.nn.ModuleDict(dict(encoder=torch.nn.Linear(1, 1), decoder=torch.nn.Linear(1, 1)))
 model.sizes = {}
@@ -385,9 +402,9 @@ for part in ("encoder", "decoder"):
         found.append(str(error))
 if rank() == 0:
     print("REFUSED", json.dumps(found))
-train.main(*train.parse_args(words))
+train.main(*train_args(words))
 """
-DIST = [(stage, (), dict(prior__dropout=0.0)) for stage in train.STAGES]
+DIST = [(stage, (), dict(prior__dropout=0.0)) for stage in recipes.options.STAGES]
 DIST += [("phase1", ("--micro-batch", 2), dict(phase1__adv_start=1.0))]
 DIST += [("phase1", (), dict(discriminator__kind="patch", phase1__adv_start=0.0, phase1__lr=1e-5))]
 
@@ -407,7 +424,7 @@ def two_processes(trained, data, tmp_path_factory):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("case", range(len(DIST)), ids=[*train.STAGES, "micro-batch", "patch"])
+@pytest.mark.parametrize("case", range(len(DIST)), ids=[*recipes.options.STAGES, "micro-batch", "patch"])
 def test_two_processes_equal_one_with_the_same_global_batch(two_processes, trained, data, tmp_path, case):
     stage, more, sets = DIST[case]
     out = earlier(trained, tmp_path / "one", stage)
@@ -425,7 +442,7 @@ def test_weights_that_differ_between_processes_are_never_saved(two_processes):
 
 def test_a_batch_that_processes_cannot_share_is_refused(trained, data, tmp_path, capsys, monkeypatch):
     out = earlier(trained, tmp_path / "three", "phase2")
-    monkeypatch.setattr(train, "world", lambda: 3)
+    monkeypatch.setattr(plumbing.preflight, "world", lambda: 3)
     assert "batch 8 cannot be split over 3 processes; use 6 or 9" in refusal(capsys, "phase2", out, data)
 
 
@@ -441,7 +458,7 @@ def test_phase_2_leaves_encoder_codebook_and_tokens_bit_equal_and_trains_the_dec
     assert not torch.equal(first.decoder.conv_out.weight, second.decoder.conv_out.weight)
     assert latent_hash(first) == latent_hash(second) == ckpt["tokenizer_hash"]
     val = open_run("phase2", trained, data).val
-    x = sample.to_float(torch.stack([val.view(i) for i in range(20)]), "cpu")
+    x = plumbing.images.to_float(torch.stack([val.view(i) for i in range(20)]), "cpu")
     assert torch.equal(first.encode(x), second.encode(x)) and len(first.encode(x).unique()) > 1
     groups = ckpt["train"]["opt_g"]["param_groups"]
     assert sum(len(group["params"]) for group in groups) == len(list(second.decoder.parameters()))
@@ -456,7 +473,7 @@ def test_phase_2_starts_as_the_decoder_and_the_discriminator_of_phase_1(trained,
     first.to(memory_format=torch.contiguous_format)
     second, disc = train.build_tokenizer(run, "phase2")
     assert all(p.is_contiguous() for p in second.parameters())  # channels_last trains ten times slower
-    x = sample.to_float(torch.stack([run.val.view(i) for i in range(4)]), "cpu")
+    x = plumbing.images.to_float(torch.stack([run.val.view(i) for i in range(4)]), "cpu")
     with torch.no_grad():
         assert torch.equal(second.decode(second.encode(x)), first.decode(first.encode(x)))
     assert len(list(second.parameters())) > len(list(first.parameters()))
@@ -468,7 +485,7 @@ def test_before_adv_start_the_discriminator_is_untouched_and_the_loss_has_no_adv
 ):
     out = earlier(trained, tmp_path / "out", "phase1")
     call("phase1", out, data, phase1__adv_start=1.0)
-    initial = train.build_discriminator(open_run("phase1", out, data)).state_dict()
+    initial = train.build_discriminator(open_run("phase1", out, data), {}).state_dict()
     assert differing(read_checkpoint(out / "phase1.pt", ["phase1"])["train"]["disc"], dict(initial)) == []
     assert not any("loss_adv" in row or "loss_disc" in row for row in rows(out))
     assert all(row["adv_weight"] == 0 for row in rows(out, "phase1")[:-1])
@@ -526,7 +543,7 @@ def test_codes_are_reused_while_nothing_changes_and_made_again_for_another_token
     (out / "codes.pt").unlink()
 
     def made():
-        codes = train.cached_codes(run, tokenizer)
+        codes = plumbing.codes.cached_codes(run, tokenizer)
         return (out / "codes.pt").stat().st_ino, codes["train"].clone()  # a new file has a new inode
 
     first = made()
@@ -543,7 +560,7 @@ def test_codes_are_made_again_for_other_validation_images(trained, data, flat, t
     out = earlier(trained, tmp_path / "out", "ar")
     tokenizer, _ = load_model(out / "phase2.pt", ["phase2"])
     counts = [
-        len(train.cached_codes(open_run("ar", out, data / "train", "--val", val), tokenizer)["val"])
+        len(plumbing.codes.cached_codes(open_run("ar", out, data / "train", "--val", val), tokenizer)["val"])
         for val in (data / "val", data / "train")
     ]
     assert counts == [20, 60]
@@ -555,20 +572,20 @@ def test_variants_0_and_1_are_the_central_crop_and_its_mirror_image(trained, dat
     codes = torch.load(trained / "codes.pt", weights_only=True)
     assert codes["train"].shape == (2, 60, 16) and codes["val"].shape == (20, 16)
     for variant, flip in ((0, False), (1, True)):
-        x = sample.to_float(torch.stack([run.train.view(i, flip=flip) for i in range(60)]), "cpu")
+        x = plumbing.images.to_float(torch.stack([run.train.view(i, flip=flip) for i in range(60)]), "cpu")
         same = (tokenizer.encode(x) == codes["train"][variant]).float().mean()
         assert same > 0.98  # all, but for ties that another batch size rounds differently
     assert (codes["train"][0] != codes["train"][1]).any()
-    x = sample.to_float(torch.stack([run.val.view(i) for i in range(20)]), "cpu")
+    x = plumbing.images.to_float(torch.stack([run.val.view(i) for i in range(20)]), "cpu")
     assert (tokenizer.encode(x) == codes["val"]).float().mean() > 0.98
 
 
 def test_variants_from_2_on_are_random_crops_every_second_one_mirrored(trained, data, monkeypatch, tmp_path):
     views = []
-    monkeypatch.setattr(train, "encode_all", lambda run, tokenizer, asked: views.append(asked) or (
+    monkeypatch.setattr(plumbing.codes, "encode_all", lambda run, tokenizer, asked: views.append(asked) or (
         torch.zeros(len(asked), 16, dtype=torch.int16), torch.zeros(len(asked), dtype=torch.int64)))
     run = open_run("ar", tmp_path, data, code_variants=5)
-    train.cached_codes(run, load_model(trained / "phase1.pt", ["phase1"])[0])
+    plumbing.codes.cached_codes(run, load_model(trained / "phase1.pt", ["phase1"])[0])
     asked = [views[0][60 * v : 60 * (v + 1)] for v in range(5)]
     assert [{flip for *_, flip in part} for part in asked] == [{False}, {True}, {False}, {True}, {False}]
     seeds = [{seed for *_, seed, _ in part} for part in asked]
@@ -589,7 +606,10 @@ def test_a_stage_without_the_one_before_it_is_refused(trained, data, tmp_path, c
 
 def test_shifted_images_are_crops_of_the_reflected_image_and_depend_on_seed_step_and_row_alone():
     x = torch.arange(24 * 3 * 16 * 16.0).view(24, 3, 16, 16)
-    shifted, padded = train.random_shift(x, 0, 5, 24), torch.nn.functional.pad(x, (2,) * 4, mode="reflect")
+    shifted, padded = (
+        plumbing.judge.random_shift(x, 0, 5, 24),
+        torch.nn.functional.pad(x, (2,) * 4, mode="reflect"),
+    )
     places = []
     for image, whole in zip(shifted, padded, strict=True):
         found = [(t, left) for t in range(5) for left in range(5)
@@ -597,8 +617,8 @@ def test_shifted_images_are_crops_of_the_reflected_image_and_depend_on_seed_step
         assert len(found) == 1
         places += found
     assert {t for t, _ in places} == {left for _, left in places} == set(range(5))
-    assert torch.equal(train.random_shift(x, 0, 5, 24), shifted)
-    assert not torch.equal(train.random_shift(x, 0, 6, 24), shifted)
+    assert torch.equal(plumbing.judge.random_shift(x, 0, 5, 24), shifted)
+    assert not torch.equal(plumbing.judge.random_shift(x, 0, 6, 24), shifted)
 
 
 def test_a_batch_of_codes_has_the_labels_of_its_images_and_takes_turns_with_their_variants(trained, data):
@@ -606,43 +626,29 @@ def test_a_batch_of_codes_has_the_labels_of_its_images_and_takes_turns_with_thei
     codes = dict(train=torch.stack([torch.arange(num) * 10 + v for v in range(3)])[..., None],
                  labels=torch.arange(num) + 1000)
     tokens, labels = (torch.cat(parts) for parts in zip(
-        *(train.code_batch(run, codes, step, 20) for step in range(6)), strict=True))
+        *(plumbing.codes.code_batch(run, codes, step, 20) for step in range(6)), strict=True))
     assert torch.equal(tokens[:, 0] // 10 + 1000, labels)
     assert all(labels[part].unique().numel() == num for part in (slice(0, 60), slice(60, 120)))  # two epochs
     assert set((tokens % 10).flatten().tolist()) == {0, 1, 2}
 
 
-def test_with_the_adaptive_weight_phase_1_logs_it_and_uses_it(trained, data, tmp_path):
-    out = earlier(trained, tmp_path / "out", "phase1")
-    call("phase1", out, data, phase1__adaptive=True, phase1__adv_start=0.0)
-    weights = [row["adaptive_weight"] for row in rows(out, "phase1") if "adaptive_weight" in row]
-    assert len(weights) == STEPS and all(0 < weight < 1e4 for weight in weights) and len(set(weights)) > 1
-    plain = earlier(trained, tmp_path / "plain", "phase1")
-    call("phase1", plain, data, phase1__adv_start=0.0)
-    first, second = (torch.load(folder / "phase1.pt", weights_only=True)["model"] for folder in (out, plain))
-    assert differing(first, second)
-
-
-@pytest.mark.parametrize("adaptive", [False, True])
 def test_the_gradients_of_a_step_are_those_of_eq_2_and_of_the_discriminator_s_loss(
-        trained, data, tmp_path, monkeypatch, adaptive):
-    sets = dict(phase1__adaptive=adaptive, phase1__adv_start=0.0, phase1__adv_ramp=0.0, phase1__steps=1)
+        trained, data, tmp_path, monkeypatch):
+    sets = dict(phase1__adv_start=0.0, phase1__adv_ramp=0.0, phase1__steps=1)
     out, found = earlier(trained, tmp_path / "out", "phase1"), {}
 
     def spy(run, optimizer, name, clip=0.0):
         found[name] = [p.grad.clone() for group in optimizer.param_groups for p in group["params"]]
 
-    monkeypatch.setattr(train.Run, "update", spy)
+    monkeypatch.setattr(plumbing.run.Run, "update", spy)
     call("phase1", out, data, **sets)
     run = open_run("phase1", out, data, **sets)
-    tokenizer, disc = train.build_tokenizer(run, "phase1")[0].train(), train.build_discriminator(run)
-    x = sample.to_float(next(sample.batches(run.train, 8, 0, 0))[0], "cpu")
+    tokenizer, disc = train.build_tokenizer(run, "phase1")[0].train(), train.build_discriminator(run, {})
+    x = plumbing.images.to_float(next(plumbing.dataset.batches(run.train, 8, 0, 0))[0], "cpu")
     x_hat, _, latent = tokenizer(x)
     rec = (x_hat - x).abs().mean() + 0.03 * perceptual.perceptual_loss(
         run.judge, x, x_hat, perceptual.layer_weights(1.0))
     adv, weight = perceptual.adv_loss(disc(x_hat)), 0.1
-    if adaptive:
-        weight *= perceptual.adaptive_weight(rec, adv, tokenizer.decoder.conv_out.weight)
     loss = rec + latent["loss_codebook"] + 0.25 * latent["loss_commit"] + 0.1 * latent["loss_entropy"]
     expected = torch.autograd.grad(loss + weight * adv, list(tokenizer.parameters()))
     torch.testing.assert_close(found["tokenizer"], list(expected), rtol=1e-3, atol=1e-6)
@@ -663,7 +669,7 @@ def test_a_codebook_that_was_overwritten_starts_with_new_moments(trained, data, 
 
 def test_a_data_set_with_five_validation_images_goes_through_all_stages_to_its_summary(
         data, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "summarize", functools.partial(visualize.summarize, num=20))
+    monkeypatch.setattr(studies.summary, "summarize", functools.partial(studies.summary.summarize, num=20))
     for split, count in (("train", 6), ("val", 1)):
         for folder in sorted((data / split).iterdir())[:5]:
             for file in sorted(folder.iterdir())[:count]:
@@ -758,7 +764,7 @@ def test_an_unconditional_prior_trains_on_a_folder_without_classes(trained, flat
 
 def test_random_vgg_weights_are_noted_in_the_checkpoint(trained, data, tmp_path, monkeypatch):
     small = load_model(trained / "vgg.pt", ["vgg"])[0].vgg
-    monkeypatch.setattr(train, "load_vgg16", lambda source: small)
+    monkeypatch.setattr(plumbing.weights, "load_vgg16", lambda source: small)
     call("phase1", tmp_path / "out", data, "--vgg", "random", "--steps", "2")
     assert "random" in read_checkpoint(tmp_path / "out" / "phase1.pt", ["phase1"])["note"]
 
@@ -820,7 +826,7 @@ import {", ".join(SCRIPTS)}
 
 
 def config_of(*words):
-    return train.parse_args(["--stage", "phase1", *words])[1]
+    return recipes.options.train_args(["--stage", "phase1", *words])[1]
 
 
 @pytest.mark.parametrize(
@@ -842,7 +848,7 @@ def config_of(*words):
 def test_an_ablation_is_the_plain_flags_that_the_paper_s_row_needs(name, words):
     preset = ["--preset", "imagenet-ablation"]
     expected = config_of(*preset, *words.split())
-    if name in train.ABLATIONS[4:8]:
+    if name in [row.name for row in recipes.ablations.TABLES["table5"]["rows"]]:
         expected["tokenizer"]["warm_start"] = 0  # which is the default
     assert config_of(*preset, "--ablation", name) == expected
 
@@ -858,17 +864,20 @@ def test_alpha_is_never_given_where_other_layers_would_take_its_place(capsys):
 
 
 def test_the_ablation_setting_is_the_paper_s_and_every_row_of_its_tables_has_a_name():
-    c = train.PRESETS["imagenet-ablation"]
+    c = recipes.options.PRESETS["imagenet-ablation"]
     assert [c[stage]["batch"] for stage in ("phase1", "ar", "nar")] == [64, 64, 64]
     assert [c[stage]["steps"] for stage in ("phase1", "ar", "nar")] == [500_000] * 3
     assert c["phase1"]["alpha"] == 0 and c["tokenizer"] == {}
-    assert list(train.LAYER_NAMES) == list(perceptual.LAYER_SETS)
-    tables = [table for name, table in visualize.TABLES.items() if name != "claims"]
-    named = {ablation for table in tables for _, ablation, *_ in table["rows"]}
-    names = {*train.ABLATIONS, *train.FQ_ABLATIONS}
-    assert {n for n in named if not n.startswith("alpha=")} == names
-    for name in named:
-        config_of("--preset", "demo-fq" if name in train.FQ_ABLATIONS else "demo", "--ablation", name)
+    assert list(recipes.ablations.LAYERS) == list(perceptual.LAYER_SETS)
+    named, fork = ({row.name for table in tables.values() for row in table["rows"]}
+                   for tables in (recipes.ablations.TABLES, forks.load("fqgan").TABLES))
+    assert {n for n in named if not n.startswith("alpha=")} == {
+        "baseline", "+conv2", "+attention2", "+2x", "vqgan", "fn", "kmeans", "entropy",
+        *recipes.ablations.LAYERS}
+    assert fork == {"fq-1x", "fq-2x", "fq-none", "fq-dis", "fq-rep", "fq-both", "fq-alpha1", "head-linear",
+                    "head-mlp"}
+    for name in named | fork:
+        config_of("--preset", "demo-fq" if name in fork else "demo", "--ablation", name)
 
 
 def test_ablations_scale_with_a_small_preset_and_with_the_steps_it_is_given():
@@ -903,14 +912,16 @@ def test_a_codebook_of_table_5_has_its_losses_and_its_start(name):
     tokenizer.start_step(0)
     _, _, losses = tokenizer(torch.rand(2, 3, 32, 32))
     assert ("loss_entropy" in losses) == (name == "entropy")
-    assert tokenizer.quantizer.bypass == (name == "kmeans")  # the only one that starts without quantization
+    assert getattr(tokenizer.quantizer, "bypass", False) == (
+        name == "kmeans"
+    )  # the only one that starts without quantization
     norms = tokenizer.quantizer.codes.norm(dim=1)
     assert torch.allclose(norms, torch.ones(len(norms))) == (name == "fn")
 
 
 @pytest.mark.parametrize("name", ["low", "A", "B", "C", "D", "sem", "E", "alpha=0.4"])
 def test_the_perceptual_loss_of_a_row_of_table_6_has_its_layers(trained, data, tmp_path, monkeypatch, name):
-    real, weights = train.perceptual_loss, []
+    real, weights = perceptual.perceptual_loss, []
 
     def spy(judge, x, x_hat, layers):
         weights.append(layers)
@@ -942,15 +953,15 @@ def test_an_ablation_tells_its_flags_and_bad_ones_are_refused(trained, data, tmp
 
 def test_the_cost_of_a_layer_and_of_a_prior_has_its_closed_form():
     x, layer = torch.zeros(3, 4), torch.nn.Linear(4, 5)
-    flops, kept = visualize.cost([lambda: layer(x).sum().backward()], layer)
+    flops, kept = studies.cost.cost([lambda: layer(x).sum().backward()], layer)
     assert flops == 2 * (2 * 3 * 4 * 5)  # forwards, and backwards to the weights: x needs no gradient
     assert kept == 2 * 3 * 4  # x in bf16, not the weights
-    twice = visualize.cost([lambda: layer(x).sum().backward()] * 2, layer)
+    twice = studies.cost.cost([lambda: layer(x).sum().backward()] * 2, layer)
     assert twice == (2 * flops, kept)  # one after the other: FLOPs add up, memory does not
 
 
 def test_explain_counts_what_each_stage_costs(capsys):
-    train.main(*train.parse_args(["--explain", "--preset", "imagenet"]))
+    train.main(*recipes.options.train_args(["--explain", "--preset", "imagenet"]))
     lines = {line.split()[2]: line for line in capsys.readouterr().out.splitlines() if "cost of" in line}
     assert list(lines) == ["phase1:", "phase2:", "ar:", "nar:"]
     found = {stage: re.search(r": ([\d,.]+) GFLOP", line)[1] for stage, line in lines.items()}

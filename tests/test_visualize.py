@@ -12,14 +12,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import plumbing.data
+import plumbing.files
+import plumbing.images
+import plumbing.models
+import plumbing.run
+import plumbing.shapes
+import plumbing.slices
+import recipes.ablations
+import recipes.options
+import studies.probe
 from helpers import ROOT, command, open_run
 from PIL import Image
 
 import sample
-import train
 import visualize
 from prior_ar import ARPrior, PriorConfig
-from sample import load_model
+from plumbing.models import load_model
 
 K, SIDE = 5, 4
 
@@ -43,6 +52,8 @@ class PerfectPrior:
     def __call__(self, tokens, labels=None):
         self.calls += 1
         return 50.0 * torch.nn.functional.one_hot(tokens, K)
+
+    predict = ARPrior.predict
 
 
 def some_images(batch=3, seed=0):
@@ -136,8 +147,8 @@ def test_stage_all_leaves_a_summary_with_all_numbers_and_the_pictures(trained):
 
 def test_the_numbers_of_the_summary_are_those_of_a_direct_computation(trained, data):
     summary = json.loads((trained / "summary.json").read_text())
-    val = train.Run(*train.parse_args(command("ar", trained, data))).val
-    x = sample.to_float(torch.stack([val.view(i) for i in range(20)]), "cpu")
+    val = plumbing.run.Run(*recipes.options.train_args(command("ar", trained, data))).val
+    x = plumbing.images.to_float(torch.stack([val.view(i) for i in range(20)]), "cpu")
     labels = torch.tensor(val.labels)
     judge, _ = load_model(trained / "vgg.pt", ["vgg"])
     counts = None
@@ -148,7 +159,9 @@ def test_the_numbers_of_the_summary_are_those_of_a_direct_computation(trained, d
             x_hat = tokenizer.decode(tokens)
             logit = judge(x_hat.clamp(-1, 1), ["logit"])["logit"]
         counts = tokens.flatten().bincount(minlength=32)
-        assert summary[f"psnr_{stage}"] == pytest.approx(sample.psnr(x, x_hat).mean().item(), abs=0.01)
+        assert summary[f"psnr_{stage}"] == pytest.approx(
+            plumbing.images.psnr(x, x_hat).mean().item(), abs=0.01
+        )
         right = (logit.argmax(1) == labels).float().mean().item()
         assert summary[f"recon_class_accuracy_{stage}"] == pytest.approx(right, abs=1e-6)
     assert summary["usage"] == (counts > 0).float().mean()
@@ -160,7 +173,7 @@ def test_the_numbers_of_the_summary_are_those_of_a_direct_computation(trained, d
 
 
 def view(*words):
-    visualize.main(visualize.parse_args(["view", *map(str, words), "--device", "cpu"]))
+    visualize.main(recipes.options.visualize_args(["view", *map(str, words), "--device", "cpu"]))
 
 
 def test_view_writes_a_picture_and_finite_numbers_and_twice_the_same(run):
@@ -242,7 +255,7 @@ def test_sample_writes_the_same_twice(run, words, kind, result):
     found = []
     for _ in range(2):
         more = ["--num", "6", "--format", kind, "--device", "cpu"]
-        sample.main(sample.parse_args(["--ckpt", str(run / words[0]), *words[1:], *more]))
+        sample.main(recipes.options.sample_args(["--ckpt", str(run / words[0]), *words[1:], *more]))
         found.append(written(run / result))
     assert found[0] == found[1] and len(found[0]) >= 6
 
@@ -250,7 +263,7 @@ def test_sample_writes_the_same_twice(run, words, kind, result):
 @pytest.mark.dist
 def test_sample_with_two_processes_equals_one_bit_for_bit(run):
     words = ["--ckpt", run / "ar.pt", "--num", "10", "--batch", "4", "--format", "npz", "--device", "cpu"]
-    sample.main(sample.parse_args([*map(str, words), "--out", str(run / "one.npz")]))
+    sample.main(recipes.options.sample_args([*map(str, words), "--out", str(run / "one.npz")]))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
         [*torchrun, "--", ROOT / "sample.py", *words, "--out", run / "two.npz"],
@@ -264,7 +277,7 @@ def test_sample_with_two_processes_equals_one_bit_for_bit(run):
 
 
 def draw(figure, *words):
-    visualize.main(visualize.parse_args([figure, *map(str, words), "--device", "cpu"]))
+    visualize.main(recipes.options.visualize_args([figure, *map(str, words), "--device", "cpu"]))
 
 
 def all_finite(value):
@@ -296,16 +309,18 @@ def test_every_figure_runs_on_tiny_checkpoints_twice_the_same_with_finite_number
 def test_every_figure_of_the_help_is_tested_and_the_paper_s_numbers_are_all_there():
     drawn = {name for name, _ in FIGURES}
     elsewhere = {"metrics", "compare", "report", "fq_alone", "fq_map"}  # the last two in test_fqgan.py
-    assert drawn == set(visualize.FIGURES) - elsewhere
-    assert drawn | set(visualize.TABLES) >= {f"fig{n}" for n in "1b 3 4 5a 5b 7a 7b 8 9 10 11".split()}
+    assert drawn == set(recipes.options.FIGURES) - elsewhere
+    assert drawn | set(recipes.ablations.TABLES) >= {
+        f"fig{n}" for n in "1b 3 4 5a 5b 7a 7b 8 9 10 11".split()
+    }
 
 
 @pytest.mark.parametrize("figure, name", [("fig7a", "nar.pt"), ("fig9", "ar.pt")])
 def test_both_phases_decode_identical_tokens(run, monkeypatch, figure, name):
-    real, seen = visualize.decode, []
+    real, seen = plumbing.slices.decode, []
 
     def spy(tokenizer, tokens):
-        seen.append((sample.weights_hash(tokenizer), tokens))
+        seen.append((plumbing.files.weights_hash(tokenizer), tokens))
         return real(tokenizer, tokens)
 
     monkeypatch.setattr(visualize, "decode", spy)
@@ -334,23 +349,23 @@ def test_the_numbers_of_a_view_tell_the_class_kept_the_distances_and_each_positi
 
 
 def test_survival_tells_structure_from_detail_on_images_whose_change_is_known():
-    shapes, indices = sample.Shapes("val", 40, 32), range(40)
-    x = sample.to_float(torch.stack([shapes.view(i) for i in indices]), "cpu")
-    same = visualize.survival(shapes, indices, x)
+    shapes, indices = plumbing.shapes.Shapes("val", 40, 32), range(40)
+    x = plumbing.images.to_float(torch.stack([shapes.view(i) for i in indices]), "cpu")
+    same = plumbing.shapes.survival(shapes, indices, x)
     assert same["structure"] > 0.9 and same["detail_colour"] == 1 == pytest.approx(same["detail_texture"])
-    other = sample.Shapes("val", 40, 32, detail_seed=1)
-    redrawn = visualize.survival(
-        shapes, indices, sample.to_float(torch.stack([other.view(i) for i in indices]), "cpu"))
+    other = plumbing.shapes.Shapes("val", 40, 32, detail_seed=1)
+    redrawn = plumbing.shapes.survival(
+        shapes, indices, plumbing.images.to_float(torch.stack([other.view(i) for i in indices]), "cpu"))
     assert redrawn["structure"] > 0.9 and redrawn["detail"] < 0.2  # another detail on the same structure
-    blurred = visualize.survival(shapes, indices, torch.nn.functional.avg_pool2d(x, 5, 1, 2))
+    blurred = plumbing.shapes.survival(shapes, indices, torch.nn.functional.avg_pool2d(x, 5, 1, 2))
     assert blurred["structure"] > 0.8 and blurred["detail_colour"] > 0.8
     assert blurred["detail_texture"] < 0.6 * same["detail_texture"]
     mask = torch.stack([shapes.mask(i) for i in indices])[:, None]
     equally_bright = (2 * mask - 1) * torch.tensor([1.0, -1, 0])[:, None, None]
-    assert visualize.survival(shapes, indices, equally_bright)["structure"] > 0.9
-    alone = visualize.survival(shapes, [0], x[:1])  # of one image there is no R^2
+    assert plumbing.shapes.survival(shapes, indices, equally_bright)["structure"] > 0.9
+    alone = plumbing.shapes.survival(shapes, [0], x[:1])  # of one image there is no R^2
     assert alone["structure"] > 0.9 and "detail_colour" not in alone and all_finite(alone)
-    moved = visualize.survival(shapes, indices, x.flip(0))
+    moved = plumbing.shapes.survival(shapes, indices, x.flip(0))
     assert moved["structure"] < 0.6 and moved["detail"] < 0.2
 
 
@@ -375,17 +390,17 @@ def test_the_probe_finds_predictable_codes_easier_than_the_same_codes_shuffled()
     start = torch.randint(0, 8, (600, 1), generator=draw)
     codes = (start + torch.arange(9)) % 8  # every token follows from the one before
     shuffled = torch.stack([row[torch.randperm(9, generator=draw)] for row in codes])
-    easy, hard = (visualize.probe(c[:500], c[500:], 8, steps=60, batch=32) for c in (codes, shuffled))
+    easy, hard = (studies.probe.probe(c[:500], c[500:], 8, steps=60, batch=32) for c in (codes, shuffled))
     assert easy["bits_per_image"] < 0.5 * hard["bits_per_image"]
     assert easy["bits_per_image"] > 2.9  # log2 8 for the first token
     assert easy["unigram_bits_per_image"] == pytest.approx(27, rel=0.02)
     assert easy["relative"] == pytest.approx(easy["bits_per_image"] / easy["unigram_bits_per_image"])
-    assert visualize.probe(codes[:500], codes[500:], 8, steps=60, batch=32) == easy
-    assert all_finite([visualize.probe(codes[:9], codes[9:12], 8, steps=n, batch=2) for n in (1, 10)])
+    assert studies.probe.probe(codes[:500], codes[500:], 8, steps=60, batch=32) == easy
+    assert all_finite([studies.probe.probe(codes[:9], codes[9:12], 8, steps=n, batch=2) for n in (1, 10)])
 
 
 def test_compare_probes_several_tokenizers_on_the_same_images(run, capsys):
-    visualize.main(visualize.parse_args(
+    visualize.main(recipes.options.visualize_args(
         ["compare", str(run / "phase1.pt"), str(run / "phase2.pt"), "--steps", "3", "--device", "cpu"]))
     one, two = json.loads((run / "compare.json").read_text())
     assert one["tokenizer_hash"] == two["tokenizer_hash"] and one["bits_per_image"] == two["bits_per_image"]
@@ -401,9 +416,9 @@ def test_compare_draws_from_all_training_images_and_never_from_those_it_validate
         seen.append(self.files[index])
         return real(self, index)
 
-    real = sample.FolderData.view
-    monkeypatch.setattr(sample.FolderData, "view", spy)
-    visualize.main(visualize.parse_args([
+    real = plumbing.data.FolderData.view
+    monkeypatch.setattr(plumbing.data.FolderData, "view", spy)
+    visualize.main(recipes.options.visualize_args([
         "compare", str(trained / "phase1.pt"), "--steps", "1", "--device", "cpu", "--data", str(whole),
         "--samples", "20", "--out", str(tmp_path / "x.json")]))
     train_files, val_files = seen[:20], seen[20:]
@@ -420,7 +435,7 @@ def test_a_figure_tells_with_which_loss_the_tokenizer_was_trained_whatever_the_p
     torch.save(ckpt, out / "phase1.pt")
     (out / "phase2.pt").unlink()
     run = open_run("ar", out, data, "--alpha", "0.75")
-    train.earlier_tokenizer(run, ("phase1", "phase2"))
+    plumbing.models.earlier_tokenizer(run, ("phase1", "phase2"))
     assert visualize.told_loss(run.config["phase1"]) == "α = 0.25"
     assert visualize.alpha_of(run.config) == dict(alpha=0.25)
     layers = dict(phase1=dict(alpha=0.25, layers="A"))
@@ -437,7 +452,7 @@ def test_the_report_is_one_page_that_needs_no_other_file(run):
         extractor_hash="e", resize="none",
         feature_layer="pool", reference="train", reference_images=60, reference_hash="r",
         extractor="<b>resnet.pt</b>", results=dict(fid=3.25))))
-    visualize.main(visualize.parse_args(["report", str(run), "--num", "20", "--device", "cpu"]))
+    visualize.main(recipes.options.visualize_args(["report", str(run), "--num", "20", "--device", "cpu"]))
     page = (run / "report.html").read_text()
     assert len(page) < 8 * 2**20 and "http" not in page.replace("http-equiv", "")
     sources = re.findall(r'(?:src|href)="([^"]{0,30})', page)
@@ -452,7 +467,7 @@ def test_the_report_is_one_page_that_needs_no_other_file(run):
 def test_a_report_of_a_run_that_has_only_begun_shows_what_is_there(run):
     for name in ("phase2", "ar", "nar", "vgg"):
         (run / f"{name}.pt").unlink()
-    visualize.main(visualize.parse_args(["report", str(run), "--device", "cpu", "--num", "4"]))
+    visualize.main(recipes.options.visualize_args(["report", str(run), "--device", "cpu", "--num", "4"]))
     page = (run / "report.html").read_text()
     assert "<h2>Reconstructions" in page and "<h2>Teacher" not in page and "<button" not in page
 
@@ -485,7 +500,7 @@ def test_bad_input_of_figures_ends_with_one_line_and_exit_code_2(run, monkeypatc
     monkeypatch.chdir(run)
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     with pytest.raises(SystemExit) as stop:
-        visualize.main(visualize.parse_args([*words.split(), "--device", "cpu"]))
+        visualize.main(recipes.options.visualize_args([*words.split(), "--device", "cpu"]))
     error = capsys.readouterr().err
     assert stop.value.code == 2 and message in error
     assert error.startswith("error: ") and error.count("\n") == 1

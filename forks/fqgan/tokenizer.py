@@ -1,0 +1,224 @@
+"""FQGAN's tokenizer: VQGAN's trunk, then k branches, each with its own sub-codebook (arXiv 2411.16681)."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from forks.fqgan.losses import disentanglement, mean_cosine, representation_loss
+from forks.fqgan.teachers import check_teachers, load_teachers
+from forks.fqgan.trunk import VQGANDecoder, VQGANEncoder
+from plumbing.fast import group_norm
+from tokenizer import TokenizerConfig, VQTokenizer, VectorQuantizer
+
+TEMPERATURE = 0.01  # of the softmax over codes
+UNUSED = dict(decoder_extra_blocks=0, num_mid_blocks=2, bias=False, latent_kernel=1, codebook="entropy",
+              distance="squared", warm_start=0)  # what only SeQ-GAN's own parts read
+
+
+@dataclass
+class FactorizedConfig(TokenizerConfig):
+    """raises: ValueError for a value that does nothing here, and for widths that do not fit"""
+
+    num_codebooks: int = 1  # k sub-codebooks; above 1 tokens are (B, N, k)
+    adapter_layers: int = 0  # Transformer blocks before each sub-codebook (FQGAN: 6)
+    teacher_widths: tuple = ()  # of the representation loss, one for each sub-codebook; 0: no teacher
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.teacher_widths = tuple(self.teacher_widths)
+        ignored = [name for name, default in UNUSED.items() if getattr(self, name) != default]
+        if ignored:
+            raise ValueError(f"{ignored[0]} is of SeQ-GAN's own parts; FQGAN has none")
+        if self.num_codebooks < 1:
+            raise ValueError(f"num_codebooks must be at least 1, got {self.num_codebooks}")
+        if len(self.teacher_widths) not in (0, self.num_codebooks):
+            raise ValueError(f"{self.num_codebooks} codebooks need as many teacher_widths (0: no teacher), "
+                             f"got {len(self.teacher_widths)}")
+        odd = [w for w in (*self.teacher_widths, self.adapter_layers and self.widths[-1]) if w % 8]
+        if odd:
+            raise ValueError(f"adapters and students have 8 heads, so a width of {odd[0]} must be a multiple")
+
+
+class PositionTransformer(nn.Module):
+    """Learned positions, LayerNorm, pre-norm blocks of 8 heads, LayerNorm: adapters and feature heads."""
+
+    def __init__(self, positions, width, num_layers):
+        super().__init__()
+        self.positions = nn.Parameter(torch.randn(positions, width) * width**-0.5)
+        self.norm_in, self.norm_out = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.blocks = nn.Sequential(*[
+            nn.TransformerEncoderLayer(width, 8, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+            for _ in range(num_layers)])
+
+    def forward(self, x):  # (B, positions, width) -> the same
+        return self.norm_out(self.blocks(self.norm_in(x + self.positions)))
+
+
+class Branch(nn.Module):
+    """From the trunk to the latent of one sub-codebook: adapter on demand, GN, SiLU, 3x3 and 1x1 conv."""
+
+    def __init__(self, config, latent=256):
+        super().__init__()
+        width, side = config.widths[-1], config.image_size // config.downsample
+        self.adapter = None
+        if config.adapter_layers:
+            self.adapter = PositionTransformer(side**2, width, config.adapter_layers)
+        self.norm, self.conv1 = group_norm(width), nn.Conv2d(width, latent, 3, padding=1)
+        self.conv2 = nn.Conv2d(latent, config.codebook_dim, 1)
+
+    def forward(self, h):  # (B, c, h, w) -> (B, n_z, h, w)
+        if self.adapter is not None:
+            h = self.adapter(h.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(h.shape)
+        return self.conv2(self.conv1(F.silu(self.norm(h))))
+
+
+class FeatureHead(nn.Module):
+    """The student of the representation loss: codes of one branch to a vector of the teacher's width."""
+
+    def __init__(self, config, width):
+        super().__init__()
+        positions = (config.image_size // config.downsample) ** 2
+        self.mlp = nn.Sequential(nn.Linear(config.codebook_dim, width), nn.ReLU(), nn.Linear(width, width))
+        self.class_vector = nn.Parameter(torch.randn(width) * width**-0.5)
+        self.transformer = PositionTransformer(positions + 1, width, 3)
+
+    def forward(self, codes):  # (B, n_z, h, w) -> (B, width), the output at the class position
+        h = self.mlp(codes.flatten(2).transpose(1, 2))
+        h = torch.cat([self.class_vector.expand(len(h), 1, -1), h], 1)
+        return self.transformer(h)[:, 0]
+
+
+class BranchedEncoder(nn.Module):
+    """The trunk, then k branches whose latents are concatenated in index order: (B, k * n_z, h, w)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.trunk = VQGANEncoder(config)
+        self.branches = nn.ModuleList(Branch(config) for _ in range(config.num_codebooks))
+
+    def forward(self, x):
+        h = self.trunk(x)
+        return torch.cat([branch(h) for branch in self.branches], 1)
+
+
+class UnitQuantizer(VectorQuantizer):
+    """One sub-codebook: vectors and codes of unit length, and mean H(P_i) - H(mean P_i) as entropy term: sure
+    about each vector, even over all of them (as MaskGIT and LlamaGen; up to the constant ln K)."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.codebook.weight.data = F.normalize(self.codebook.weight.data, dim=1)
+
+    def normalize(self, x):
+        return F.normalize(x, dim=-1)
+
+    def soften(self, distances, z):
+        return distances / TEMPERATURE
+
+    def usage_loss(self, distances, z, batch, global_probs=None):
+        usage = super().usage_loss(distances, z, batch, global_probs)
+        return usage + vector_entropy(self.soften(distances, z))
+
+
+def vector_entropy(distances):
+    """The mean over vectors of H(softmax_k(-D)): (M, K) -> scalar in nats."""
+    log_probs = F.log_softmax(-distances, -1)
+    return -(log_probs.exp() * log_probs).sum(-1).mean()
+
+
+class FactorizedQuantizer(nn.Module):
+    """k independent quantizers on k parts of the channels; tokens get a last axis of size k.
+
+    `forward` returns the sums of the losses over the codebooks, and the lists `codes` (straight-through, a
+    map for each branch) and `features` (of the branches with a teacher) for the two further losses. Tokens
+    of a single codebook are (B, h, w), as VectorQuantizer's.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.parts = nn.ModuleList(UnitQuantizer(config) for _ in range(config.num_codebooks))
+        widths = config.teacher_widths or (0,) * config.num_codebooks
+        self.heads = nn.ModuleList(FeatureHead(config, width) if width else nn.Identity() for width in widths)
+
+    def quantize(self, z_hat):  # (B, k * n_z, h, w) -> (B, h, w, k) int64
+        parts = zip(self.parts, z_hat.chunk(len(self.parts), 1), strict=True)
+        return self.join([part.quantize(z) for part, z in parts])
+
+    def join(self, indices):
+        return torch.stack(indices, -1) if len(indices) > 1 else indices[0]
+
+    def lookup(self, indices):  # (B, h, w, k) -> (B, k * n_z, h, w)
+        indices = indices.unbind(-1) if len(self.parts) > 1 else [indices]
+        parts = zip(self.parts, indices, strict=True)
+        return torch.cat([part.lookup(index) for part, index in parts], 1)
+
+    def forward(self, z_hat, global_probs=None):
+        global_probs = [None] * len(self.parts) if global_probs is None else global_probs
+        z_parts = z_hat.chunk(len(self.parts), 1)
+        found = [part(z, probs) for part, z, probs in zip(self.parts, z_parts, global_probs, strict=True)]
+        codes, indices, losses = zip(*found, strict=True)
+        sums = {name: sum(loss[name] for loss in losses) for name in losses[0]}
+        heads = zip(self.heads, codes, strict=True)
+        sums["codes"] = list(codes)
+        sums["features"] = [head(c) for head, c in heads if isinstance(head, FeatureHead)]
+        return torch.cat(codes, 1), self.join(list(indices)), sums
+
+    def probs(self, z_hat):
+        z_parts = z_hat.chunk(len(self.parts), 1)
+        return torch.stack([part.probs(z) for part, z in zip(self.parts, z_parts, strict=True)])
+
+
+class FactorizedDecoder(VQGANDecoder):
+    def __init__(self, config):
+        super().__init__(config, config.num_codebooks * config.codebook_dim)
+
+
+class FactorizedTokenizer(VQTokenizer):
+    """k = 2: 111,294,355 parameters, 150,410,131 with the students' heads; 3: 131,657,883, 159,295,515."""
+
+    Config, Encoder, Quantizer = FactorizedConfig, BranchedEncoder, FactorizedQuantizer
+    Decoder = FactorizedDecoder
+    WEIGHTS = VQTokenizer.WEIGHTS | {"loss_disentangle": "disentangle", "loss_represent": "represent"}
+    check = staticmethod(check_teachers)  # of a whole preset, before anything is trained
+    TRAINING_ONLY = "quantizer.heads."  # weights of the students, which no token and no image needs
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.teachers = []  # a plain list: neither saved nor hashed
+        if config.num_codebooks > 1:
+            self.token_shape = (self.grid_size**2, config.num_codebooks)  # (N, k)
+
+    def prepare(self, run):
+        self.teachers = [] if self.frozen else load_teachers(run)
+
+    def forward(self, x, global_probs=None):
+        """As VQTokenizer's, with `loss_disentangle` and `loss_represent`, the sum over teachers."""
+        x_hat, tokens, losses = super().forward(x, global_probs)
+        codes, features = losses.pop("codes", []), losses.pop("features", [])
+        if len(codes) > 1:
+            losses["loss_disentangle"] = disentanglement(codes)
+        if self.teachers:
+            pairs = zip(features, self.teachers, strict=True)
+            losses["loss_represent"] = sum(representation_loss(one, teacher(x)) for one, teacher in pairs)
+        elif features:  # not prepared: the students stay in the graph
+            losses["loss_represent"] = sum(0 * student.sum() for student in features)
+        return x_hat, tokens, losses
+
+    @torch.no_grad()
+    def code_maps(self, tokens):
+        """Tokens (B, N, k) -> the codes of each sub-codebook, k maps (B, n_z, h, w)."""
+        side = math.isqrt(tokens.shape[1])
+        return self.quantizer.lookup(tokens.unflatten(1, (side, side))).chunk(self.config.num_codebooks, 1)
+
+    @torch.no_grad()
+    def decode_alone(self, tokens, i):
+        """Images from sub-codebook i alone; the codes of the others are zeros."""
+        maps = enumerate(self.code_maps(tokens))
+        return self.decoder(torch.cat([codes if j == i else torch.zeros_like(codes) for j, codes in maps], 1))
+
+    def numbers(self, tokens):
+        """What a summary tells besides, {name: (B,)}."""
+        return dict(cos_between_codebooks=mean_cosine(self.code_maps(tokens))) if tokens.ndim > 2 else {}

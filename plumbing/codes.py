@@ -1,0 +1,108 @@
+"""Tokens of a data set: cached for the priors, and how evenly they use the codebook."""
+
+import math
+import random
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from plumbing.errors import warn
+from plumbing.files import intact, latent_hash, save_torch
+from plumbing.images import to_float
+from plumbing.processes import all_reduce_mean, mix, my_rows, on_rank0, print0, rank, to_device, world
+
+
+def cached_codes(run, tokenizer):
+    """Tokens of every training image, in `code_variants` crops and flips, and of the validation images.
+
+    returns: dict(train (V, n, N) and val (m, N) int16 or int32, labels (n,) and val_labels (m,) int64), kept
+             in codes.pt under the hash of the tokenizer and the fingerprint of the data; and the entropy of
+             single codes, unigram, in nats
+    Odd variants are flipped, variants 0 and 1 are central crops, later ones random crops.
+    """
+    path, V, data = run.out / "codes.pt", run.config["code_variants"], run.train
+    settings = [str(run.config[k]) for k in ("limit", "image_size", "seed", "precision")]
+    key = on_rank0(lambda: [latent_hash(tokenizer), V, settings, data.fingerprint, run.val.fingerprint])
+
+    def valid():
+        if path.exists() and not intact(path):
+            warn(f"{path} is damaged; its codes are made again")
+        return intact(path) and torch.load(path, weights_only=True, mmap=True).get("key") == key
+
+    if not on_rank0(valid):
+        print0(f"\nencoding {len(data)} training images in {V} variants and {len(run.val)} validation images")
+        views = [(data, i, mix(run.config["seed"], "variant", v, i) if v > 1 else None, v % 2 == 1)
+                 for v in range(V) for i in range(len(data))]
+        train, labels = encode_all(run, tokenizer, views)
+        val, val_labels = encode_all(run, tokenizer, [(run.val, i, None, False) for i in range(len(run.val))])
+        codes = dict(key=key, train=train.unflatten(0, (V, len(data))), labels=labels[: len(data)].clone(),
+                     val=val, val_labels=val_labels)
+        on_rank0(lambda: save_torch(codes, path))
+    codes, K = torch.load(path, weights_only=True, mmap=True), tokenizer.codebook_size
+    codes["unigram"] = unigram_entropy(codes["train"][0], K)
+    print0(f"ln K = {math.log(K):.4f} nats; unigram entropy of the codes = {codes['unigram']:.4f} nats")
+    return codes
+
+
+def encode_all(run, tokenizer, views, batch=128):
+    """Tokens (len(views), *token_shape) and labels of (data, index, crop seed, flip) views; processes share
+    the work."""
+    dtype = torch.int16 if tokenizer.codebook_size <= 2**15 else torch.int32
+    tokens = torch.zeros(len(views), *tokenizer.token_shape, dtype=dtype)
+    labels = torch.zeros(len(views), dtype=torch.int64)
+    starts = range(rank() * batch, len(views), world() * batch)
+    for start in tqdm(starts, "encoding", disable=None if rank() == 0 else True):
+        chunk = views[start : start + batch]
+        x = torch.stack([data.view(*view) for data, *view in chunk])
+        labels[start : start + batch] = torch.tensor([data.label(index) for data, index, *_ in chunk])
+        with run.autocast:
+            tokens[start : start + batch] = tokenizer.encode(to_float(x, run.device)).to(dtype)
+    if world() > 1:  # rows of other processes are zero here
+        dist.all_reduce(tokens.view(torch.uint8))  # gloo and NCCL have no int16
+        dist.all_reduce(labels)
+    return tokens, labels
+
+
+def code_batch(run, codes, step, batch):
+    """(tokens (B, N), labels (B,)) of this process's rows of the global batch at `step`."""
+    rows = my_rows(batch)
+    positions = range(step * batch + rows.start, step * batch + rows.stop)
+    index = [run.train.shuffled(p) for p in positions]
+    variants = [mix(run.config["seed"], "variant", p) % len(codes["train"]) for p in positions]
+    tokens, labels = codes["train"][variants, index].long(), codes["labels"][index]
+    return to_device(tokens, run.device), to_device(labels, run.device)
+
+
+def unigram_entropy(tokens, codebook_size, num=10_000):
+    """Entropy in nats of how often each code occurs; the mean where a position holds several.
+
+    tokens: (m, N) or (m, N, k), of m images in the order of their classes, so `num` of all are drawn
+    """
+    some = random.Random(mix(0, "unigram")).sample(range(len(tokens)), min(len(tokens), num))
+    counts = count_codes(tokens[some].long(), codebook_size).double()
+    return torch.special.entr(counts / counts.sum(-1, keepdim=True)).sum(-1).mean().item()
+
+
+def count_codes(tokens, codebook_size):
+    """Histogram of code indices: tokens (B, N) -> (K,), or (B, N, k) -> (k, K), one for each sub-codebook."""
+    if tokens.dim() == 2:
+        return tokens.flatten().bincount(minlength=codebook_size)
+    return torch.stack([count_codes(part, codebook_size) for part in tokens.unbind(2)])
+
+
+def batch_usage(tokens, tokenizer):
+    """Usage of the global batch, from the tokens of this process's micro-batches."""
+    counts = count_codes(torch.cat(tokens), tokenizer.codebook_size).float()
+    return codebook_usage(all_reduce_mean(counts))[0]
+
+
+def codebook_usage(counts):
+    """Hard usage and perplexity of a histogram of code indices (Tables 2 and 5).
+
+    counts:  (K,), how often each code was chosen over a whole set of images; or (k, K)
+    returns: share of codes chosen at least once in [1/K, 1]; exp of the entropy of the histogram in [1, K].
+             Of several sub-codebooks the means
+    """
+    p = counts.double() / counts.sum(-1, keepdim=True)
+    return (counts > 0).double().mean().item(), torch.special.entr(p).sum(-1).exp().mean().item()

@@ -1,0 +1,82 @@
+"""Figures: matplotlib without a screen, a grid of pictures, and the numbers beside."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from plumbing.errors import UserError
+from plumbing.files import save_atomic
+from plumbing.images import to_uint8
+from plumbing.processes import rank
+
+
+def new_figure(width, height, **more):
+    plt = pyplot()
+    plt.rcParams["pdf.fonttype"] = 42
+    return plt.figure(figsize=(width, height), layout="constrained", **more)
+
+
+def save_figure(fig, path, numbers, pdf=False):
+    """PNG (300 dpi), PDF on request, and the numbers as JSON beside it."""
+    path = Path(path)
+    if rank() == 0:
+        save_atomic(lambda p: fig.savefig(p, format="png", dpi=300), path)
+        if pdf:
+            save_atomic(lambda p: fig.savefig(p, format="pdf", metadata={"CreationDate": None}),
+                        path.with_suffix(".pdf"))
+        text = json.dumps(numbers, indent=1, ensure_ascii=False) + "\n"
+        save_atomic(lambda p: p.write_text(text), path.with_suffix(".json"))
+    pyplot().close(fig)
+
+
+def draw_grid(rows, names=(), note="", cell=1.15):
+    """A figure of rows of panels (title, picture, caption), `names` at the left of the rows.
+
+    picture: (3, S, S) in [-1, 1] or uint8; a map (h, w) of tokens, or of bool or float in [0, 1], drawn in
+             cividis; None for an empty place.
+    A title is written where it differs from the one above.
+    """
+    columns = max(map(len, rows))
+    fig = new_figure(cell * columns + 0.2 * bool(names), (cell + 0.12) * len(rows) + 0.35)
+    axes = fig.subplots(len(rows), columns, squeeze=False)
+    for i, row in enumerate(rows):
+        for j, axis in enumerate(axes[i]):
+            title, picture, caption = row[j] if j < len(row) else ("", None, "")
+            axis.set(xticks=[], yticks=[])
+            if picture is None:
+                axis.axis("off")
+            elif picture.ndim == 2:
+                axis.imshow(picture.cpu().float().numpy(), cmap="cividis", interpolation="nearest",
+                            **({} if picture.dtype == torch.int64 else dict(vmin=0, vmax=1)))
+            else:
+                picture = picture if picture.dtype == torch.uint8 else to_uint8(picture)
+                axis.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
+            if title and (i == 0 or len(rows[i - 1]) <= j or rows[i - 1][j][0] != title):
+                axis.set_title(title, fontsize=6.5)
+            if caption:
+                axis.set_xlabel(caption, fontsize=6, labelpad=1)
+            if names and j == 0:
+                axis.set_ylabel(names[i], fontsize=6.5)
+    if note:
+        fig.supxlabel(note, fontsize=6)
+    return fig
+
+
+def pyplot():
+    """matplotlib.pyplot, drawing to files. MPLBACKEND, which a notebook sets to a backend of its own for all
+    that it starts, is overwritten before matplotlib reads it.
+
+    raises: UserError if matplotlib does not load
+    """
+    os.environ["MPLBACKEND"] = "Agg"
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")  # where it was imported before
+        from matplotlib import pyplot
+    except Exception as error:  # not installed, or what its settings files make it raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"matplotlib, which draws the figures, does not load ({reason})") from None
+    return pyplot

@@ -1,0 +1,259 @@
+"""Files: what is written appears complete or not at all, and what is read was checked."""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import zipfile
+import zlib
+from pathlib import Path
+
+import torch
+
+from plumbing.errors import InUse, UserError, warn
+
+FORMAT = 4  # of the checkpoint files; train.py writes them
+
+
+def claim(folder):
+    """Makes a folder and locks it. The kernel frees the lock when the returned file is closed or this process
+    ends, in any way. Where the file system has no locks, a warning takes the place of the lock.
+
+    raises: InUse, a UserError that names the process which holds it
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "a+")
+        locked = lock_file(lock)
+    except BlockingIOError:
+        lock.seek(0)
+        raise InUse(f"{folder} is in use by process {lock.read()}; wait for it, or pass another "
+                    "--out") from None
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written to: {error}") from None
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    if locked:  # else what looks left over may be what another run writes
+        sweep(folder)
+    elif folder not in UNLOCKED:
+        UNLOCKED.add(folder)
+        warn(f"the file system of {folder} has no locks, so nothing keeps two runs in this folder apart; "
+             "start one at a time")
+    return lock
+
+
+def save_atomic(write, path):
+    """Calls write(temporary path) and renames the result to `path`: a stop in between loses nothing.
+
+    raises: UserError, code 1, if it cannot be written; the old file is intact then
+    """
+    path = Path(path)
+    temporary = path.with_name(f".tmp{os.getpid()}.{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)  # the new name, too
+    except OSError as error:
+        room = next(shutil.disk_usage(p).free for p in path.absolute().parents if p.exists())
+        told = "" if error.errno in BAD_PLACE else f"{room / 1e9:.1f} GB are free there, and "
+        raise UserError(f"{path} could not be written ({error}); {told}everything saved before is intact",
+                        code=1) from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def sweep(folder):
+    """Deletes what `save_atomic` left in a folder where a process was killed."""
+    for path in folder.glob(".tmp[0-9]*"):
+        if path.is_file():
+            path.unlink()
+
+
+def save_torch(thing, path):
+    """torch.save in an atomic way; its zip file carries a checksum of every part."""
+
+    def write(temporary):
+        try:
+            torch.save(thing, temporary)
+        except RuntimeError as error:  # what torch's writer makes of a full disk
+            raise OSError(str(error).splitlines()[0]) from None
+
+    save_atomic(write, path)
+
+
+def save_checkpoint(ckpt, path):
+    """Writes X.pt. From the second time on, two intact checkpoints exist at every instant: X.next.pt is
+    complete before X.pt becomes X.previous.pt and leaves it its name."""
+    save_torch(ckpt, path.with_suffix(".next.pt"))
+    promote(path)
+
+
+def promote(path):
+    if path.exists():
+        os.replace(path, path.with_suffix(".previous.pt"))
+    os.replace(path.with_suffix(".next.pt"), path)
+
+
+def intact(path):
+    """Whether every checksum in a file of torch.save is right (torch.load itself checks none)."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except (OSError, ValueError, EOFError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error):
+        return False
+
+
+def newest_intact(path):
+    """The checkpoint from which a stage goes on: X.next.pt, X.pt or X.previous.pt, the newest intact one.
+
+    Damaged ones are named in a warning and set aside. None if there is no checkpoint at all.
+    raises: UserError if there are checkpoints and all are damaged
+    """
+    names = [path.with_suffix(".next.pt"), path, path.with_suffix(".previous.pt")]
+    found = [name for name in names if name.is_file()]
+    good = next((name for name in found if intact(name)), None)
+    if found and not good:
+        raise UserError(f"{' and '.join(map(str, found))}: damaged, and no intact checkpoint is left; move "
+                        "the damaged files away to start anew")
+    for name in found[: found.index(good)] if good else []:
+        os.replace(name, name.with_suffix(".damaged"))
+        warn(f"{name} is damaged and now called {name.with_suffix('.damaged').name}; going on from {good}")
+    if good == names[0]:
+        promote(path)
+        return path
+    return good
+
+
+def read_checkpoint(path, stages):
+    """The checkpoint dict in `path`, which must be of one of `stages`. Pickled code is never executed.
+
+    Keys: format, stage, step, config (the run's preset), model_config, model (weights), ema (weights or
+    None), class_names, tokenizer_hash, fingerprint (of the data), note; to go on with: train (optimizers),
+    world (processes), seconds, skips (updates left out).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no checkpoint {path}" + ("; it is a folder, name a file in it" * path.is_dir()))
+    try:
+        if not intact(path):
+            raise ValueError("wrong checksum")
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, ValueError, LookupError, pickle.UnpicklingError) as error:
+        reason = "wrong checksum" if str(error) == "wrong checksum" else type(error).__name__
+        raise UserError(f"{path} is damaged or no checkpoint ({reason}); name another one") from None
+    if not isinstance(ckpt, dict) or not {"format", "stage", "model"} <= ckpt.keys():
+        keys = ", ".join(map(str, list(ckpt)[:4])) if isinstance(ckpt, dict) else type(ckpt).__name__
+        raise UserError(f"{path} is not a checkpoint of this project (it holds {keys})")
+    if ckpt["format"] != FORMAT:
+        raise UserError(f"{path} has format {ckpt['format']}, this code reads {FORMAT}; use the code of then")
+    if ckpt["stage"] not in stages:
+        raise UserError(f"{path} is of stage {ckpt['stage']!r}; this needs {' or '.join(stages)}")
+    return ckpt
+
+
+def header(path):
+    """A checkpoint whose tensors stay on disk; its checksum is not looked at. raises: UserError if damaged"""
+    try:
+        return torch.load(path, weights_only=True, mmap=True)
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError):
+        raise UserError(f"{path} is damaged; delete it and --run again") from None
+
+
+def not_finite(thing, name=""):
+    """The name of the first tensor in nested dicts and lists that holds an infinity or a nan, else ''."""
+    if torch.is_tensor(thing):
+        return "" if thing.isfinite().all() else name
+    parts = thing.items() if isinstance(thing, dict) else enumerate(thing) if isinstance(thing, list) else ()
+    return next(filter(None, (not_finite(part, f"{name}.{key}") for key, part in parts)), "")
+
+
+def weights_hash(*modules, skip=None):
+    """16 hex digits over the names and bits of all weights, but those whose name begins with `skip`."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, tensor in sorted(module.state_dict().items()):
+            if skip is None or not name.startswith(skip):
+                digest.update(name.encode())
+                bits = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                digest.update(bits.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def latent_hash(tokenizer):
+    """Hash of everything that decides the tokens of an image: all weights but the decoder's."""
+    return weights_hash(tokenizer, skip="decoder.")
+
+
+def read_metrics(path):
+    """The lines of a metrics.jsonl as dicts; one that a kill tore in the middle is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # a file system cannot do it
+
+
+def sync_folder(folder):
+    """fsync of a folder, where its file system can do that: CIFS and some of FUSE cannot."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+    finally:
+        os.close(number)
+
+
+UNLOCKED = set()  # folders that `claim` could not lock, so that it warns of each once
+
+
+def lock_file(file):
+    """Whether its file system has locks; locks it then. raises: BlockingIOError if another process has it"""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, *UNSUPPORTED):
+            raise
+        return False
+    return True
+
+
+def writable(path, flag="--out"):
+    """Tries whether a file can be made at `path`, folders above it included, and leaves nothing behind: so
+    that a bad place is known before the work and not after it.
+
+    raises: UserError if it cannot be, or if a folder is there
+    """
+    path, made = Path(path), None
+    try:
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+        there = next(p for p in path.absolute().parents if p.exists())
+        if not there.is_dir():
+            raise NotADirectoryError(f"{there} is no folder")
+        probe = there / f".tmp{os.getpid()}.{path.name}"
+        os.close(os.open(probe, os.O_CREAT | os.O_WRONLY))
+        made = probe
+    except OSError as error:
+        raise UserError(f"{flag} {path} cannot be written: {error.strerror or error}; pass another place"
+                        ) from None
+    finally:
+        if made:
+            made.unlink()
+
+
+BAD_PLACE = (errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS,
+             errno.ENAMETOOLONG, errno.ELOOP)

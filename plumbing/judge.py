@@ -1,0 +1,91 @@
+"""A judge of one's own, a narrow VGG-16 trained on the labels at hand; or a scorer for the metrics."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from perceptual import VGGTaps, normalize_images
+from plumbing.images import to_float
+from plumbing.models import load_model
+from plumbing.processes import mix, print0, seeded_rows, to_device
+from plumbing.stages import DEPENDS, needs_judge, refuse_other_config, refuse_other_images
+from plumbing.validation import ratio, val_batches
+from plumbing.weights import ResNet, build_vgg16, load_vgg16_of
+from train import build_ema, build_optimizer, lr_at, set_lr, train_stage
+
+
+def judge_of(run):
+    """The frozen VGG of a run's perceptual loss, trained now where it is the run's own and not finished."""
+    source = run.config["vgg"]
+    own = run.out / "vgg.pt" if source == "judge" else Path(source)
+    if needs_judge(run):
+        print0(f"note: the perceptual loss needs a judge and {own} is not finished: training it first")
+        train_stage(run, "vgg")
+    if own.suffix == ".pt":
+        judge, ckpt = load_model(own, ("vgg",), run.device)
+        if source == "judge":
+            refuse_other_config(own, DEPENDS["vgg"], ckpt["config"], run.config)
+            refuse_other_images(own, ckpt, run)
+        return judge.to(memory_format=torch.channels_last)
+    return VGGTaps(load_vgg16_of(source)).to(run.device, memory_format=torch.channels_last)
+
+
+def train_judge(run, stage):
+    """Classification with batch norm, which is folded away when a VGG is loaded. Not in the paper."""
+    c, device = run.config["judge"], run.device
+    sizes = dict(width=c["width"], num_classes=run.train.num_classes)
+    if stage == "vgg":
+        sizes |= dict(hidden=c["hidden"], batch_norm=True)
+    torch.manual_seed(mix(run.config["seed"], stage))
+    judge = (build_vgg16 if stage == "vgg" else ResNet)(**sizes)
+    judge, judge.sizes = judge.to(device, memory_format=torch.channels_last), sizes
+    optimizer, ema = build_optimizer(judge, c), build_ema(judge, c["ema"])
+    net = run.wrap(judge, run.example())
+    start = run.start(stage, model=judge, optimizer=optimizer, ema=ema)
+    stream = run.stream(c["batch"], start)
+    for step in run.loop(stage, start):
+        set_lr(lr_at(step, c), optimizer)
+        pixels, labels = next(stream)
+        x, labels = to_float(pixels, device), to_device(labels, device)
+        x = random_shift(x, run.config["seed"], step, c["batch"])
+        judge.train()
+        optimizer.zero_grad(set_to_none=True)
+        with run.autocast:
+            logits = net(normalize_images(x))
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=c["label_smoothing"])
+        loss.backward()
+        run.update(optimizer, "judge")
+        if ema:
+            ema.update_parameters(judge)
+        if run.due("log", stage, step):
+            run.log(stage, step, lr=lr_at(step, c), loss=loss)
+        if run.due("eval", stage, step):
+            evaluate_judge(run, stage, step, ema.module if ema else judge)
+        if run.due("save", stage, step):
+            run.save(stage, step, judge, ema, optimizer=optimizer)
+
+
+def random_shift(x, seed, step, batch):
+    """Shifts each image by up to an eighth of its side (edges reflected); a function of (seed, step, row)."""
+    reach = x.shape[-1] // 8
+    rows = seeded_rows(batch, 2, seed=mix(seed, "shift", step))
+    offsets = to_device((rows * (2 * reach + 1)).long(), x.device)
+    side = torch.arange(x.shape[-1], device=x.device)
+    top, left = offsets[:, :1] + side, offsets[:, 1:] + side  # (B, S): the pixels of each image
+    padded = F.pad(x, (reach,) * 4, mode="reflect").permute(0, 2, 3, 1)  # (B, H, W, 3)
+    image = torch.arange(len(x), device=x.device)[:, None, None]
+    return padded[image, top[:, :, None], left[:, None, :]].permute(0, 3, 1, 2)
+
+
+@torch.no_grad()
+def evaluate_judge(run, stage, step, judge, limit=5000):
+    """Share of validation images that the judge or scorer in training classifies rightly."""
+    judge.eval()
+    right = total = 0
+    for indices, x in val_batches(run, limit):
+        labels = torch.tensor([run.val.label(i) for i in indices], device=run.device)
+        with run.autocast:
+            right += (judge(normalize_images(x)).argmax(1) == labels).sum().item()
+        total += len(labels)
+    run.log(stage, step, val_accuracy=ratio(run, [right, total])[0])

@@ -1,0 +1,108 @@
+"""Models by name: the classes of a preset, which its fork may replace, and models from checkpoints."""
+
+from pathlib import Path
+
+import torch
+
+import forks
+from perceptual import PatchDiscriminator, StyleDiscriminator, VGGTaps
+from plumbing.errors import UserError, as_user_error, warn
+from plumbing.files import latent_hash, newest_intact, read_checkpoint
+from plumbing.processes import on_rank0, rank
+from plumbing.stages import refuse_other_config, refuse_other_images
+from plumbing.weights import ResNet, fold_batch_norm, vgg_from_state_dict
+from prior_ar import ARPrior
+from prior_nar import NARPrior
+from tokenizer import VQTokenizer
+
+
+def parts(config):
+    """{"tokenizer", "ar", "nar": class} of a preset: ours, or those of its fork.  raises: UserError"""
+    ours, fork = dict(tokenizer=VQTokenizer, ar=ARPrior, nar=NARPrior), config.get("fork")
+    with as_user_error():
+        return ours | (forks.load(fork).parts() if fork is not None else {})
+
+
+def new_discriminator(config):
+    """The discriminator of a preset.  raises: ValueError for sides or widths that it cannot have"""
+    c, S = dict(config["discriminator"]), config["image_size"]
+    if c.pop("kind") == "patch":
+        return PatchDiscriminator()
+    if S & (S - 1):
+        raise ValueError(f"image_size={S}: the style discriminator needs a power of two from 32 on; "
+                         "--set discriminator.kind=patch takes other sides")
+    return StyleDiscriminator(S, **c)
+
+
+def new_prior(config, stage, tokenizer, num_classes):
+    """A prior of a preset over the tokens of `tokenizer`.  raises: ValueError for sizes that do not fit"""
+    Prior, shape = parts(config)[stage], tokenizer.token_shape
+    try:
+        sizes = Prior.Config(tokenizer.codebook_size, *shape, num_classes=num_classes, **config["prior"])
+    except TypeError as error:  # k sub-tokens at a position, say
+        raise ValueError(f"the prior of this preset does not take tokens (B, {', '.join(map(str, shape))}), "
+                         f"one of the tokenizer's own fork may ({error})") from None
+    return Prior(sizes)
+
+
+def load_model(path, stages, device="cpu"):
+    """(model in eval mode, checkpoint) of any stage; averaged weights where the run kept them."""
+    ckpt = read_checkpoint(path, stages)
+    weights, sizes = ckpt["ema"] or ckpt["model"], ckpt["model_config"]
+    if ckpt["stage"] == "vgg":
+        model = VGGTaps(fold_batch_norm(vgg_from_state_dict(weights, str(path), **sizes)))
+    elif ckpt["stage"] == "resnet":
+        model = ResNet(**sizes)
+        model.load_state_dict(weights, strict=True)
+    else:
+        Model = parts(ckpt["config"])["tokenizer" if ckpt["stage"] in ("phase1", "phase2") else ckpt["stage"]]
+        with as_user_error():  # a fork may have changed since
+            model = Model(Model.Config(**sizes))
+            model.load_state_dict(weights, strict=True)
+    # channels_last: a quarter faster on a CPU too, as long as nothing goes backward
+    return model.to(device, memory_format=torch.channels_last).eval(), ckpt
+
+
+def load_tokenizer_of(prior_path, prior_ckpt, given=None, device="cpu"):
+    """The tokenizer whose tokens a prior models: `given`, else phase2.pt or phase1.pt beside the prior."""
+    beside = [Path(prior_path).with_name(f"{stage}.pt") for stage in ("phase2", "phase1")]
+    path = given or next((p for p in beside if p.exists()), None)
+    if path is None:
+        raise UserError(f"no phase2.pt or phase1.pt beside {prior_path}; pass --tokenizer FILE")
+    tokenizer, ckpt = load_model(path, ("phase1", "phase2"), device)
+    if latent_hash(tokenizer) != prior_ckpt["tokenizer_hash"]:
+        raise UserError(
+            f"{path} (hash {latent_hash(tokenizer)}) is not the tokenizer that {prior_path} was trained on "
+            f"(hash {prior_ckpt['tokenizer_hash']}); pass the right one with --tokenizer")
+    return tokenizer, ckpt
+
+
+def earlier_tokenizer(run, stages, *also):
+    """(tokenizer, checkpoint): --tokenizer FILE, else the last of `stages` in the run folder.
+
+    also: sections of the preset besides `tokenizer` that must be as they were in this folder. The run's own
+    phase1 section becomes that of the tokenizer, so that later stages record with which alpha it was trained.
+    With --stage all FILE gave phase 1 its first weights, and later stages build on what became of them.
+    """
+    given = run.args.tokenizer if run.args.stage != "all" else None
+    found = [run.out / f"{s}.pt" for s in stages if (run.out / f"{s}.pt").exists()]
+    if not given and not found:
+        raise UserError(f"no {run.out / 'phase1.pt'}: run --stage phase1 first, or pass --tokenizer FILE")
+    tokenizer, ckpt = load_model(given or on_rank0(lambda: newest_intact(found[-1])), stages, run.device)
+    run.note = run.note or ckpt["note"]
+    if not given:
+        refuse_other_config(found[-1], ["tokenizer", *also], ckpt["config"], run.config)
+        refuse_other_images(found[-1], ckpt, run)
+        if ckpt["step"] < run.steps(ckpt["stage"]) and rank() == 0:
+            warn(f"stage {ckpt['stage']} ended at step {ckpt['step']} of {run.steps(ckpt['stage'])}")
+    if tokenizer.config.image_size != run.config["image_size"]:
+        raise UserError(f"{given} is for {tokenizer.config.image_size}-pixel images, this preset for others")
+    run.config = dict(run.config, phase1=ckpt["config"]["phase1"])
+    return tokenizer, ckpt
+
+
+def find_judge(path, ckpt, device):
+    """The judge of the run that a checkpoint belongs to, or None."""
+    places = [Path(path).with_name("vgg.pt"), Path(ckpt["config"]["vgg"])]
+    found = next((p for p in places if p.suffix == ".pt" and p.is_file()), None)
+    return load_model(found, ("vgg",), device)[0] if found else None

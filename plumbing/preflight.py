@@ -1,0 +1,168 @@
+"""What the stages of a command would refuse, found before the first of them begins."""
+
+import contextlib
+import difflib
+import json
+import pickle
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from plumbing.drawing import pyplot
+from plumbing.errors import UserError, as_user_error
+from plumbing.files import read_checkpoint
+from plumbing.models import new_discriminator, new_prior, parts
+from plumbing.processes import on_rank0, print0, world
+from plumbing.stages import DEPENDS, SECTION, needs_judge, refuse_other_config, refuse_other_images
+from plumbing.weights import ResNet, build_vgg16
+from recipes.options import KINDS, STAGES
+
+
+def stages_of(args, config):
+    """The stages that a command trains, in their order; of --explain all."""
+    if args.explain:
+        return STAGES
+    if args.stage != "all":
+        return [args.stage]
+    return [stage for stage in STAGES if stage != "vgg" or config["vgg"] == "judge"]
+
+
+def build_on_meta(config, stages, given=None):
+    """The networks of `stages` without their weights, so that sizes which do not fit are known at once.
+
+    given:   checkpoint of the tokenizer that --tokenizer names, where it counts and not the preset's
+    returns: dict of what the stages build: vgg, resnet, phase1, phase2, disc, ar, nar, on the meta device
+    raises:  UserError for what a network refuses
+    """
+    found, phases, judge = {}, {"phase1", "phase2"} & {*stages}, config["judge"]
+    with as_user_error(), torch.device("meta"):
+        if "vgg" in stages or phases and config["vgg"] == "judge":
+            found["vgg"] = build_vgg16(judge["width"], 10, judge["hidden"], batch_norm=True)
+        if "resnet" in stages:
+            found["resnet"] = ResNet(judge["width"])
+        if not {*stages} - {"vgg", "resnet"}:
+            return found
+        Tokenizer = parts(config)["tokenizer"]
+        check_tokenizer_values(config["tokenizer"], Tokenizer.Config)
+        sizes = dict(config["tokenizer"], image_size=config["image_size"])
+        if given:
+            Tokenizer, sizes = parts(given["config"])["tokenizer"], given["model_config"]
+        found["phase1"] = Tokenizer(Tokenizer.Config(**sizes))
+        if "phase2" in stages:
+            found["phase2"] = Tokenizer(Tokenizer.Config(**sizes))
+            found["phase2"].add_attention()
+        if phases:
+            found["disc"] = new_discriminator(config)
+            check_perception(config, phases)
+        if "phase1" in phases and hasattr(Tokenizer, "check"):
+            Tokenizer.check(config)
+        for stage in {"ar", "nar"} & {*stages}:
+            found[stage] = new_prior(config, stage, found["phase1"], 1000)
+    return found
+
+
+def given_tokenizer(args):
+    """The checkpoint of --tokenizer for stages that use it as it is, else None."""
+    stages = dict(phase2=("phase1",), ar=("phase1", "phase2"), nar=("phase1", "phase2")).get(args.stage)
+    return read_checkpoint(args.tokenizer, stages) if stages and args.tokenizer and not args.explain else None
+
+
+def check_tokenizer_values(values, Config):
+    """raises: ValueError for a key of the preset's tokenizer section that there is not, or another type"""
+    types = {field.name: field.type for field in fields(Config) if field.name != "image_size"}
+    for key, value in values.items():
+        if key not in types:
+            close = difflib.get_close_matches(key, types, 1)
+            raise ValueError(f"tokenizer.{key}: a tokenizer has no such value"
+                             + (f"; did you mean tokenizer.{close[0]}?" if close else ""))
+        numbers = value if types[key] is tuple and isinstance(value, list | tuple) else [value]
+        right = isinstance(value, types[key]) or types[key] is tuple and isinstance(value, list)
+        if types[key] in (int, tuple):
+            right = right and all(type(n) is int and n >= 0 for n in numbers)
+        if not right:
+            wanted = {int: "a whole number from 0 on", tuple: "a list of whole numbers from 0 on"}
+            raise ValueError(f"tokenizer.{key} must be {wanted.get(types[key]) or KINDS[types[key]]}, "
+                             f"got {json.dumps(value)}")
+
+
+def check_perception(config, phases):
+    """raises: ValueError where the judge and the layers of a preset do not fit together"""
+    own = config["vgg"] == "judge" or Path(config["vgg"]).suffix == ".pt"
+    for phase in sorted(phases):
+        if config[phase]["layers"] == "lpips" and own:
+            raise ValueError(f"{phase}.layers=lpips needs torchvision's VGG-16, --vgg imagenet or a .pth "
+                             f"file of it; {config['vgg']} is another")
+
+
+def check_stages(run, stages, networks):
+    """What the stages need of the data, of the processes and of the run folder; nothing is written.
+
+    networks: of `build_on_meta`
+    raises:   UserError for what any of the stages would refuse, before the first of them begins
+    """
+    if {"phase1", "phase2"} & {*stages} and "vgg" not in stages and needs_judge(run):
+        stages = ["vgg", *stages]
+    for stage in stages:
+        check_batch(run, stage)
+        check_labels(run, stage)
+    given = run.args.tokenizer
+    if "phase1" in stages and given:
+        with as_user_error():  # the shapes: nothing is copied
+            networks["phase1"].load_state_dict(read_checkpoint(given, ("phase1",))["model"], assign=True)
+    elif "phase1" in stages and run.config["phase1"]["init"] and not (run.out / "phase1.pt").exists():
+        raise UserError("this preset starts from an ImageNet phase 1 (Table 9): pass --tokenizer FILE")
+    on_rank0(lambda: check_folder(run, stages))
+    if run.args.stage == "all":
+        pyplot()  # which the summary draws with
+
+
+def check_batch(run, stage):
+    """raises: UserError for a batch that the processes cannot share; a note tells of odd micro-batches"""
+    c, count = run.config[SECTION[stage]], world()
+    batch = c["batch"]
+    if batch % count:
+        nearest = " or ".join(str(n) for n in (batch // count * count, (batch // count + 1) * count) if n)
+        raise UserError(f"batch {batch} cannot be split over {count} processes; use {nearest}")
+    if stage in ("phase1", "phase2") and run.config["discriminator"]["kind"] == "style" and c["adv_weight"]:
+        told = odd_groups(batch // count, run.args.micro_batch)
+        if told:
+            print0(f"note: {stage}: {told}")
+
+
+def odd_groups(share, micro):
+    """What to say of micro-batches that change the groups of `minibatch_stddev`, or "".
+
+    share: images of a process in a step;  micro: --micro-batch or None
+    """
+    micro = min(micro or share, share)
+    sizes = sorted({micro, share % micro or micro})
+    groups = sorted({max(g for g in (1, 2, 3, 4) if size % g == 0) for size in sizes})
+    if groups == [4]:
+        return ""
+    images, four = (" and ".join(map(str, numbers)) for numbers in (sizes, groups))
+    return (f"in micro-batches of {images} images the style discriminator compares groups of {four} images, "
+            "not of 4; batch per process and --micro-batch should be multiples of 4")
+
+
+def check_labels(run, stage):
+    """raises: UserError for a stage that learns from classes where the data has none"""
+    if run.train.class_names:
+        return
+    if stage in ("vgg", "resnet"):
+        raise UserError(
+            "--stage vgg needs labels: one sub-folder per class. Or pass --vgg FILE for other weights")
+    if stage in ("ar", "nar") and run.config["conditional"]:
+        raise UserError("this preset's priors are class-conditional and the data has no class sub-folders; "
+                        "sort the images into folders or pass --set conditional=false")
+
+
+def check_folder(run, stages):
+    """raises: UserError for a checkpoint of a later stage that this run's values or images cannot continue"""
+    for stage in stages[1:]:  # the first one's is looked at, and set aside if damaged, when it starts
+        path = run.out / f"{stage}.pt"
+        with contextlib.suppress(RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError):
+            ckpt = torch.load(path, weights_only=True, mmap=True)
+            if isinstance(ckpt, dict) and {"config", "fingerprint", "class_names"} <= ckpt.keys():
+                refuse_other_config(path, DEPENDS[stage], ckpt["config"], run.config)
+                refuse_other_images(path, ckpt, run)

@@ -1,0 +1,228 @@
+"""Processes, devices and seeds: all of it does nothing in a run of one process."""
+
+import contextlib
+import datetime
+import hashlib
+import os
+import re
+import resource
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.nn.functional import all_reduce  # with a gradient
+from tqdm import tqdm
+
+from plumbing.console import steady_output
+from plumbing.errors import UserError, warn
+from plumbing.fast import keep_freed_memory
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def print0(*words):
+    if rank() == 0:
+        tqdm.write(" ".join(map(str, words)))
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def on_rank0(action):
+    """What `action()` returns in the first process, in every process; so is the UserError that it raises."""
+    result, error = None, None
+    if rank() == 0:
+        try:
+            result = action()
+        except (UserError, OSError) as caught:
+            error = (str(caught), getattr(caught, "code", 1), True)
+    if world() > 1:
+        outcome = [(result, error)]
+        dist.broadcast_object_list(outcome)
+        result, error = outcome[0]
+    if error:
+        raise UserError(*error)
+    return result
+
+
+def fetched(load):
+    """What `load()` gives, first in one process alone, which downloads what is missing."""
+    if world() > 1:
+        on_rank0(lambda: load() and None)
+    return load()
+
+
+def agreed(request):
+    """The largest of all processes' requests, an int. One small all-reduce, on the CPU even beside NCCL."""
+    if world() == 1:
+        return request
+    request = torch.tensor(request)
+    dist.all_reduce(request, dist.ReduceOp.MAX)
+    return request.item()
+
+
+def all_reduce_mean(x):
+    """Mean of `x` over the processes of a distributed run, `x` itself otherwise. No gradient."""
+    if dist.is_available() and dist.is_initialized():
+        x = x.clone()
+        dist.all_reduce(x)
+        x /= dist.get_world_size()
+    return x
+
+
+def all_rows(x):
+    """The rows of x of all processes, in the order of their ranks."""
+    if world() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(world())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """Around each command: what is wrong ends with one line, and all processes leave together."""
+    with steady_output():
+        try:
+            yield
+            barrier()
+        except torch.OutOfMemoryError:
+            print("error: out of GPU memory; pass a smaller --batch (visualize.py: --num)", file=sys.stderr)
+            sys.exit(1)
+        except (UserError, OSError) as error:
+            if speaks() or not getattr(error, "shared", False):
+                print(f"error: {error}", file=sys.stderr)
+            sys.exit(getattr(error, "code", 1))
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+def setup_device(name, timeout=1800):
+    """Opens the process group under torchrun (NCCL on GPUs, gloo on CPUs) and returns the device.
+
+    timeout: seconds after which processes that wait for a dead or hung one give up
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cuda", "cpu"):
+        raise UserError(f"--device must be cuda, cpu or auto, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but torch sees no GPU; use --device cpu or --device auto")
+    _, local_rank, _ = launched()
+    if {"RANK", "LOCAL_RANK"} & os.environ.keys() and "WORLD_SIZE" not in os.environ:
+        warn("RANK or LOCAL_RANK is set without WORLD_SIZE, so neither is heeded: this is the only process")
+    if name == "cuda" and local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"more processes than the {torch.cuda.device_count()} visible GPUs; lower --nproc_per_node")
+    device = torch.device(name, local_rank) if name == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.deterministic = True
+    else:
+        keep_freed_memory()
+    if {"WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys() and not dist.is_initialized():
+        # After a restart (torchrun --max-restarts) the store still holds the addresses of the dead workers:
+        # every attempt gets a prefix of its own (pytorch issue 135712).
+        store, number, size = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"try{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=number,
+            world_size=size, timeout=datetime.timedelta(seconds=timeout))
+    return device
+
+
+def mix(*parts):
+    """A 63-bit seed from any numbers and strings, the same on every machine."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def seeded_rand(*shape, seed):
+    """Uniform float32 numbers in [0, 1) that depend on the seed only."""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def seeded_rows(batch, *shape, seed):
+    """This process's rows of `seeded_rand(batch, *shape)`."""
+    return seeded_rand(batch, *shape, seed=seed)[my_rows(batch)]
+
+
+def my_rows(batch):
+    """This process's contiguous rows of the global batch. Contiguous, so that groups of four images (the
+    discriminator's minibatch statistics) are the same for every number of processes."""
+    share = batch // world()
+    return slice(rank() * share, (rank() + 1) * share)
+
+
+def to_device(x, device):
+    """x on the device; the host goes on at once, which needs memory that is pinned."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+class GlobalBatchNorm(nn.BatchNorm2d):
+    """BatchNorm over the global batch: in distributed training the moments are averaged over processes.
+
+    (torch's SyncBatchNorm does the same, on GPUs only.) Processes must hold equal shares of the batch.
+    """
+
+    def forward(self, x):  # (B, C, H, W) -> (B, C, H, W)
+        if not (self.training and dist.is_available() and dist.is_initialized()):
+            return super().forward(x)
+        x32 = x.float()
+        moments = torch.stack([x32.mean((0, 2, 3)), x32.square().mean((0, 2, 3))])  # (2, C)
+        mean, square = all_reduce(moments) / dist.get_world_size()
+        var = (square - mean.square()).clamp(min=0)  # rounding may leave it below
+        with torch.no_grad():
+            count = x.numel() // x.shape[1] * dist.get_world_size()
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * (var + self.eps).rsqrt()
+        y = x32 * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]
+        return y.to(x.dtype)
+
+
+def speaks():
+    """Whether this process prints what all would: the first one, before there is a process group too."""
+    try:
+        return launched()[0] == 0
+    except UserError:
+        return True
+
+
+def launched():
+    """(rank, local rank, processes) as torchrun tells them; (0, 0, 1) without it.
+
+    WORLD_SIZE decides: a RANK or LOCAL_RANK that another tool left behind means nothing without it.
+    raises: UserError where the variables fit no launch
+    """
+    given, names = os.environ, ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")
+    alone = "MASTER_ADDR" not in given and given.get("WORLD_SIZE", "1") == "1"
+    if "WORLD_SIZE" not in given or alone:
+        return 0, 0, 1
+    found = {name: given.get(name, "0" if name == "LOCAL_RANK" else "") for name in names}
+    wrong = [f"{name}={value}" for name, value in found.items() if not re.fullmatch("[0-9]+", value)]
+    wrong += [] if given.get("MASTER_ADDR") else ["MASTER_ADDR="]
+    if not wrong and int(found["RANK"]) >= int(found["WORLD_SIZE"]):
+        wrong = [f"RANK={found['RANK']} of WORLD_SIZE={found['WORLD_SIZE']}"]
+    if wrong:
+        raise UserError(f"the environment has WORLD_SIZE={found['WORLD_SIZE']}, as torchrun sets it, but "
+                        f"{', '.join(wrong)}; start with torchrun, or for one process: unset WORLD_SIZE RANK")
+    return int(found["RANK"]), int(found["LOCAL_RANK"]), int(found["WORLD_SIZE"])
+
+
+def peak_memory():
+    """The most memory that this process held so far, in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KiB, but in bytes on macOS
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

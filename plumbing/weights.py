@@ -1,0 +1,216 @@
+"""VGG-16 and LPIPS from files: torchvision's, a local file, or a narrow VGG of one's own."""
+
+import copy
+import hashlib
+import itertools
+import re
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from plumbing.errors import UserError, as_user_error, one_line, warn
+from plumbing.processes import GlobalBatchNorm, fetched, on_rank0
+
+VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
+
+
+def build_vgg16(width=64, num_classes=1000, hidden=4096, batch_norm=False):
+    """torchvision's VGG-16, or a narrower one: channels are (1, 2, 4, 8, 8) * width.
+
+    At the defaults: torchvision's `vgg16()`, same state-dict keys, 138,357,544 parameters. With width < 64
+    (the reduced judge for small images, ours) the 7x7 average pool becomes 1x1, so the first linear layer
+    has 8 * width inputs instead of 8 * width * 49, and there is no dropout. `batch_norm` is for training it;
+    `fold_batch_norm` removes it afterwards. Five max-pools: sides of at least 32 pixels.
+
+    deviation: weights start as He-normal and biases at zero (ours); trained ones replace them.
+    """
+    from torchvision.models.vgg import VGG, make_layers
+
+    channels = [[1, 1], [2, 2], [4, 4, 4], [8, 8, 8], [8, 8, 8]]
+    plan = [c for stage in channels for c in [*(width * multiple for multiple in stage), "M"]]
+    pooled, dropout = (7, 0.5) if width >= 64 else (1, 0.0)
+    with torch.device("meta"):  # shapes only: torchvision would draw 124 million weights that we replace
+        vgg = VGG(make_layers(plan, batch_norm), num_classes, init_weights=False)
+        vgg.avgpool = nn.AdaptiveAvgPool2d(pooled)
+        vgg.classifier = nn.Sequential(
+            nn.Linear(8 * width * pooled**2, hidden), nn.ReLU(True), nn.Dropout(dropout),
+            nn.Linear(hidden, hidden), nn.ReLU(True), nn.Dropout(dropout),
+            nn.Linear(hidden, num_classes),
+        )
+    vgg.features = nn.Sequential(
+        *[GlobalBatchNorm(m.num_features) if isinstance(m, nn.BatchNorm2d) else m for m in vgg.features]
+    )
+    vgg.to_empty(device=torch.get_default_device())
+    for module in vgg.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.BatchNorm2d):
+            module.reset_parameters()
+    return vgg
+
+
+class ResNet(nn.Module):
+    """A narrow ResNet classifier, the scorer: Frechet distances in its features (ours; for small images).
+
+    Another family than the VGG judge, so that no tokenizer is scored by the network that trained it.
+    A 3x3 convolution, four stages of one of torchvision's basic blocks with (1, 2, 4, 8) * width channels,
+    each but the first halving the side; global average; one linear layer. Same members as a VGG.
+    """
+
+    def __init__(self, width=32, num_classes=10):
+        from torchvision.models.resnet import BasicBlock
+
+        def block(a, b, stride):
+            shortcut = None
+            if stride > 1:
+                shortcut = nn.Sequential(nn.Conv2d(a, b, 1, stride, bias=False), GlobalBatchNorm(b))
+            return BasicBlock(a, b, stride, shortcut, norm_layer=GlobalBatchNorm)
+
+        super().__init__()
+        stem = [nn.Conv2d(3, width, 3, padding=1, bias=False), GlobalBatchNorm(width), nn.ReLU()]
+        widths = [width, width, 2 * width, 4 * width, 8 * width]
+        stages = [block(a, b, 1 if a == b else 2) for a, b in itertools.pairwise(widths)]
+        self.features, self.avgpool = nn.Sequential(*stem, *stages), nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Linear(8 * width, num_classes)
+
+    def forward(self, x):  # (B, 3, H, W), normalised by `normalize_images` -> (B, num_classes)
+        return self.classifier(self.avgpool(self.features(x)).flatten(1))
+
+
+def fold_batch_norm(vgg):
+    """A plain VGG-16 that equals `vgg` (built with batch_norm=True) in eval mode; `vgg` is left as it was.
+
+    Each BatchNorm, at its running statistics, is absorbed by the convolution before it, so the taps of
+    `LAYERS` are again at 3, 8, 15, 22 and 29.
+    """
+    from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+    vgg = copy.deepcopy(vgg).eval()
+    layers = []
+    for module in vgg.features:
+        if isinstance(module, nn.BatchNorm2d):
+            layers[-1] = fuse_conv_bn_eval(layers[-1], module)
+        else:
+            layers.append(module)
+    vgg.features = nn.Sequential(*layers)
+    return vgg
+
+
+def vgg_from_state_dict(state, name="state dict", **sizes):
+    """A VGG-16 that holds the tensors of `state`; `sizes` are arguments of `build_vgg16`.
+
+    raises: ValueError, in one line, if a weight is missing, left over or of another shape (strict load).
+    """
+    with torch.device("meta"):
+        vgg = build_vgg16(**sizes)
+    try:
+        vgg.load_state_dict(state, strict=True, assign=True)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(f"{name} holds no VGG-16 of this size: {one_line(error)}") from error
+    return vgg.float()
+
+
+def load_vgg16(source=None):
+    """The ImageNet VGG-16 of the perceptual loss (Eq. 4), with the classifier that gives the logit.
+
+    source:  None: torchvision's IMAGENET1K_V1, fetched once (528 MB), its hash checked then.
+             (The other published set, IMAGENET1K_FEATURES, has no valid classifier and cannot serve.)
+             "random": weights drawn with seed 0, for test runs.
+             A path: a local state dict. If its name ends in eight hex digits, as the official
+             vgg16-397923af.pth does, its sha256 must begin with them. Pickled code is never executed.
+    returns: VGG on the CPU, float32; its `random_weights` is True only for "random".
+    raises:  RuntimeError if the download fails, ValueError if a file is missing, damaged or foreign.
+    """
+    if source == "random":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            vgg = build_vgg16()
+    elif source is None:
+        vgg = vgg_from_state_dict(_download_vgg16(), VGG_URL)
+    else:
+        vgg = vgg_from_state_dict(_read_state_dict(Path(source)), str(source))
+    vgg.random_weights = source == "random"
+    return vgg
+
+
+def _download_vgg16():
+    from torchvision.models import VGG16_Weights
+
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(VGG_URL).name
+    if path.is_file():  # torch would check the hash of a new file only
+        return _read_state_dict(path)
+    try:
+        weights = VGG16_Weights.IMAGENET1K_V1
+        return weights.get_state_dict(progress=True, check_hash=True, weights_only=True, map_location="cpu")
+    except Exception as error:  # no network, no space, wrong hash, damaged cache: the remedies are the same
+        raise RuntimeError(
+            f"no VGG-16 weights: {VGG_URL} (528 MB) could not be fetched or read ({one_line(error)}); "
+            "fetch it elsewhere and pass `--vgg FILE`, or pass `--vgg random` for a test run"
+        ) from error
+
+
+def _read_state_dict(path):
+    if not path.is_file():
+        raise ValueError(f"no VGG-16 weights: {path} is not a file; the official one is {VGG_URL} (528 MB)")
+    expected = re.search(r"-([0-9a-f]{8})\.", path.name)
+    if expected:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if not digest.startswith(expected[1]):
+            raise ValueError(f"{path} is damaged (sha256 {digest[:8]}...); fetch {VGG_URL} (528 MB) again")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load fails in many ways on a file that is not a plain state dict
+        reason = f"{path} is no readable state dict ({one_line(error)})"
+        raise ValueError(f"{reason}; the official one is {VGG_URL} (528 MB)") from error
+
+
+def build_lpips(vgg):
+    """LPIPS v0.1 of the lpips package on the weights of `load_vgg16`; its linear weights ship with it. A
+    metric for us, and the perceptual loss of FQGAN.
+
+    returns: a frozen network: x, x_hat (B, 3, H, W) in [-1, 1] -> (B, 1, 1, 1)
+    """
+    import lpips
+
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")  # lpips calls torchvision in its old way
+        network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    for part in network.net.children():
+        for index, layer in part.named_children():
+            layer.load_state_dict(vgg.features[int(index)].state_dict())
+    return network.requires_grad_(False).eval()
+
+
+def load_lpips(source, device):
+    """LPIPS on VGG-16, or None for 'none' and where the weights cannot be downloaded."""
+
+    def load():
+        try:
+            return load_vgg16(None if source == "imagenet" else source)
+        except RuntimeError as error:
+            warn(f"LPIPS is left out: {error}".replace("--vgg", "--lpips"))
+        except ValueError as error:
+            raise UserError(f"--lpips: {error}") from None
+
+    if source == "none" or not on_rank0(lambda: load() is not None):
+        return None
+    return build_lpips(load()).to(device)
+
+
+def load_vgg16_of(source):
+    """`load_vgg16` of a preset's `vgg`, in one process first.  raises: UserError"""
+
+    def load():
+        with as_user_error():
+            return load_vgg16(None if source == "imagenet" else source)
+
+    return fetched(load)
+
+
+def load_lpips_loss(source, device):
+    """LPIPS to be trained with, on the VGG-16 of a preset's `vgg`."""
+    return build_lpips(load_vgg16_of(source)).to(device, memory_format=torch.channels_last)

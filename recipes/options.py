@@ -1,0 +1,327 @@
+"""The command lines of train.py, sample.py and visualize.py, without torch: --help and a wrong flag answer at
+once. Presets are those of paper.py and small.py, and of the forks as NAME or FORK.NAME."""
+
+import argparse
+import difflib
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import forks
+from plumbing.console import steady_process
+from plumbing.paths import as_path, expanded
+from recipes import paper, small
+from recipes.ablations import LAYERS, TABLES, expand_ablation
+
+STAGES = ("vgg", "phase1", "phase2", "ar", "nar")
+PRESETS = paper.PRESETS | small.PRESETS
+FIGURES = dict(
+    view="input, reconstruction, prediction and hits of one or several ar.pt (Fig. 3)",
+    fig1b="AR predictions of several ar.pt", fig3="one image step by step, of an ar.pt",
+    fig4="reconstructions and AR predictions, a row for each ar.pt", fig5a="AR predictions, by alpha",
+    fig7a="samples of a nar.pt or ar.pt decoded by phase 1 and phase 2",
+    fig8="tokens with and without noise, of several phase1.pt",
+    fig9="as fig7a, of several priors, enlarged", fig10="validation losses of several ar.pt or nar.pt",
+    fig11="reconstructions and AR predictions of several ar.pt, image by image",
+    metrics="results of sample.py --metrics side by side",
+    compare="a probe of tokenizers, phase1.pt or phase2.pt",
+    report="one HTML page of a run folder")
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word", list: "a list"}
+CHOICES = dict(
+    precision=("bf16", "fp32"), kind=("style", "patch"), gan=("logistic", "hinge"),
+    schedule=("cosine", "exponential", "linear", "constant"), confidence_space=("prob", "log"),
+    layers=(*LAYERS, "lpips"), init=("required",), rec=("l1", "l2"))
+ANY, COUNT, SHARE = (0, 1e9), (1, 1e9), (0, 1)
+BOUNDS = dict(  # of flags and of values of a preset, wherever a name occurs; VGG-16 needs 32 pixels
+    steps=(0, 1e12), batch=COUNT, micro_batch=COUNT, workers=(0, 1e4), timeout=(0.1, 1e9), num=COUNT,
+    log_every=(1, 1e12), eval_every=(0, 1e12), save_every=(1, 1e12), seed=(0, 2**63 - 1), limit=(1, 1e12),
+    samples=COUNT, nproc=COUNT, image_size=(32, 1e5), codebook_size=(2, 1e8), codebook_dim=(1, 1e5),
+    kmeans_every=COUNT, width=(1, 1e5), hidden=(1, 1e6),
+    max_width=(1, 1e5), channel_multiplier=(1, 1e4), n_layer=(1, 1e4), n_head=(1, 1e4), n_embd=(1, 1e6),
+    head_layers=(1, 1e4), dropout=SHARE, class_dropout=SHARE, label_smoothing=SHARE, code_variants=(1, 1e4),
+    alpha=SHARE, beta=ANY, gamma=(-1e9, 1e9), per_weight=ANY, adv_weight=ANY, adv_start=ANY, adv_ramp=ANY,
+    r1_gamma=ANY, r1_every=COUNT, disentangle=ANY, represent=ANY, clip=ANY, lr=(1e-12, 1e3), lr_end=(0, 1e3),
+    lr_start=(0, 1e12), warmup=(0, 1e12), ema=(0, 0.999999), weight_decay=(0, 1e3), top_p=(1e-9, 1),
+    temperature=ANY, token_temperature=ANY, choice_temperature=ANY, nar_steps=(1, 1e6), guidance=(0, 1e3),
+    top_k=ANY)
+SAMPLER = dict(  # flags of sample.py and --sweep: type
+    temperature=float, top_k=int, top_p=float, nar_steps=int, token_temperature=float,
+    choice_temperature=float, guidance=float)
+
+
+def begin(script):
+    """What `main` of a script that was started takes. The script is known by its name from then on, so that
+    no study imports it a second time."""
+    steady_process()
+    sys.modules[script] = sys.modules["__main__"]
+    return dict(train=train_args, sample=sample_args, visualize=visualize_args)[script]()
+
+
+def new_parser():
+    parser = argparse.ArgumentParser(
+        description=sys.modules["__main__"].__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, f"error: {message}\n")
+    try:
+        importlib.import_module("tqdm")  # reads variables named TQDM_...
+    except ValueError as error:
+        names = ", ".join(name for name in os.environ if name.startswith("TQDM_"))
+        parser.error(f"the environment's {names} cannot be read by tqdm: {error}")
+    return parser, parser.add_argument
+
+
+def find_preset(name):
+    """raises: ValueError if neither recipes nor forks have it"""
+    preset = PRESETS.get(name) or forks.preset(name)
+    if preset is None:
+        raise ValueError(f"--preset {name}: not one of {', '.join(PRESETS)}, nor of the forks "
+                         f"{', '.join(forks.names())} (as FORK.NAME)")
+    return preset
+
+
+def train_args(words=None):
+    """Command line to (args, config): config is the preset with every flag and --set applied."""
+    parser, add = new_parser()
+    add("--stage", choices=(*STAGES, "all"), help="what to train")
+    add("--preset", default="demo", help=f"recipe: {', '.join(PRESETS)}, or one of a fork, for instance "
+        f"demo-fq ({', '.join(forks.names())}: FORK.NAME) (default: demo)")
+    add("--data", type=expanded, help="folder of images (class sub-folders or none), 'cifar10' or 'shapes'")
+    add("--val", type=expanded, help="folder of validation images (default: DATA/val beside DATA/train, else "
+        "a 5 %% split)")
+    add("--out", type=as_path, help="run folder (default: runs/<preset>)")
+    add("--tokenizer", type=as_path, help="tokenizer checkpoint for phase2, ar, nar; first weights of phase1")
+    add("--vgg", type=expanded, help="perceptual network: 'imagenet', a torchvision .pth, a vgg.pt of ours, "
+        "'judge' (this run's own) or 'random'")
+    add("--steps", type=int, help="optimizer steps of this stage")
+    add("--batch", type=int, help="global batch of this stage, over all processes")
+    add("--micro-batch", type=int, help="largest batch per process and forward pass; the rest is accumulated")
+    add("--alpha", type=float, help="semantic ratio of Eq. 4 in phase1")
+    add("--ablation", help="a row of a table: alpha=NUMBER or " + ", ".join(dict.fromkeys(
+        row.name for table in TABLES.values() for row in table["rows"] if "=" not in row.name)))
+    add("--arch", choices=("vgg", "resnet"), default="vgg", help="of --stage vgg: the judge, or a scorer")
+    add("--seed", type=int, help="seed of everything (default 0)")
+    add("--limit", type=int, help="use only LIMIT training images, drawn by the seed")
+    add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change one preset value")
+    add("--workers", type=int, default=0, help="data loading processes per rank (0: in the training process)")
+    add("--device", default="auto", help="cuda, cpu or auto")
+    add("--timeout", type=float, default=1800, help="seconds until processes give up a dead or hung one")
+    add("--precision", choices=("bf16", "fp32"), help="autocast type (default: bf16)")
+    add("--compile", action="store_true", help="torch.compile the networks")
+    add("--log-every", type=int, default=20, help="steps between metrics lines")
+    add("--eval-every", type=int, help="steps between validations, 0: none (default: a fifth of the run)")
+    add("--save-every", type=int, help="steps between checkpoints (default: a tenth, at most 2000)")
+    add("--explain", action="store_true", help="print modules, sizes and recipe of the preset, then stop")
+    args, unknown = parser.parse_known_args(words)
+    if unknown:
+        close = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, 1)
+        parser.error(f"unknown argument {unknown[0]}" + (f"; did you mean {close[0]}?" if close else ""))
+    if not (args.stage or args.explain):
+        parser.error("--stage is missing. To see the whole method work: python train.py --stage all")
+    if args.arch == "resnet":
+        if args.stage != "vgg":
+            parser.error("--arch resnet belongs to --stage vgg")
+        args.stage = "resnet"
+    try:
+        return args, build_config(args)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def check_values(values, name):
+    """raises: ValueError for a value outside its BOUNDS or CHOICES, nan too; name: how messages call a key"""
+    for key, value in values.items():
+        if value is not None and key in BOUNDS:
+            low, high = BOUNDS[key]
+            if not isinstance(value, int | float) or not low <= value <= high:
+                raise ValueError(f"{name(key)} must be a number between {low:g} and {high:g}, got {value}")
+        if value is not None and value not in CHOICES.get(key, [value]):
+            raise ValueError(f"{name(key)} must be one of {', '.join(CHOICES[key])}, got {value}")
+        if key == "limit" and isinstance(value, float):
+            raise ValueError(f"{name(key)} must be a whole number, got {value}")
+        if key == "betas" and not (len(value) == 2 and all(
+                isinstance(beta, int | float) and 0 <= beta < 1 for beta in value)):
+            raise ValueError(f"{name(key)} must be two numbers from 0 to below 1, got {value}")
+
+
+def flag(key):
+    return "--" + key.removeprefix("nar_").replace("_", "-")
+
+
+def put(config, item):
+    """One --set SECTION.KEY=VALUE into the configuration."""
+    place, _, text = item.partition("=")
+    *section, key = place.split(".")
+    target = config[section[0]] if section and isinstance(config.get(section[0]), dict) else config
+    known = key in target or section == ["tokenizer"]
+    if not text or len(section) > 1 or (section and target is config) or not known or key == "fork":
+        raise ValueError(f"--set {item}: expected SECTION.KEY=VALUE with a key of the preset")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    old = target.get(key)
+    if old is not None and type(value) is not type(old) and (type(old), type(value)) != (float, int):
+        raise ValueError(f"--set {item}: expected {KINDS.get(type(old), 'one value of this section')}")
+    if key in ("data", "val") and not isinstance(value, str):
+        raise ValueError(f"--set {item}: expected a word")
+    target[key] = expanded(value) if key in ("data", "val", "vgg", "teachers") else value
+
+
+def build_config(args):
+    """The preset of the command line with `--data`, `--steps`, ... and every `--set` written into it."""
+    check_values(vars(args), flag)
+    config = paper.variant(find_preset(args.preset))
+    for item in args.set:
+        put(config, item)
+    for key in ("data", "val", "vgg", "seed", "limit", "precision"):
+        if getattr(args, key) is not None:
+            config[key] = getattr(args, key)
+    for key in ("steps", "batch"):
+        if getattr(args, key) is not None:
+            if args.stage in (None, "all"):
+                raise ValueError(f"--{key} belongs to one stage; use --set phase1.{key}=... with --stage all")
+            config["judge" if args.stage in ("vgg", "resnet") else args.stage][key] = getattr(args, key)
+    if args.alpha is not None:
+        if config["phase1"]["layers"]:
+            raise ValueError(f"--alpha does nothing beside phase1.layers = {config['phase1']['layers']}; "
+                             "--ablation alpha=NUMBER puts it in their place")
+        config["phase1"]["alpha"] = args.alpha
+    if args.ablation:
+        if args.alpha is not None:
+            raise ValueError("--ablation sets alpha itself; leave --alpha out")
+        own = [] if config["fork"] is None else getattr(forks.load(config["fork"]), "TABLES", {}).values()
+        args.expanded = expand_ablation(args.ablation, config, own)
+        for place, value in args.expanded.items():
+            *section, key = place.split(".")
+            (config[section[0]] if section else config)[key] = value
+    guided = config["conditional"] and config["sample"].get("guidance", 1) != 1
+    if guided and not config["prior"].get("class_dropout"):
+        raise ValueError("sample.guidance needs a prior that knows the null class: --set "
+                         "prior.class_dropout=0.1 too")
+    check_values(config, str)
+    for section, values in config.items():
+        if isinstance(values, dict):
+            check_values(values, lambda key, section=section: f"{section}.{key}")
+    return config
+
+
+def sample_args(words=None):
+    """Command line of sample.py; `values` are the (name, value) of --sweep."""
+    parser, add = new_parser()
+    add("--ckpt", type=as_path, required=True, help="ar.pt, nar.pt; with --reconstruct phase1.pt, phase2.pt")
+    add("--tokenizer", type=as_path, help="tokenizer that decodes (default: that beside CKPT)")
+    add("--count", "--num", dest="num", type=int, help="number of images (default 80; --metrics: 50,000)")
+    add("--classes", help="names or numbers, separated by commas (default: all, in turn)")
+    add("--reconstruct", action="store_true", help="reconstruct validation images instead of sampling")
+    add("--data", type=expanded, help="of --reconstruct and --metrics: folder of images (default: the run's)")
+    add("--format", choices=("sheet", "files", "npz"), default="sheet", help="one picture, PNG files, or npz")
+    add("--out", type=as_path, help="file or, for --format files, folder to write (default: beside CKPT)")
+    add("--metrics", action="store_true", help="measure; of phase1.pt, phase2.pt the reconstructions (rFID)")
+    add("--predict", action="store_true", help="with --metrics, of ar.pt: measure the teacher-forced view")
+    add("--extractor", type=expanded, default="inception", help="features: 'inception' (downloaded), a file "
+        "of its weights, or a resnet.pt or vgg.pt of --stage vgg")
+    add("--lpips", type=expanded, default="imagenet", help="VGG-16 of LPIPS: 'imagenet' (downloaded), a .pth "
+        "file or 'none'")
+    add("--references", type=as_path, default=Path("runs/references"), help="cache of reference statistics")
+    add("--reference", type=as_path, help="one file of that cache to compare with, without the data")
+    add("--sweep", metavar="NAME=V1,V2,...", help="--metrics for each value of a sampler setting; CSV, plot")
+    add("--seed", type=int, default=0, help="seed of the samples (default 0)")
+    add("--temperature", type=float, help="AR: softmax temperature, 0 takes the argmax")
+    add("--top-k", type=int, help="AR: only the K likeliest tokens, 0 for all")
+    add("--top-p", type=float, help="AR: nucleus (Table 10)")
+    add("--steps", type=int, dest="nar_steps", help="NAR: decoding steps (Table 10)")
+    add("--token-temperature", type=float, help="NAR: softmax temperature of the candidates")
+    add("--choice-temperature", type=float, help="NAR: noise of the choice (Table 10; decision I18)")
+    add("--confidence-space", choices=("prob", "log"), help="NAR: score is the probability or its logarithm")
+    add("--guidance", type=float, help="scale of classifier-free guidance of a fork that has it; 1 is none")
+    add("--batch", type=int, default=32, help="images per forward pass (default 32)")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the weights that sample; bf16 is "
+        "twice as fast (default: fp32)")
+    add("--device", default="auto", help="cuda, cpu or auto")
+    args, name = parser.parse_args(words), ""
+    args.values = []
+    if args.sweep:
+        name, _, values = args.sweep.partition("=")
+        name = name.replace("-", "_").removeprefix("nar_").replace("steps", "nar_steps")
+        if name not in SAMPLER:
+            parser.error(f"--sweep {args.sweep}: {name} is no setting of a sampler")
+        try:
+            args.values = [(name, SAMPLER[name](value)) for value in values.split(",")]
+        except ValueError:
+            parser.error(f"--sweep {args.sweep}: expected NAME=NUMBER,NUMBER,...")
+    try:
+        check_values(vars(args), flag)
+        for _, value in args.values:
+            check_values({name: value}, lambda key: f"--sweep {args.sweep}: {key}")
+    except ValueError as error:
+        parser.error(str(error))
+    if (args.values or args.predict) and not args.metrics:
+        parser.error(f"--{'sweep' if args.values else 'predict'} measures: pass --metrics too")
+    if args.values and args.predict:
+        parser.error("--predict draws no samples, so there is no sampler to sweep")
+    return args
+
+
+def visualize_args(words=None):
+    """Command line of visualize.py; figures and tables of forks are known by their names."""
+    parser, add = new_parser()
+    add("figure", metavar="FIGURE", help="; ".join(
+        [f"{name}: {text}" for name, text in FIGURES.items()] + [f"{', '.join(TABLES)}, claims: that table"]
+        + [f"and the figures and tables of {', '.join(forks.names())}"]))
+    add("files", type=as_path, nargs="*", help="metrics: JSON files; compare: tokenizers; report: a run")
+    add("--ckpt", type=as_path, nargs="+", default=[], help="checkpoints of the figure")
+    add("--tokenizer", type=as_path, nargs="+", default=[], help="one per CKPT (default: found beside each); "
+        "fig7a, fig9: that of phase 1 and that of phase 2")
+    add("--data", type=expanded, help="folder of images (default: the validation images of the first run)")
+    add("--num", type=int, help="images for the numbers; the first few are drawn (default: 64 at most)")
+    add("--pdf", action="store_true", help="figures: write a PDF too")
+    add("--steps", type=int, help="of compare: training steps of the probe (default 400)")
+    add("--preset", default="demo", help="of tables: what all rows vary, as train.py (default demo)")
+    add("--run", action="store_true", help="of tables: train and measure what is missing, row by row")
+    add("--stages", default="phase1,ar,nar", help="of tables: what --run makes (default phase1,ar,nar)")
+    add("--samples", type=int, help="of tables: images a prior draws (default: demo 2,000, cifar10 and "
+        "claims 10,000, else 50,000); of compare: training images of the probe (default 5,000)")
+    add("--nproc", type=int, default=1, help="of tables: processes of each command, by torchrun (default 1)")
+    add("--workers", type=int, default=0, help="of tables: data loading processes, for train.py")
+    add("--extractor", type=expanded, help="of tables and compare: see sample.py (tables: a scorer that "
+        "--run trains)")
+    add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="of tables: for train.py")
+    add("--out", type=as_path, help="PNG to write, numbers go beside it (default: FIGURE.png beside CKPT); "
+        "tables: folder of all rows (default: runs/PRESET-tables); report: the HTML file")
+    add("--device", default="auto", help="cuda, cpu or auto")
+    args = parser.parse_args(words)
+    ours, args.fork = (*FIGURES, *TABLES, "claims"), None
+    if args.figure not in ours:
+        args.fork = next((fork for fork in forks.names() if args.figure in forks.shown(fork)), None)
+        if args.fork is None:
+            parser.error(f"no figure {args.figure!r}; there are {', '.join(ours)}, and those of the forks")
+    figures = FIGURES | (getattr(forks.load(args.fork), "FIGURES", {}) if args.fork else {})
+    listed, table = args.figure in ("metrics", "compare", "report"), args.figure not in figures
+    if not listed and args.files:
+        parser.error(f"{args.figure} takes no files, got {args.files[0]}; pass them with --ckpt")
+    if listed and not args.files or not (listed or table or args.ckpt):
+        parser.error(f"{args.figure} needs {'files' if listed else '--ckpt'}: {figures[args.figure]}")
+    if not args.stages or not set(args.stages.split(",")) <= {"phase1", "ar", "nar"}:
+        parser.error(f"--stages takes phase1, ar, nar, separated by commas, got {args.stages!r}")
+    try:
+        check_values(vars(args), flag)
+        if args.steps == 0:
+            parser.error("--steps must be at least 1")
+        if table and find_preset(args.preset)["fork"] != args.fork and args.fork:
+            parser.error(f"{args.figure} needs a preset of the fork {args.fork}, for instance --preset "
+                         f"{list(forks.load(args.fork).PRESETS)[-1]}")
+    except ValueError as error:
+        parser.error(str(error))
+    if args.figure == "claims" and args.preset not in ("claims", "demo", "cifar10"):
+        parser.error("claims trains its own judge: --preset claims, demo or cifar10")
+    if args.out and not (listed or table) and args.out.suffix != ".png":
+        parser.error(f"--out {args.out}: a figure's name must end in .png (JSON and PDF go beside it)")
+    unread = [name for name in ("ckpt", "tokenizer", "num", "steps") if getattr(args, name)]
+    if table and unread:
+        parser.error(f"--{unread[0]} is of figures; {args.figure} has --samples, and --set for training")
+    wanted = 2 if args.figure in ("fig7a", "fig9") else len(args.ckpt)
+    if args.tokenizer and len(args.tokenizer) != wanted:
+        parser.error("--tokenizer needs one file per --ckpt (fig7a and fig9: two)")
+    return args

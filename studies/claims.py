@@ -1,0 +1,201 @@
+"""The experiment on the paper's five claims."""
+
+import json
+import math
+
+import torch
+
+from perceptual import NAMES, perceptual_terms
+from plumbing.data import load_data
+from plumbing.drawing import new_figure, save_figure
+from plumbing.errors import UserError
+from plumbing.files import header, read_checkpoint, read_metrics, save_atomic
+from plumbing.images import to_float
+from plumbing.models import load_model
+from plumbing.processes import print0, setup_device
+from plumbing.slices import decode
+from recipes.ablations import CLAIMS, Row
+from recipes.options import visualize_args
+from studies.metrics import HOW, read_result
+from studies.tables import Table, finished, print_table, refuse_unlike, row_seconds, table
+from studies.verdicts import Spread, judge_claims
+from visualize import draw, stability
+
+ROWS = [Row(f"{arm}, seed {seed}", f"{arm}|{seed}", {}, ())  # the first seeds first
+        for seed in range(3) for arm, (_, seeds) in CLAIMS.items() if seed < seeds]
+
+
+class Claims(Table):
+    """The experiment on the paper's five claims: arms of CLAIMS, several seeds, equal budgets. See
+    assets/claims_protocol.md for what is measured and what counts as holding."""
+
+    KIND = "claims"
+    SHORT = ["phase1.steps=250", "phase2.steps=50", "ar.steps=250", "nar.steps=300", "ar.lr_start=100",
+             "nar.lr_start=120", "ar.warmup=50", "nar.warmup=50", "code_variants=1"]  # for `demo`: one seed
+
+    def __init__(self, args):
+        if args.preset == "demo":
+            args.set = self.SHORT + args.set
+        super().__init__(args)
+        self.table = dict(rows=[row for row in ROWS if args.preset != "demo" or row.name.endswith("|0")])
+
+    def row(self, name, decoder):
+        """All commands of an arm and seed, and its result files."""
+        arm, seed = name.split("|")
+        folder, result = self.root / f"{arm},seed={seed}", {}
+        words = [*CLAIMS[arm][0], "--seed", seed, "--vgg", str(self.root / "judge" / "vgg.pt")]
+        phases = ("phase1",) if arm == "attention2" else ("phase1", "phase2")
+        commands = [self.train(stage, folder, *words) for stage in (*phases, "ar", "nar")]
+
+        def measure(key, checkpoint, *more):
+            result[key] = folder / f"metrics_{key}.json"
+            commands.append((result[key], [
+                "sample.py", "--ckpt", str(folder / f"{checkpoint}.pt"), "--metrics", "--extractor",
+                self.extractor, "--references", str(self.root / "references"), "--precision", "bf16",
+                *self.device, *more, "--out", str(result[key])]))
+
+        for phase in phases:
+            measure(f"rec_{phase}", phase, "--lpips", "none")
+            for stage in ("ar", "nar"):
+                measure(f"{stage}_{phase}", stage, "--tokenizer", str(folder / f"{phase}.pt"), "--num",
+                        str(self.samples))
+        measure("view", "ar", "--predict", "--tokenizer", str(folder / "phase1.pt"))
+        return commands, result
+
+    def measured(self, name):
+        """One line of the results: all numbers of an arm and seed, or None while something is missing."""
+        commands, files = self.row(name, "phase1")
+        if not all(finished(path, words) for path, words in commands):
+            return None
+        arm, seed = name.split("|")
+        folder, results = commands[0][0].parent, {key: read_result(path) for key, path in files.items()}
+        row = dict(arm=arm, seed=int(seed), alpha=read_checkpoint(folder / "phase1.pt", ["phase1"])[
+            "config"]["phase1"]["alpha"])
+        for key, result in results.items():
+            row |= {f"{key}_{name}": value for name, value in result["results"].items()
+                    if isinstance(value, float)}
+        logged = read_metrics(folder / "metrics.jsonl")
+        for stage, key in (("phase1", "val_l1"), ("ar", "val_loss"), ("nar", "val_loss")):
+            seen = [r for r in logged if r["stage"] == stage and key in r]
+            last = seen[-1]  # is the curve flat? The validations are a fifth of the run apart
+            row[f"{stage}_last_fifth"] = last[key] - seen[-2][key] if len(seen) > 1 else None
+            if stage != "phase1":
+                row |= {f"{stage}_nats": last["val_loss"], f"{stage}_top1": last["val_top1"],
+                        f"{stage}_relative": last["val_loss"] / last["unigram_entropy"],
+                        "unigram_entropy": last["unigram_entropy"]}
+        row |= self.further(folder, results["rec_phase1"])
+        trained = [path for path, _ in commands if path.suffix == ".pt"]
+        return row | dict(
+            steps={path.stem: header(path)["step"] for path in trained},
+            seconds=round(sum(row_seconds(path) for path, _ in commands)),
+            commands=[self.shown(words) for _, words in commands])
+
+    @torch.no_grad()
+    def further(self, folder, result):
+        """Of 500 validation images: the share of tokens that change under each of `disturbed`, and the terms
+        of Eq. 4 between images and reconstructions in the judge's layers. Kept in a file."""
+        file, of = folder / "further.json", dict(tokenizer=result["tokenizer"], decoder=result["decoder"])
+        numbers = json.loads(file.read_text()) if file.exists() else {}
+        if not of.items() <= numbers.items():
+            tokenizer, ckpt = load_model(folder / "phase1.pt", ("phase1",))
+            judge, _ = load_model(self.root / "judge" / "vgg.pt", ("vgg",))
+            images = load_data(ckpt["config"])[1]
+            x = torch.stack([images.view(i) for i in range(min(500, len(images)))])
+            x = to_float(x, "cpu")
+            terms = perceptual_terms(judge, x, decode(tokenizer, tokenizer.encode(x)), NAMES)
+            numbers = of | {f"changed_by_{name}": share for name, share in stability(tokenizer, x).items()}
+            numbers |= {f"judge_{name}": term.item() for name, term in terms.items()}
+            save_atomic(lambda p: p.write_text(json.dumps(numbers)), file)
+        return {name: value for name, value in numbers.items() if name not in of}
+
+    def show(self):
+        """Prints the table and the verdicts; writes claims.jsonl, claims.json, claims.md and Fig. 5b, 10 and
+        11 (the latter two of the first seeds at alpha = 0 and 1)."""
+        names = [row.name for row in self.table["rows"]]
+        found = [row for row in map(self.measured, names) if row]
+        done = [name for name in names if (name.split("|")[0], int(name.split("|")[1])) in
+                [(row["arm"], row["seed"]) for row in found]]
+        for key in self.row(names[0], "phase1")[1] if done else ():
+            files = {name: self.row(name, "phase1")[1].get(key) for name in done}
+            refuse_unlike({name: read_result(path) for name, path in files.items() if path})
+        refuse_unequal(found, self.root)
+        self.root.mkdir(parents=True, exist_ok=True)
+        lines = "".join(json.dumps(row) + "\n" for row in found)
+        save_atomic(lambda p: p.write_text(lines), self.root / "claims.jsonl")
+        for label, commands in self.missing():
+            print0(f"missing for {label}: {len(commands)} commands, the first {self.shown(commands[0][1])}")
+        if not found:
+            return
+        spread = Spread(found)
+        names = {"rec_phase1_rfid": "rFD", "rec_phase2_rfid": "rFD, 1+2", "ar_phase1_fid": "AR FD",
+                 "ar_phase2_fid": "AR FD, 1+2", "nar_phase1_fid": "NAR FD", "nar_phase2_fid": "NAR FD, 1+2",
+                 "view_view_fid": "view FD", "ar_nats": "AR nats", "ar_relative": "AR nats / unigram",
+                 "nar_relative": "NAR nats / unigram", "ar_top1": "AR top-1",
+                 "ar_phase1_class_accuracy": "AR class", "nar_phase1_class_accuracy": "NAR class",
+                 "ar_phase1_precision": "AR precision", "ar_phase1_recall": "AR recall",
+                 "rec_phase1_psnr": "PSNR", "rec_phase1_usage": "usage", "changed_by_noise": "noise",
+                 "judge_relu5_3": "judge relu5_3", "judge_logit": "judge logit"}
+        table = [["arm (seeds)", *names.values()]]
+        for arm in dict.fromkeys(row["arm"] for row in found):
+            seeds = sum(row["arm"] == arm for row in found)
+            table.append([f"{arm} ({seeds})", *(spread.told(arm, key) for key in names)])
+        text = [f"runs: {len(found)}, preset {self.args.preset}; mean over seeds, then the half width of its "
+                f"95 % interval from the spread of seeds pooled over arms", "", print_table(table), ""]
+        verdicts = list(judge_claims(spread))
+        for claim, verdict, parts in verdicts:
+            text += [f"{claim}: **{verdict}**", *(f"  - {part}" for part in parts)]
+        print0("\n".join(text[3:]))
+        accuracy = {stage: [row["val_accuracy"] for row in read_metrics(self.root / stage / "metrics.jsonl")
+                            if "val_accuracy" in row][-1:] for stage in ("judge", "scorer")}
+        measures = {key: read_result(path) for key, path in self.row(done[0], "phase1")[1].items()}
+        about = dict(preset=self.args.preset, set=self.args.set, runs=len(found), torch=torch.__version__,
+                     seconds=sum(row["seconds"] for row in found), val_accuracy=accuracy,
+                     how={key: {k: result[k] for k in HOW} for key, result in measures.items()},
+                     verdicts=[dict(claim=c, verdict=v, parts=p) for c, v, p in verdicts])
+        for suffix, content in (("json", json.dumps(about, indent=1)), ("md", "\n".join(text))):
+            save_atomic(lambda p, c=content: p.write_text(c + "\n"), self.root / f"claims.{suffix}")
+        draw_claims(spread, self.root / "claims_fig5b.png")
+        ends = [self.root / f"alpha={alpha},seed=0" for alpha in (0, 1) if f"alpha={alpha}|0" in done]
+        if ends:
+            ar, nar, first = ([end / f"{stage}.pt" for end in ends] for stage in ("ar", "nar", "phase1"))
+            for figure, words in dict(fig10=[*ar, *nar], fig11=[*ar, "--tokenizer", *first]).items():
+                args = visualize_args([figure, "--ckpt", *map(str, words)])
+                fig, numbers = draw(args, setup_device(self.args.device))
+                save_figure(fig, self.root / f"claims_{figure}.png", numbers)
+        print0(f"wrote {self.root / 'claims'}.jsonl, .json, .md and the figures claims_*.png")
+
+
+def refuse_unequal(rows, root):
+    """raises: UserError if the runs of a stage have not all the same number of steps"""
+    for stage in ("phase1", "phase2", "ar", "nar"):
+        steps = sorted({row["steps"][stage] for row in rows if stage in row["steps"]})
+        if len(steps) > 1:
+            raise UserError(f"{root} has runs of {stage} with {steps[0]} and with {steps[-1]} steps, and "
+                            "arms are compared at equal budgets; move the odd ones away and --run again")
+
+
+def draw_claims(spread, path):
+    """Fig. 5b with intervals: rFD, and FD of both priors' samples, over alpha."""
+    fig = new_figure(8, 3)
+    axes = fig.subplots(1, 3)
+    arms = [arm for arm in CLAIMS if arm.startswith("alpha=") and spread.values(arm, "rec_phase1_rfid")]
+    alphas, numbers = [float(arm.removeprefix("alpha=")) for arm in arms], []
+    titles = {"rec_{}_rfid": "rFD", "ar_{}_fid": "AR samples, FD", "nar_{}_fid": "NAR samples, FD"}
+    for axis, (form, name) in zip(axes, titles.items(), strict=True):
+        for phase, style, label in (("phase1", "ko-", "phase 1"), ("phase2", "C0s--", "phase 1 + 2")):
+            key = form.format(phase)
+            deviation, t = spread.pooled(key)
+            values = [spread.values(arm, key) for arm in arms]
+            means = [sum(v) / len(v) if v else math.nan for v in values]
+            half = [t * deviation / math.sqrt(len(v)) if v else math.nan for v in values]
+            bars = None if math.isnan(deviation) else half
+            axis.errorbar(alphas, means, bars, fmt=style, capsize=3, markersize=4, label=label)
+            numbers.append(dict(metric=key, alpha=alphas, values=values, half_width=bars))
+        axis.set(xlabel="α", title=name)
+    axes[0].legend(fontsize=7)
+    save_figure(fig, path, numbers)
+
+
+def claims(args):
+    """`visualize.py claims`"""
+    table(args, Claims)

@@ -1,0 +1,150 @@
+"""Modules, sizes, recipe and cost of a preset (train.py --explain)."""
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from perceptual import LAYER_SETS, VGGTaps, adv_loss, disc_loss, layer_weights, perceptual_loss
+from plumbing.weights import build_vgg16
+from tokenizer import TokenizerConfig, VQTokenizer
+from visualize import told_loss
+
+PEAK = 989e12  # dense bf16 FLOP/s of an H100, by its data sheet
+
+
+REACHED = dict(phase1=0.13, phase2=0.08, ar=0.2, nar=0.17)  # of it by preset imagenet (docs/full-scale.md)
+
+
+def cost(steps, *networks):
+    """What one image costs in training, counted on fake tensors; nothing is computed.
+
+    steps:    functions that run one after the other, each with its own backward pass
+    networks: whose weights the passes save; they are not activations
+    returns:  FLOPs, a multiply-add being two; bytes that autograd keeps, at 2 bytes a number (bf16), in the
+              step that keeps most
+    """
+    weights = {p.untyped_storage()._cdata for network in networks for p in network.parameters()}
+    flops, most = 0, 0
+    for step in steps:
+        kept = {}  # by storage; holding the tensors keeps their addresses apart
+
+        def pack(tensor, kept=kept):
+            kept[tensor.untyped_storage()._cdata] = tensor
+            return tensor
+
+        with FlopCounterMode(display=False) as counter:
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                step()
+        flops += counter.get_total_flops()
+        most = max(most, 2 * sum(t.numel() for address, t in kept.items() if address not in weights))
+    return flops, most
+
+
+def to_fake(network):
+    """Replaces all weights and buffers by fake ones, inside a FakeTensorMode."""
+    for module in network.modules():
+        for name, p in module.named_parameters(recurse=False):
+            setattr(module, name, torch.nn.Parameter(torch.empty(p.shape), requires_grad=p.requires_grad))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+
+
+def print_cost(name, c, flops, kept, trainable, frozen=0, processes=8):
+    """FLOPs of a stage, memory and time on GPUs. Weights, gradients and Adam's moments are float32."""
+    per_gpu = max(1, c["batch"] // processes)
+    memory = (16 * trainable + 4 * frozen + per_gpu * kept) / 2**30
+    run = flops * c["batch"] * c["steps"]
+    share = REACHED.get(name, REACHED["phase1"])  # a judge was not measured
+    print(f"  cost of {name}: {flops / 1e9:,.1f} GFLOP an image, {run:.2e} FLOP in all; estimated: "
+          f"{memory:.1f} GiB a GPU at {per_gpu} images, {run / PEAK / share / 3600:.3g} H100-hours at "
+          f"{share:.0%} of the peak")
+
+
+def explain(config, networks, processes=8):
+    """Prints modules, sizes, recipe and cost of a preset; all tensors are fake, nothing is computed.
+
+    networks: of all stages, as a run builds them on the meta device first
+    """
+
+    def count(module):
+        return sum(p.numel() for p in module.parameters())
+
+    def row(name, module, state, c):
+        recipe = f"lr {c['lr']:g} {c['schedule']}"
+        if c["schedule"] != "constant":
+            recipe += f" to {c['lr_end']:g}" + f" from step {c['lr_start']}" * bool(c["lr_start"])
+        print(f"  {name:30s} {count(module):>13,}  {state:9s}  {recipe if state == 'trainable' else ''}")
+
+    def stage(name, c):
+        share = c["batch"] / processes
+        print(f"{name}: {c['steps']:,} steps of {c['batch']} images = {processes} processes x {share:g}, "
+              f"or fewer with --micro-batch; {'AdamW' if c['weight_decay'] else 'Adam'} {tuple(c['betas'])}, "
+              f"weight decay {c['weight_decay']:g}, {config['precision']}")
+
+    first, second, disc, judge = networks["phase1"], networks["phase2"], networks["disc"], config["judge"]
+    N, *k = first.token_shape
+    sizes = dict(config["tokenizer"], image_size=config["image_size"])
+    own = (judge["width"], 10, judge["hidden"]) if config["vgg"] == "judge" else ()
+    with torch.device("meta"):
+        table1 = {name: VQTokenizer(TokenizerConfig(**sizes, **{name: 2})) for name in (
+            "num_attention", "decoder_extra_blocks")} if config["fork"] is None else {}
+        prior = {n: type(networks["ar"])(replace(networks["ar"].config, num_classes=n)) for n in (0, 1000)}
+        taps = VGGTaps(build_vgg16(*own))
+    vgg = networks.get("vgg", taps)
+    with FakeTensorMode():  # as "meta", but autocast and attention believe to be on a CPU
+        for network in (vgg, taps, first, second, disc, *prior.values()):
+            to_fake(network)
+        x, tokens = torch.zeros(1, 3, *[config["image_size"]] * 2), torch.zeros(1, N, *k, dtype=torch.int64)
+        label = torch.zeros(1, dtype=torch.int64)
+        if config["vgg"] == "judge":
+            stage("vgg (10 classes assumed)", judge)
+            row("judge, a narrow VGG-16", vgg, "trainable", judge)
+            print_cost("vgg", judge, *cost([lambda: vgg(x).sum().backward()], vgg), count(vgg), 0, processes)
+        for name, tokenizer in (("phase1", first), ("phase2", second)):
+            c, frozen = config[name], "frozen" if name == "phase2" else "trainable"
+            stage(f"{name}, {told_loss(c)}", c)
+            row("encoder", tokenizer.encoder, frozen, c)
+            row("codebook", tokenizer.quantizer, frozen, c)
+            row("decoder", tokenizer.decoder, "trainable", c)
+            print(f"  {'tokenizer':30s} {count(tokenizer):>13,}")
+            extra = getattr(tokenizer, "TRAINING_ONLY", None)
+            extra = [p.numel() for n, p in tokenizer.named_parameters() if extra and n.startswith(extra)]
+            if extra:
+                print(f"  {'without what only training needs':30s} {count(tokenizer) - sum(extra):>13,}")
+            row("discriminator", disc, "trainable", c)
+            row("VGG-16", taps, "frozen", c)
+            weights = LAYER_SETS[{"lpips": "low"}.get(c["layers"], c["layers"])] if c["layers"] else (
+                layer_weights(c["alpha"]))
+            if name == "phase2":
+                tokenizer.freeze_latent_space()
+
+            def autoencode(tokenizer=tokenizer, weights=weights):
+                x_hat, _, losses = tokenizer(x)
+                disc.requires_grad_(False)
+                loss = F.l1_loss(x_hat, x) + perceptual_loss(taps, x, x_hat, weights) + adv_loss(disc(x_hat))
+                sum(losses.values(), loss).backward()
+
+            def discriminate():
+                disc.requires_grad_(True)
+                disc_loss(disc(x), disc(x)).backward()
+
+            trainable = count(disc) + (count(tokenizer.decoder) if name == "phase2" else count(tokenizer))
+            flops, kept = cost([autoencode, discriminate], tokenizer, disc, taps)
+            if c["r1_gamma"]:
+                # R1 differentiates twice, which costs about as much as the discriminator's whole step
+                flops += cost([discriminate], disc)[0] // c["r1_every"]
+            frozen = count(taps) + count(disc) + count(tokenizer) - trainable
+            print_cost(name, c, flops, kept, trainable, frozen, processes)
+        if table1:
+            names = {"+Attention x2": "num_attention", "+Conv x2": "decoder_extra_blocks"}
+            print("Table 1: " + ", ".join(f"{label} {count(table1[name]):,} (--set tokenizer.{name}=2)"
+                                          for label, name in names.items()))
+        for name in ("ar", "nar"):
+            stage(f"{name}, {first.grid_size}^2 tokens of {first.codebook_size} codes", config[name])
+            row("prior, unconditional", prior[0], "trainable", config[name])
+            row("prior, 1000 classes", prior[1000], "trainable", config[name])  # one network, so one cost
+            flops, kept = cost([lambda: prior[1000](tokens, label).sum().backward()], prior[1000])
+            print_cost(name, config[name], flops, kept, count(prior[1000]), 0, processes)

@@ -1,0 +1,102 @@
+"""Distances between images and sets of images that nothing is trained on."""
+
+import torch
+import torch.nn.functional as F
+
+from perceptual import normalize_images
+
+
+def register_scorer(network, name="classifier"):
+    """Makes a classifier of ours (VGG or ResNet) known to torch-fidelity under `name`; returns the extractor.
+
+    It takes (B, 3, H, W) uint8 and gives "pool", the input of the classifier's first linear layer, and
+    "logits". Images are not resized: give it the size that it was trained on.
+    """
+    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
+
+    class Scorer(FeatureExtractorBase):
+        def __init__(self, name, features_list, **kwargs):
+            super().__init__(name, features_list)
+            self.network = network
+
+        @staticmethod
+        def get_provided_features_list():
+            return "pool", "logits"
+
+        @staticmethod
+        def get_default_feature_layer_for_metric(metric):
+            return "logits" if metric == "isc" else "pool"
+
+        @staticmethod
+        def can_be_compiled():
+            return False
+
+        def forward(self, x):
+            x = normalize_images(x.float() / 127.5 - 1)
+            pool = self.network.avgpool(self.network.features(x)).flatten(1)
+            out = {"pool": pool, "logits": self.network.classifier(pool)}
+            return tuple(out[layer] for layer in self.features_list)
+
+    FEATURE_EXTRACTORS_REGISTRY.pop(name, None)
+    register_feature_extractor(name, Scorer)
+    return Scorer(name, ["pool", "logits"]).eval()
+
+
+def fidelity(features, logits, reference, subset=10_000):
+    """FID, IS, KID, precision and recall of generated images, all computed by torch-fidelity.
+
+    features:  (n, F) float32 of the generated images, logits (n, C), both on the CPU
+    reference: dict of `reference_statistics`: mu, sigma of all real images, `features` of at most `subset`
+    returns:   dict of floats. KID takes 100 subsets of at most 1,000 images, precision and recall take the
+               first `subset` generated images, 3 neighbours, and the features of the reference.
+    """
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_isc import isc_features_to_metric
+    from torch_fidelity.metric_kid import kid_features_to_metric
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    real = reference["features"]
+    statistics = {name: reference[name].numpy() for name in ("mu", "sigma")}
+    values = fid_statistics_to_metric(fid_features_to_statistics(features), statistics, False)
+    values |= isc_features_to_metric(logits)
+    size = min(1000, len(features), len(real))
+    values |= kid_features_to_metric(features, real, kid_subset_size=size, verbose=False)
+    values |= prc_features_to_metric(features[:subset], real, save_cpu_ram=True, verbose=False)
+    short = dict(fid="frechet_inception_distance", inception_score="inception_score_mean",
+                 kid="kernel_inception_distance_mean", precision="precision", recall="recall")
+    return {name: values[key] for name, key in short.items()}
+
+
+def reference_statistics(features, subset=10_000):
+    """What `fidelity` compares with: mu and sigma of (n, F) features of real images, and `subset` of them."""
+    from torch_fidelity.metric_fid import fid_features_to_statistics
+
+    statistics = fid_features_to_statistics(features)
+    chosen = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:subset].sort().values
+    return dict(mu=torch.from_numpy(statistics["mu"]), sigma=torch.from_numpy(statistics["sigma"]),
+                features=features[chosen].clone())
+
+
+def ssim(x, x_hat):
+    """Structural similarity of each pair of uint8 images (B, 3, H, W): (B,) float64, 1 for equal images.
+
+    Wang et al. 2004 as it is usually computed: Gaussian window of 11 pixels and deviation 1.5, K1 = 0.01,
+    K2 = 0.03, range 255, the mean over colours and over all places where the window fits.
+    raises: ValueError if a side is below 11
+    """
+    if min(x.shape[2:]) < 11:
+        raise ValueError(f"SSIM needs images of at least 11x11 pixels, got {tuple(x.shape)}")
+    window = torch.exp(-((torch.arange(11.0, device=x.device, dtype=torch.float64) - 5) ** 2) / (2 * 1.5**2))
+    window = window / window.sum()
+
+    def blur(y):
+        y = F.conv2d(y.flatten(0, 1)[:, None], window.view(1, 1, 11, 1))  # (B * 3, 1, H - 10, W)
+        return F.conv2d(y, window.view(1, 1, 1, 11)).view(*y.shape[:1], -1).unflatten(0, x.shape[:2])
+
+    a, b = x.double(), x_hat.double()
+    mean_a, mean_b = blur(a), blur(b)
+    var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
+    covariance, c1, c2 = blur(a * b) - mean_a * mean_b, (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    similarity = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+    return (similarity / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean((1, 2))

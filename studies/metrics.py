@@ -1,0 +1,311 @@
+"""Metrics of checkpoints (sample.py --metrics).
+
+A number is told together with everything that decides it: HOW it was measured, and the weights, sampler and
+seed of what was measured. Only numbers of equal HOW may stand in one column.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import pickle
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from plumbing.codes import codebook_usage, count_codes
+from plumbing.data import images_of
+from plumbing.errors import InUse, UserError, warn
+from plumbing.files import (
+    claim, intact, latent_hash, read_checkpoint, save_atomic, save_torch, weights_hash, writable,
+)
+from plumbing.images import psnr, to_float, to_uint8
+from plumbing.models import load_model, load_tokenizer_of
+from plumbing.processes import barrier, mix, on_rank0, print0, rank, world
+from plumbing.slices import decode, reconstructions
+from plumbing.weights import load_lpips
+from sample import sample
+from studies.distances import fidelity, reference_statistics, ssim
+from studies.extractors import Extractor
+
+PROTOCOLS = {
+    "rfid-val": "reconstructions of all validation images against these images",
+    "gfid-train": "samples, classes in turn, against the central crops of all training images",
+    "view-val": "teacher-forced predictions of all validation images against these images",
+}
+
+
+HOW = ("protocol", "num_images", "image_size", "classes", "extractor_hash", "resize", "feature_layer",
+       "reference", "reference_images", "reference_hash")
+
+
+def collect(chunks, parts, what, num):
+    """All rows of chunks (start, dict of tensors (n, ...)), in order, in the first process; None in others.
+
+    Each chunk becomes a file in the folder `parts` at once, and one that is there is not made again: so an
+    interrupted evaluation goes on, and so processes hand over their shares. `seconds` are those of all calls.
+    """
+
+    def place(start):
+        return parts / f"{start:09d}.pt"
+
+    def begin():
+        locks.append(claim(parts))
+        return sum(intact(path) or bool(path.unlink()) for path in parts.glob("*.pt"))
+
+    locks, count = [], 0
+    found, begun, told, last = on_rank0(begin), time.time(), time.time(), time.time()
+    if found:
+        print0(f"{what}: going on, {found} parts are there already")
+    for start, rows in chunks(lambda indices: place(indices[0]).exists()):
+        save_torch(rows | dict(seconds=torch.tensor([(time.time() - last) / world()])), place(start))
+        last, count = time.time(), count + len(rows["digests"])
+        if time.time() > told + 30:
+            told, rate = time.time(), count * world() / (time.time() - begun)
+            print0(f"{what}: {start:,} of {num:,}, {rate:.1f} images/s, {(num - start) / rate:.0f} s left")
+    barrier()
+    if rank() > 0:
+        return None
+    saved = [torch.load(path, weights_only=True) for path in sorted(parts.glob("*.pt"))]
+    rows = {name: torch.cat([part[name] for part in saved]) for name in saved[0]}
+    if len(rows["digests"]) != num:
+        raise UserError(f"{parts} holds {len(rows['digests'])} images and not {num}; delete it")
+    return rows
+
+
+def read_result(path):
+    """One JSON of --metrics; raises UserError if it is none."""
+    try:
+        result = json.loads(Path(path).read_text())
+        if {*HOW, "results", "images_hash"} <= result.keys():
+            return result
+    except (OSError, ValueError, AttributeError):  # no file, no text, no JSON, no object
+        pass
+    raise UserError(f"{path} is no result of sample.py --metrics")
+
+
+def joint_hash(digests):
+    return hashlib.sha256(digests.numpy().tobytes()).hexdigest()[:16]
+
+
+def load_reference(args, extractor, config, split):
+    """What all images of a split give, made once for each extractor; see `reference_statistics`.
+
+    The cache goes by names, sizes and times of the files; the `reference_hash` of a result is that of all
+    pixels. returns: the dict in the first process, None in others
+    """
+    data = None if args.reference else images_of(args.ckpt, config, args.data)[split == "val"]
+    wanted = dict(reference=split, image_size=config["image_size"], **extractor.info)
+    wanted = {k: v for k, v in wanted.items() if k not in ("extractor", "extractor_note")}
+
+    def name():
+        times = [os.stat(path).st_mtime_ns for path in getattr(data, "files", [])]
+        return args.references / f"{split}_{mix(data.fingerprint, times, sorted(wanted.items())):016x}.pt"
+
+    def chunks(done):
+        for start in range(rank() * args.batch, len(data), world() * args.batch):
+            indices = range(start, min(start + args.batch, len(data)))
+            if not done(indices):
+                rows = extractor(torch.stack([data.view(i) for i in indices]))
+                rows["labels"] = torch.tensor([data.label(i) for i in indices])
+                if extractor.class_names != data.class_names:
+                    del rows["logits"]  # nothing to tell, and large
+                yield start, rows
+
+    path, locks, told = args.reference or on_rank0(name), [], ""
+
+    def look():
+        """made, ours to make, or the reason to wait for another process"""
+        try:
+            if not intact(path):
+                locks.append(claim(args.references))
+            return "made" if intact(path) else "ours"
+        except InUse as error:
+            return str(error)
+
+    while (state := "made" if args.reference else on_rank0(look)) not in ("made", "ours"):
+        if state != told:
+            told = state
+            print0(f"waiting: {told}")
+        time.sleep(2)  # not inside `on_rank0`, where the other processes would give up
+    if state == "ours":
+        parts = path.with_suffix(f".parts{args.batch}")
+        extractor.check_number(len(data), f"{split} images")
+        print0(f"reference: features of {len(data):,} {split} images -> {path}")
+        rows = collect(chunks, parts, "reference", len(data))
+
+        def finish():
+            about = dict(reference_images=len(data), reference_hash=joint_hash(rows["digests"]),
+                         reference_accuracy=class_accuracy(extractor, data.class_names, rows).get("all"))
+            save_torch(reference_statistics(rows["features"]) | about | wanted, path)
+            shutil.rmtree(parts)
+
+        on_rank0(finish)
+    found = []
+
+    def check():
+        try:
+            found.append(torch.load(path, weights_only=True) if intact(path) else {})
+            if "mu" not in found[0]:
+                raise ValueError
+        except (RuntimeError, ValueError, TypeError, EOFError, pickle.UnpicklingError):
+            raise UserError(f"--reference {path} is missing, damaged or no file of reference statistics"
+                            ) from None
+        wrong = [f"{k} {found[0].get(k)}, not {v}" for k, v in wanted.items() if found[0].get(k) != v]
+        if wrong:
+            raise UserError(f"--reference {path} was made with {', '.join(wrong)} as needed here")
+
+    on_rank0(check)
+    return found[0] if found else None
+
+
+def class_accuracy(extractor, class_names, rows):
+    """Shares of images that the extractor puts into the class they should be of; {} for other classes."""
+    if not class_names or extractor.class_names != class_names:
+        return {}
+    hits = (rows["logits"].argmax(1) == rows["labels"]).double()
+    by_class = {name: hits[rows["labels"] == i].mean().item() for i, name in enumerate(class_names)
+                if (rows["labels"] == i).any()}
+    return {"all": hits.mean().item(), **by_class}
+
+
+def evaluate(args, device):
+    """--metrics: measures a checkpoint by its protocol and writes one JSON. An interrupted call goes on."""
+    ckpt = read_checkpoint(args.ckpt, ("phase1", "phase2", "ar", "nar"))
+    config = ckpt["config"]
+    protocol = "rfid-val" if ckpt["stage"] in ("phase1", "phase2") else "gfid-train"
+    if args.predict:
+        if ckpt["stage"] != "ar":
+            raise UserError(f"--predict needs an ar.pt: a {ckpt['stage']} prior would see what it predicts")
+        protocol = "view-val"
+    out = args.out or args.ckpt.with_name(f"metrics_{args.ckpt.stem}{'_view' * args.predict}.json")
+    on_rank0(lambda: read_result(out) if os.path.exists(out) else writable(out))
+    extractor = Extractor(args.extractor, config["image_size"], device)
+    if protocol in ("rfid-val", "view-val"):
+        val = images_of(args.ckpt, config, args.data)[1]
+        if args.num not in (None, len(val)):
+            raise UserError(f"{protocol} takes all {len(val)} validation images; leave --num out")
+        args.num, names = len(val), val.class_names
+        measure = measure_view if args.predict else measure_reconstructions
+        measured, info = measure(args, extractor, val, device)
+    else:
+        args.num = args.num or 50_000
+        measured, info = measure_samples(args, extractor, device)
+        names = ckpt["class_names"] if info["classes"] else []
+    extractor.check_number(args.num, "images")
+    reference = load_reference(args, extractor, config, protocol.split("-")[1])
+    how = dict(protocol=protocol, num_images=args.num, image_size=config["image_size"], **extractor.info)
+    mine = how | dict(classes=None) | info
+
+    def known():
+        """Whether `out` holds this very result, and the folder for its parts if not."""
+        mine.update(reference=reference["reference"], reference_images=reference["reference_images"],
+                    reference_hash=reference["reference_hash"])
+        old = read_result(out) if out.exists() else {}
+        if any(old.get(k) != v for k, v in mine.items() if old and k != "extractor"):
+            aside = out.with_name(f"{out.stem}.previous.{old['images_hash']}.json")
+            os.replace(out, aside)
+            print0(f"note: {out} held another result, now {aside.name}")
+        if out.exists():
+            os.utime(out)  # newer than its checkpoint, also where both were copied
+        return out.exists(), f".{out.stem}.{mix(sorted((k, str(v)) for k, v in mine.items())):016x}"
+
+    there, parts = on_rank0(known)
+    parts = out.with_name(parts)
+    if there:
+        print0(f"{out} is there already")
+    else:
+        rows = collect(measured, parts, protocol, args.num)
+
+        def finish():
+            numbers = fidelity(rows["features"], rows["logits"], reference)
+            if protocol == "rfid-val":
+                usage, perplexity = codebook_usage(count_codes(rows["tokens"], info["K"]))
+                numbers = {f"r{name}": numbers[name] for name in ("fid", "kid")}
+                numbers |= dict(usage=usage, perplexity=perplexity)
+                numbers |= {name: rows[name].double().mean().item()
+                            for name in ("psnr", "ssim", "l1", "lpips") if name in rows}
+            if protocol == "view-val":
+                numbers = {f"view_{name}": numbers[name] for name in ("fid", "kid")}
+                numbers |= {name: rows[name].double().mean().item() for name in ("top1", "nats_per_token")}
+            accuracy = class_accuracy(extractor, names, rows)
+            if accuracy:
+                numbers |= dict(class_accuracy=accuracy.pop("all"), class_accuracy_by_class=accuracy,
+                                class_accuracy_of_reference=reference["reference_accuracy"])
+            seconds = rows["seconds"].sum().item()
+            about = dict(
+                checkpoint=str(args.ckpt), images_hash=joint_hash(rows["digests"]), results=numbers,
+                seconds=round(seconds, 1), processes=world(), device=str(device),
+                threads=torch.get_num_threads(), torch=torch.__version__,
+                torch_fidelity=importlib.metadata.version("torch-fidelity"),
+                command=" ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]))
+            text = json.dumps(mine | about, indent=1) + "\n"
+            save_atomic(lambda p: p.write_text(text), out)
+            shutil.rmtree(parts)
+            print0(f"{args.num:,} images in {seconds:.0f} s, {args.num / seconds:.1f} images/s -> {out}")
+
+        on_rank0(finish)
+    result = on_rank0(lambda: json.loads(out.read_text()))
+    print0(f"{protocol}: {PROTOCOLS[protocol]}; {args.num:,} images, features of {args.extractor}")
+    for name, value in result["results"].items():
+        print0(f"  {name:28s} {value:.5g}" if isinstance(value, float) else f"  {name:28s} {value}")
+    return result
+
+
+def measure_samples(args, extractor, device):
+    """(chunks for `collect`, what identifies the samples)"""
+    chunks, info, *_ = sample(args, device)
+    classes = info["classes"] or [0]
+
+    def measured(done):
+        for start, images in chunks(done):
+            labels = torch.tensor([classes[i % len(classes)] for i in range(start, start + len(images))])
+            yield start, extractor(images) | dict(labels=labels)
+
+    return measured, info
+
+
+def measure_reconstructions(args, extractor, data, device):
+    """(chunks for `collect`, what identifies the reconstructions). All distances are of 8-bit images; L1 is
+    on the scale of [-1, 1], as in Eq. 2."""
+    tokenizer, ckpt = load_model(args.ckpt, ("phase1", "phase2"), device)
+    lpips = load_lpips(args.lpips, device)
+
+    def measured(done):
+        for start, x, x_hat, tokens in reconstructions(tokenizer, data, args.num, args.batch, device, done):
+            a, b, indices = to_float(x, device), to_float(x_hat, device), range(start, start + len(x))
+            rows = extractor(x_hat) | dict(
+                tokens=tokens.int().cpu(), psnr=psnr(a, b), ssim=ssim(x, x_hat),
+                l1=(a - b).abs().mean((1, 2, 3)).cpu(), labels=torch.tensor([data.label(i) for i in indices]))
+            if lpips:
+                rows["lpips"] = lpips(a, b).flatten().cpu()
+            yield start, rows
+
+    if args.lpips == "random":
+        warn("--lpips random: that number means nothing")
+
+    info = dict(tokenizer=latent_hash(tokenizer), decoder=weights_hash(tokenizer), batch=args.batch,
+                K=tokenizer.codebook_size, lpips=weights_hash(lpips) if lpips else None, note=ckpt["note"])
+    return measured, info
+
+
+def measure_view(args, extractor, data, device):
+    """(chunks for `collect`, what identifies the predictions): top-1 given the true tokens, decoded."""
+    prior, ckpt = load_model(args.ckpt, ("ar",), device)
+    tokenizer, decoder_ckpt = load_tokenizer_of(args.ckpt, ckpt, args.tokenizer, device)
+    if prior.config.num_classes and data.class_names != ckpt["class_names"]:
+        raise UserError(f"the classes of the images are not those that {args.ckpt} was trained on")
+
+    def measured(done):
+        for start, _, _, tokens in reconstructions(tokenizer, data, args.num, args.batch, device, done):
+            labels = torch.tensor([data.label(i) for i in range(start, start + len(tokens))])
+            known = labels.to(device) if prior.config.num_classes else None
+            predicted, nats, hits = prior.predict(tokens, known)
+            yield start, extractor(to_uint8(decode(tokenizer, predicted))) | dict(
+                labels=labels, top1=hits.mean(1).cpu(), nats_per_token=nats.mean(1).cpu())
+
+    return measured, dict(prior=weights_hash(prior), tokenizer=ckpt["tokenizer_hash"], batch=args.batch,
+                          decoder=weights_hash(tokenizer), note=ckpt["note"] or decoder_ckpt["note"])

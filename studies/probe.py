@@ -1,0 +1,116 @@
+"""The probe: is a tokenizer good for generation? Minutes instead of a large prior; not in the paper."""
+
+import json
+import math
+import random
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import forks
+from plumbing.codes import count_codes
+from plumbing.data import images_of, load_data
+from plumbing.files import latent_hash, read_checkpoint, save_atomic, writable
+from plumbing.images import psnr, to_float
+from plumbing.models import load_model, parts
+from plumbing.processes import mix, print0, rank, setup_device
+from plumbing.slices import decode
+from prior_ar import ARPrior
+from recipes.options import sample_args
+from studies.metrics import evaluate
+from studies.tables import number, print_table, refuse_unlike
+from visualize import alpha_of, same_size, stability
+
+
+def probe(train, val, codebook_size, device="cpu", steps=400, batch=64, seed=0, Prior=ARPrior, **more):
+    """Trains the same small AR prior, without classes, for the same number of steps on any codes.
+
+    train, val: (n, N) int64 tokens in [0, codebook_size), or (n, N, k): then with a `Prior` of a fork, whose
+                further sizes are `more`
+    returns:    dict: nats per token of `val`, bits per image; the unigram bits per image (every token
+                by its frequency in `train`, one added), and the ratio of the two. N may differ between
+                tokenizers, so bits per image are what compares.
+    """
+    N, k = train.shape[1], train[0, 0].numel()
+    torch.manual_seed(mix(seed, "probe"))
+    more = dict(n_layer=4, n_head=4, n_embd=128, dropout=0.0) | more
+    prior = Prior(Prior.Config(codebook_size, *train.shape[1:], **more)).to(device)
+    optimizer = torch.optim.AdamW(prior.parameters(), lr=2e-3, betas=(0.9, 0.96), weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda t: min(1, (t + 1) / (steps / 10)) * (1 + math.cos(math.pi * t / steps)) / 2)
+    draw = torch.Generator().manual_seed(mix(seed, "probe order"))
+    prior.train()
+    for _ in tqdm(range(steps), "probe", disable=None if rank() == 0 else True):
+        tokens = train[torch.randint(len(train), (batch,), generator=draw)].to(device)
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            logits = prior(tokens)
+        loss, _ = prior.loss(logits, tokens)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    prior.eval()
+    with torch.no_grad():
+        parts = [part.to(device) for part in val.split(100)]
+        nats = sum(prior.loss(prior(part), part)[0].item() * len(part) for part in parts) / len(val)
+    frequency = count_codes(train, codebook_size).double().view(k, -1) + 1
+    surprise = -(frequency / frequency.sum(1, keepdim=True)).log()  # (k, K)
+    unigram = sum(surprise[i][part].mean().item() for i, part in enumerate(val.view(-1, k).unbind(1))) / k
+    bits = N * k / math.log(2)
+    return dict(nats_per_token=nats, bits_per_image=nats * bits, unigram_bits_per_image=unigram * bits,
+                relative=nats / unigram, num_tokens=N, codebook_size=codebook_size, steps=steps)
+
+
+def probe_of(ckpt):
+    """The AR prior of a checkpoint's fork, as small as ours."""
+    fork = ckpt["config"].get("fork")
+    return dict(Prior=parts(ckpt["config"])["ar"]) | (getattr(forks.load(fork), "PROBE", {}) if fork else {})
+
+
+def probes(args, device):
+    """`compare A.pt B.pt`: the probe, PSNR and code stability of tokenizers on the same images; with
+    --extractor rFID too, by its own protocol. A folder of --data is split into training and validation
+    images as train.py does. For a tokenizer of another kind call `probe` with its tokens."""
+    rows, measured, ckpts = [], {}, [read_checkpoint(path, ("phase1", "phase2")) for path in args.files]
+    for path, ckpt in zip(args.files, ckpts, strict=True):
+        same_size(path, ckpt, ckpts[0]["config"], args.files[0])
+    config, images = ckpts[0]["config"], []
+    splits = images_of(args.files[0], config) if not args.data else (
+        load_data(dict(config, data=args.data, val=None)))
+    for split, limit in zip(splits, (args.samples or 5000, 1000), strict=True):
+        drawn = random.Random(mix(0, "compare")).sample(range(len(split)), min(limit, len(split)))
+        images.append(torch.stack([split.view(i) for i in drawn]))  # training images lie class by class
+    for path in args.files:
+        tokenizer, ckpt = load_model(path, ("phase1", "phase2"), device)
+        tokens = [torch.cat([tokenizer.encode(to_float(part, device)).cpu() for part in split.split(100)])
+                  for split in images]
+        x = to_float(images[1][:200], device)
+        x_hat = decode(tokenizer, tokens[1][:200].to(device))
+        row = dict(
+            ckpt=str(path), tokenizer_hash=latent_hash(tokenizer), **alpha_of(ckpt["config"]),
+            train_images=len(images[0]), val_images=len(images[1]), psnr_images=len(x),
+            psnr=psnr(x, x_hat).mean().item(),
+            changed=stability(tokenizer, x),
+            **probe(*tokens, tokenizer.codebook_size, device, args.steps or 400, **probe_of(ckpt)))
+        if args.extractor:
+            out = Path(path).with_name(f"metrics_{Path(path).stem}_compare.json")
+            words = ["--ckpt", path, "--metrics", "--lpips", "none", "--out", out]
+            words += ["--extractor", args.extractor, *(["--data", args.data] if args.data else [])]
+            measured[str(path)] = evaluate(sample_args([*map(str, words)]), device)
+            row["rfid"] = measured[str(path)]["results"]["rfid"]
+        rows.append(row)
+    if measured:
+        refuse_unlike(measured)
+    names = ["bits_per_image", "unigram_bits_per_image", "relative", "psnr", *["rfid"] * bool(args.extractor)]
+    print_table([["", *names], *([row["ckpt"], *(number(row[name]) for name in names)] for row in rows)])
+    return rows
+
+
+def compare(args):
+    """`visualize.py compare`"""
+    out = args.out or args.files[0].with_name("compare.json")
+    writable(out)
+    text = json.dumps(probes(args, setup_device(args.device)), indent=1) + "\n"
+    save_atomic(lambda p: p.write_text(text), out)
+    print0(f"wrote {out}")

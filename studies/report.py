@@ -1,0 +1,211 @@
+"""The report of a run: one HTML file that needs nothing else."""
+
+import base64
+import html
+import io
+import math
+
+import torch
+
+from plumbing.codes import codebook_usage, count_codes
+from plumbing.data import images_of, with_data
+from plumbing.drawing import new_figure, pyplot
+from plumbing.errors import UserError
+from plumbing.files import latent_hash, read_checkpoint, read_metrics, save_atomic, writable
+from plumbing.images import make_sheet, to_float, to_uint8
+from plumbing.models import load_model, load_tokenizer_of
+from plumbing.processes import print0, setup_device
+from plumbing.slices import decode, generate_images, generate_tokens
+from studies.metrics import read_result
+from visualize import load_images, load_pairs
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>%(title)s</title><style>
+:root { color-scheme: light dark; --line: #8886; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; }
+h2 { border-top: 1px solid var(--line); padding-top: 1rem; margin-top: 2rem; }
+img { max-width: 100%%; } img.pixels { image-rendering: pixelated; width: 100%%; display: block; }
+img.plot { background: white; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; }
+td:last-child { min-width: 12rem; }
+td, th { border: 1px solid var(--line); padding: .2rem .5rem; text-align: left; vertical-align: top; }
+[hidden] { display: none !important; }
+.row { display: grid; grid-template-columns: repeat(%(shown)d, 1fr); gap: 3px; }
+.stack { position: relative; } .stack img + img { position: absolute; inset: 0; }
+input[type=range] { width: 100%%; } button { font: inherit; padding: .3rem .8rem; }
+:focus-visible { outline: 3px solid #06c; outline-offset: 2px; } p.note { font-size: .9rem; }
+</style></head><body><h1>%(title)s</h1>
+%(body)s
+<script>
+function toggle(button) {
+  const top = button.closest("section").querySelector(".stack img + img");
+  top.hidden = !top.hidden;
+  button.textContent = "Showing " + (top.hidden ? "phase 1" : "phase 1 + 2") + ", press to switch";
+}
+function slide(input) {
+  for (const top of input.closest("section").querySelectorAll(".stack img + img"))
+    top.style.clipPath = `inset(0 0 0 ${input.value}%%)`;
+}
+document.querySelectorAll("input[type=range]").forEach(slide);
+</script></body></html>
+"""
+
+
+def data_uri(write):
+    """What write(file) writes, a PNG, as an address that an <img> can hold."""
+    file = io.BytesIO()
+    write(file)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def picture(images, columns, alt):
+    """<img> of a sheet of images (n, 3, S, S), uint8 or in [-1, 1]; the browser enlarges its pixels."""
+    images = images if images.dtype == torch.uint8 else to_uint8(images)
+    sheet = make_sheet(images.cpu(), columns, zoom=1)
+    return f'<img class="pixels" src="{data_uri(lambda f: sheet.save(f, "PNG"))}" alt="{html.escape(alt)}">'
+
+
+def plot(fig, alt):
+    source = data_uri(lambda f: fig.savefig(f, format="png", dpi=110))
+    pyplot().close(fig)
+    return f'<img class="plot" src="{source}" alt="{html.escape(alt)}">'
+
+
+def html_table(lines):
+    rows = ["<tr>" + "".join(f"<{tag}>{html.escape(str(word))}</{tag}>" for word in line) + "</tr>"
+            for tag, line in zip(["th", *["td"] * len(lines)], lines, strict=False)]
+    return f'<div class="scroll"><table>{"".join(rows)}</table></div>'
+
+
+def draw_curves(rows):
+    """Loss curves of all stages: what was logged in training, and validation losses as dots."""
+    stages = list(dict.fromkeys(row["stage"] for row in rows))
+    fig = new_figure(9, 2.1 * math.ceil(len(stages) / 2))
+    for i, stage in enumerate(stages):
+        axis = fig.add_subplot(math.ceil(len(stages) / 2), 2, i + 1)
+        mine = [row for row in rows if row["stage"] == stage]
+        for j, name in enumerate(("loss", "loss_rec", "loss_per", "loss_disc", "val_loss")):
+            points = [(row["step"], row[name]) for row in mine if row.get(name) is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), ("-", "--", ":", "-.", "o-")[j], label=name,
+                          linewidth=1, markersize=3)
+        axis.set_title(stage, fontsize=9)
+        axis.set_yscale("log")
+        axis.legend(fontsize=6)
+    return fig
+
+
+@torch.no_grad()
+def report(args):
+    """One self-contained HTML page of a run folder: no network, images inside."""
+    run, sections, device = args.files[0], [], setup_device(args.device)
+    found = {s: run / f"{s}.pt" for s in ("phase1", "phase2", "ar", "nar") if (run / f"{s}.pt").is_file()}
+    if "phase1" not in found and "phase2" not in found:
+        raise UserError(f"{run} holds no phase1.pt or phase2.pt; name the folder of a run")
+    tokenizers = {s: load_model(found[s], (s,), device)[0] for s in ("phase1", "phase2") if s in found}
+    config = read_checkpoint(next(iter(found.values())), tuple(found))["config"]
+    note = next((c["note"] for c in (read_checkpoint(p, (s,)) for s, p in found.items()) if c["note"]), "")
+    last, out = list(tokenizers.values())[-1], args.out or run / "report.html"
+    writable(out)
+
+    def section(title, *parts):
+        sections.append(f"<section><h2>{html.escape(title)}</h2>\n" + "\n".join(parts) + "</section>")
+
+    metrics = {}
+    for path in sorted(run.glob("metrics_*.json")):
+        try:
+            metrics |= {path.stem: read_result(path)} if ".previous" not in path.stem else {}
+        except UserError as error:
+            print0(f"note: {error}; it is left out")
+    if metrics:
+        lines = [["file", "protocol", "images", "extractor", "results"]]
+        for name, result in metrics.items():
+            values = "; ".join(f"{k} {v:.4g}" for k, v in result["results"].items() if isinstance(v, float))
+            lines.append([name, result["protocol"], result["num_images"], result["extractor"], values])
+        section("Metrics", html_table(lines), '<p class="note">Rows of different protocols or extractors do '
+                "not compare.</p>")
+    rows = read_metrics(run / "metrics.jsonl")
+    if rows:
+        section("Loss curves", plot(draw_curves(rows), "loss curves of all stages"))
+
+    first = next(iter(found.values()))
+    count = min(args.num or 64, 200, len(images_of(first, config, args.data)[1]))
+    images, x = load_images(config, count, args.data, first)
+    config = with_data(config, args.data)
+    x, shown = to_float(x, device), min(8, len(x))
+    tokens = torch.cat([last.encode(part) for part in x.split(50)])
+    codes = torch.load(run / "codes.pt", weights_only=True, mmap=True) if (run / "codes.pt").is_file() else {}
+    known = codes["val"].long() if codes.get("key", [""])[0] == latent_hash(last) else tokens.cpu()
+    counts = count_codes(known, last.codebook_size)
+    usage, perplexity = codebook_usage(counts)
+    counts = counts.flatten()  # k sub-codebooks in one row
+    fig = new_figure(9, 2)
+    axis = fig.subplots()
+    axis.bar(range(len(counts)), counts.sort(descending=True).values.numpy(), width=1)
+    axis.set(xlabel="codes, the most frequent first", ylabel="times chosen")
+    section("Codebook", f"<p>{usage:.1%} of {len(counts)} codes are chosen for {len(known):,} validation "
+            f"images; perplexity {perplexity:.1f}.</p>", plot(fig, "histogram of the codes"))
+
+    decoded = {s: decode(t, tokens[:shown]) for s, t in tokenizers.items()}
+    button = '<p><button onclick="toggle(this)">Showing phase 1 + 2, press to switch</button></p>'
+    stack = "".join(picture(image, shown, s) for s, image in decoded.items())
+    section("Reconstructions", "<p>Inputs:</p>", picture(x[:shown], shown, "inputs"),
+            "<p>Decoded from the same tokens:</p>", f'<div class="stack">{stack}</div>',
+            button if len(decoded) > 1 else "")
+
+    if "ar" in found:
+        pairs, _ = load_pairs([found["ar"]], len(x), device, (), args.data)
+        view, told = pairs[0]["view"], pairs[0]["numbers"]
+        rows = [[picture(view[key][i : i + 1], 1, f"{key} {i}") for key in ("reconstruction", "prediction")]
+                for i in range(shown)]
+        both = "".join(f'<div class="stack">{"".join(row)}</div>' for row in rows)
+        slider = ('<label>Slide from the prediction (left) to the reconstruction (right): '
+                  '<input type="range" min="0" max="100" value="50" oninput="slide(this)"></label>')
+        section("Teacher-forced view", "<p>Reconstruction, and over it what the AR prior predicts for every "
+                f"token given the true ones before: {told['top1']:.1%} of tokens are right, "
+                f"{told['nats_per_token']:.3f} nats a token. Inputs, then the two:</p>",
+                picture(x[:shown], shown, "inputs"),
+                f'<div class="row">{both}</div>', slider)
+    for stage in ("ar", "nar"):
+        if stage in found:
+            prior, ckpt = load_model(found[stage], (stage,), device)
+            tokenizer, _ = load_tokenizer_of(found[stage], ckpt, None, device)
+            settings = ckpt["config"]["sample"]
+            classes = prior.config.num_classes
+            labels = [i % min(classes, 10) for i in range(4 * min(classes, 10))] if classes else None
+            sheet = generate_images(prior, tokenizer, len(labels or range(32)), labels, 0, settings)
+            names = f"<p>Columns: {html.escape(', '.join(ckpt['class_names'][:10]))}.</p>" if classes else ""
+            section(f"Samples of the {stage.upper()} prior", names,
+                    picture(sheet, min(classes or 8, 10), f"samples of {stage}"))
+            if stage == "nar":
+                strip = decoding_strip(prior, tokenizer, settings, classes, device)
+                section("NAR decoding, step by step", *strip)
+    section("Configuration", html_table([["section", "values"], *(
+        [key, ", ".join(f"{k} = {v}" for k, v in value.items()) if isinstance(value, dict) else value]
+        for key, value in config.items())]))
+    title = f"SeQ-GAN run: {run.absolute().name}" + f" ({note})" * bool(note)
+    page = PAGE % dict(title=html.escape(title), shown=shown, body="\n".join(sections))
+    save_atomic(lambda p: p.write_text(page), out)
+    print0(f"wrote {out} ({len(page) / 2**20:.1f} MB)")
+
+
+def decoding_strip(prior, tokenizer, settings, classes, device, num=4):
+    """HTML parts: samples after each step, what is not yet fixed in grey, and the step of each token."""
+    N = prior.config.num_tokens
+    labels = torch.arange(num, device=device) % classes if classes else None
+    tokens, fixed_at = generate_tokens(prior, labels, 0, range(num), settings, return_steps=True)
+    images, side, rounds = decode(tokenizer, tokens), math.isqrt(N), int(fixed_at.max()) + 1
+    block = images.shape[2] // side
+    frames = []
+    for image, fixed in zip(images, fixed_at.view(num, side, side), strict=True):
+        for t in range(rounds):
+            seen = (fixed <= t).repeat_interleave(block, 0).repeat_interleave(block, 1)
+            frames.append(torch.where(seen, image, torch.full_like(image, 0.6)))
+    maps = "".join(html_table([[f"sample {i}"], *((fixed + 1).view(side, side).tolist())])
+                   for i, fixed in enumerate(fixed_at)) if side <= 8 else ""
+    return (f"<p>{num} samples after each of {rounds} steps; tokens that are not fixed yet are grey.</p>",
+            picture(torch.stack(frames), rounds, "decoding steps"),
+            "<p>The step that fixed each token:</p>" * bool(maps),
+            f'<div style="display: flex; flex-wrap: wrap; gap: 1rem">{maps}</div>' * bool(maps))

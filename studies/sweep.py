@@ -1,0 +1,55 @@
+"""`sample.py --metrics --sweep NAME=V1,V2,...`: measures over a setting of the sampler."""
+
+import argparse
+import functools
+
+from plumbing.drawing import pyplot
+from plumbing.errors import UserError
+from plumbing.files import read_checkpoint, save_atomic, writable
+from plumbing.models import parts
+from plumbing.processes import on_rank0, print0
+from studies.metrics import evaluate
+
+
+def evaluate_sweep(args, device):
+    """--sweep: one result for each value, a CSV of all and a plot. Values that are measured are not again."""
+    ckpt, name = read_checkpoint(args.ckpt, ("ar", "nar")), args.values[0][0]
+    Prior = parts(ckpt["config"])[ckpt["stage"]]
+    if name not in Prior.SAMPLER:
+        raise UserError(f"--sweep {name} does nothing for {Prior.__name__}, which reads "
+                        f"{', '.join(Prior.SAMPLER)}")
+    pyplot()  # known before the first value is measured
+    stem, rows = args.out or args.ckpt.with_name(f"sweep_{args.ckpt.stem}_{name}"), []
+    for place in (stem / "1.json", stem.with_name(stem.name + ".csv"), stem.with_name(stem.name + ".png")):
+        on_rank0(functools.partial(writable, place))
+    for _, value in args.values:
+        print0(f"\n{name} = {value}")
+        out = stem / f"{value}.json"
+        result = evaluate(argparse.Namespace(**{**vars(args), name: value, "out": out}), device)
+        numbers = {k: v for k, v in result["results"].items() if isinstance(v, float)}
+        rows.append({name: value, **numbers, "num_images": result["num_images"]})
+
+    def write():
+        text = "\n".join(",".join(map(str, line)) for line in [rows[0], *(row.values() for row in rows)])
+        save_atomic(lambda p: p.write_text(text + "\n"), stem.with_name(stem.name + ".csv"))
+        draw_sweep(rows, name, result, stem.with_name(stem.name + ".png"))
+
+    on_rank0(write)
+    print0(f"wrote {stem}.csv and {stem}.png")
+
+
+def draw_sweep(rows, name, result, path):
+    """Frechet distance, and beside it precision, recall and class accuracy, over a sampler setting."""
+    plt = pyplot()
+    fig, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
+    x = [row[name] for row in rows]
+    left.plot(x, [row["fid"] for row in rows], "o-")
+    left.set(xlabel=name, ylabel="Frechet distance")
+    for key, marker in zip(("precision", "recall", "class_accuracy"), "s^D", strict=True):
+        if key in rows[0]:
+            right.plot(x, [row[key] for row in rows], f"{marker}-", label=key.replace("_", " "))
+    right.set(xlabel=name, ylabel="share of images")
+    right.legend(fontsize=7)
+    fig.suptitle(f"{result['num_images']:,} samples, features of {result['extractor']}", fontsize=8)
+    save_atomic(lambda p: fig.savefig(p, format="png", dpi=200), path)
+    plt.close(fig)

@@ -1,0 +1,306 @@
+"""Results side by side: the paper's Tables 1, 5, 6 and Fig. 5b, 7b, each row a run of its own."""
+
+import json
+import math
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import forks
+from plumbing.data import is_folder
+from plumbing.drawing import new_figure, save_figure
+from plumbing.errors import UserError
+from plumbing.files import header, save_atomic, writable
+from plumbing.paths import as_path
+from plumbing.processes import print0
+from recipes.ablations import TABLES
+from recipes.options import find_preset
+from studies.metrics import HOW, read_result
+
+
+def refuse_unlike(results):
+    """Numbers that were measured in different ways do not belong into one column.
+
+    results: {name: result};  raises: UserError that names the first difference
+    """
+    first, *others = results
+    for other in others:
+        both = all("lpips" in results[name]["results"] for name in (first, other))
+        for key in (*HOW, *["lpips"] * both):
+            a, b = results[first][key], results[other][key]
+            if a != b:
+                raise UserError(f"{first} and {other} cannot share a column: {key} is {a} in the one and {b} "
+                                "in the other; measure both alike")
+
+
+def compare_metrics(args):
+    """A table of results, one line each."""
+    results = {str(path): read_result(path) for path in args.files}
+    refuse_unlike(results)
+    names = [n for n, v in next(iter(results.values()))["results"].items() if isinstance(v, float)]
+    how = next(iter(results.values()))
+    print0(f"{how['protocol']}, {how['num_images']:,} images, {how['image_size']} pixels, features of "
+           f"{how['extractor']} ({how['extractor_hash']}), reference {how['reference_hash']}\n")
+    lines = [["", *names]]
+    lines += [[path, *(number(r["results"].get(name)) for name in names)] for path, r in results.items()]
+    print_table(lines)
+
+
+def table(args, kind=None):
+    """`visualize.py TABLE`: makes what is missing with --run, and shows what is there."""
+    made = (kind or Table)(args)
+    failed = made.run() if args.run else []
+    made.show()
+    if failed:
+        raise UserError(f"{len(failed)} rows failed, see above and log.txt in their folders", code=1)
+
+
+def number(value):
+    return "-" if value is None else f"{value:.4g}"
+
+
+def print_table(lines):
+    """Rows of words as a Markdown table; returns its text."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    lines = lines[:1] + [["-" * width for width in widths]] + lines[1:]
+    padded = [[word.ljust(width) for word, width in zip(line, widths, strict=True)] for line in lines]
+    text = "\n".join(f"| {' | '.join(line)} |" for line in padded)
+    print0(text)
+    return text
+
+
+class Table:
+    """The rows of one table for one preset: what is there, what is missing, and the commands that make it.
+
+    Rows that are one and the same training share a folder; all share judge, scorer and reference statistics.
+    """
+
+    KIND = "tables"
+    SAME = {"low": "baseline", "alpha=0": "baseline", "sem": "alpha=1"}
+
+    def __init__(self, args):
+        self.args, self.name = args, args.figure
+        own = forks.load(args.fork).TABLES if args.fork else {}
+        self.table = own.get(self.name) or TABLES.get(self.name, {})
+        self.root = args.out or Path("runs") / f"{args.preset}-{self.KIND}"
+        preset = find_preset(args.preset)
+        self.small, self.fork = preset["vgg"] == "judge", preset["fork"]  # small ones train judge and scorer
+        self.samples = args.samples or (50_000 if not self.small else 2000 if preset["data"] == "shapes"
+                                        else 10_000)
+        self.stages = args.stages.split(",")
+        self.device = ["--device", args.device] if args.device != "auto" else []
+        self.settings = dict(preset=args.preset, data=args.data, set=args.set)
+        note = self.root / "settings.json"
+        writable(note)
+        if note.exists() and placed(json.loads(note.read_text())) != placed(self.settings):
+            raise UserError(f"{note} tells of other settings ({note.read_text()}) than "
+                            f"{json.dumps(self.settings)}; use the same, or another --out")
+        scorer = str(self.root / "scorer" / "resnet.pt") if self.small else "inception"
+        self.extractor = args.extractor or scorer
+
+    def train(self, stage, folder, *words):
+        """(file that it makes, command)"""
+        data = ["--data", self.args.data] if self.args.data else []
+        sets = [word for item in self.args.set for word in ("--set", item)]
+        workers = ["--workers", str(self.args.workers)] if self.args.workers else []
+        words = [*data, *workers, *self.device, *sets, *words]
+        command = ["train.py", "--stage", stage, "--preset", self.args.preset, *words]
+        return folder / f"{stage}.pt", [*command, "--out", str(folder)]
+
+    def shown(self, words):
+        """A command as one would type it."""
+        many = f"torchrun --standalone --nproc_per_node={self.args.nproc}"
+        return f"{many if self.args.nproc > 1 else 'python'} {shlex.join(words)}"
+
+    def shared(self):
+        """What all rows need: the judge and the scorer."""
+        if not self.small:
+            return []
+        found = [self.train("vgg", self.root / "judge")]
+        if not self.args.extractor:
+            _, command = self.train("vgg", self.root / "scorer", "--arch", "resnet", "--seed", "1")
+            found.append((self.root / "scorer" / "resnet.pt", command))
+        return found
+
+    def row(self, ablation, decoder):
+        """The commands of a row, [(file that it makes, command)]; and {column prefix: result file}."""
+        run = self.SAME.get(ablation, ablation)
+        if run == "entropy" and not self.small:  # no warm start at full scale, so this is the baseline too
+            run = "baseline"
+        folder, result = self.root / run, {}
+        words = ["--ablation", run, *(["--vgg", str(self.root / "judge" / "vgg.pt")] * self.small)]
+        commands, first = [self.train("phase1", folder, *words)], folder
+        shared = getattr(forks.load(self.fork), "TOKENIZER_OF", {}).get(run) if self.fork else None
+        if shared:  # the tokenizer of another row
+            commands, first = self.row(shared, decoder)[0][:1], self.root / shared
+            words += ["--tokenizer", str(first / f"{decoder}.pt")]
+        if decoder == "phase2":
+            commands.append(self.train("phase2", folder, *words))
+        for stage in ("ar", "nar"):
+            if stage in self.stages:
+                commands.append(self.train(stage, folder, *words))
+        for stage in self.stages:
+            checkpoint = first / f"{decoder}.pt" if stage == "phase1" else folder / f"{stage}.pt"
+            result[stage] = folder / f"metrics_{checkpoint.stem}_{decoder}.json"
+            command = ["sample.py", "--ckpt", str(checkpoint), "--metrics", "--extractor", self.extractor,
+                       "--references", str(self.root / "references"), *self.device,
+                       "--out", str(result[stage])]
+            if stage == "phase1":
+                command += ["--lpips", "none"] * self.small
+            else:
+                command += ["--tokenizer", str(first / f"{decoder}.pt"), "--num", str(self.samples)]
+            commands.append((result[stage], command))
+        return commands, result
+
+    def missing(self):
+        """[(label, commands still to be run)] of all rows; the shared ones come first."""
+        rows, seen = [("judge and scorer", self.shared())], set()
+        rows += [(row.label, self.row(row.name, row.decoder)[0]) for row in self.table["rows"]]
+        for label, commands in rows:
+            left = [(path, w) for path, w in commands if path not in seen and not finished(path, w)]
+            seen.update(path for path, _ in left)
+            if left:
+                yield label, left
+
+    def run(self):
+        """Runs what is missing, one command after the other; a row that fails is left, the others go on."""
+        text = json.dumps(self.settings)
+        save_atomic(lambda p: p.write_text(text), self.root / "settings.json")
+        rows, spent, failed, begin = list(self.missing()), {}, [], time.time()
+        for i, (label, commands) in enumerate(rows):
+            for j, (path, words) in enumerate(commands):
+                print0(f"\n{label}: {self.shown(words)}")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                start, script = time.time(), str(Path(__file__).parent.with_name(words[0]))
+                launch, nproc = [sys.executable], self.args.nproc
+                if nproc > 1:
+                    launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
+                with open(path.parent / "log.txt", "a") as log:
+                    done = subprocess.run([*launch, script, *words[1:]], stdout=log, text=True,
+                                          stderr=subprocess.PIPE)
+                    log.write(done.stderr)
+                if done.returncode:
+                    lines = done.stderr.strip().splitlines() or ["no message"]
+                    reason = [line for line in lines if line.startswith("error: ")][-1:] or lines[-1:]
+                    reason = reason[0].removeprefix("error: ")
+                    failed.append(f"{label}: {words[0]} ended with {done.returncode}: {reason}")
+                    print0(f"failed ({reason}); the next row goes on")
+                    break
+                spent.setdefault(kind(words), []).append(time.time() - start)
+                later = commands[j + 1 :] + [c for _, others in rows[i + 1 :] for c in others]
+                left = [kind(words) for _, words in later]
+                known = [sum(spent[k]) / len(spent[k]) for k in left if k in spent]
+                unknown = len(left) - len(known)
+                print0(f"{time.time() - start:.0f} s; {len(left)} commands left, about {sum(known) / 60:.0f} "
+                       f"minutes" + f" and {unknown} of kinds not yet timed" * bool(unknown))
+        print0(f"\n{time.time() - begin:.0f} s" + "".join(f"\nfailed: {line}" for line in failed))
+        return failed
+
+    def show(self):
+        """Prints the table, the paper's numbers beside ours; writes it as text and JSON."""
+        columns, rows, how = self.table["columns"], [], {}
+        for label, ablation, paper, decoder in (
+                (row.label, row.name, row.paper, row.decoder) for row in self.table["rows"]):
+            commands, files = self.row(ablation, decoder)
+            results = {stage: read_result(path) for stage, path in files.items() if path.exists()}
+            ours = {}
+            for stage, result in results.items():
+                prefix = "" if stage == "phase1" else f"{stage}_"
+                ours |= {prefix + k: v for k, v in result["results"].items() if isinstance(v, float)}
+                how.setdefault(stage, {})[f"{label} ({stage})"] = result
+            seconds = [row_seconds(path) for path, _ in commands if path.exists()]
+            made = [path for path, _ in commands if path.suffix == ".pt" and path.exists()]
+            steps = {path.stem: header(path)["step"] for path in made}
+            rows.append(dict(
+                label=label, ablation=ablation, steps=steps, ours=ours,
+                paper=dict(zip(columns, paper, strict=True)), seconds=round(sum(seconds)),
+                files={stage: str(path) for stage, path in files.items()},
+                commands=[self.shown(words) for _, words in commands]))
+        for results in how.values():
+            refuse_unlike(results)
+        first = {stage: next(iter(results.values())) for stage, results in how.items()}
+        extra = {"table5": ["perplexity"]}.get(self.name, []) + ["ar_class_accuracy", "nar_class_accuracy"]
+        extra = [name for name in extra if any(name in row["ours"] for row in rows)]
+        steps = ", ".join(f"{stage} {step:,}" for stage, step in rows[0]["steps"].items())
+        told = "; ".join(f"{stage}: {result['protocol']}, {result['num_images']:,} images, features of "
+                         f"{result['extractor']}" for stage, result in first.items())
+        print0(f"\n{self.table['title']}\npaper: {self.table['scale']}\nours: preset {self.args.preset}, "
+               f"steps {steps or 'none yet'}; {told or 'nothing measured yet'}\n")
+        lines = [["", *(f"paper: {c}" for c in columns), *(f"ours: {c}" for c in (*columns, *extra))]]
+        for row in rows:
+            lines.append([row["label"], *(number(row["paper"][c]) for c in columns),
+                          *(number(row["ours"].get(c)) for c in (*columns, *extra))])
+        text = print_table(lines)
+        sets = "".join(f" --set {item}" for item in self.args.set)
+        about = dict(
+            title=self.table["title"], preset=self.args.preset, paper_scale=self.table["scale"],
+            command=f"python visualize.py {self.name} --preset {self.args.preset}{sets} --run",
+            how={stage: {key: result[key] for key in ("extractor", *HOW)} for stage, result in first.items()},
+            threads=torch.get_num_threads(), torch=torch.__version__, rows=rows)
+        self.root.mkdir(parents=True, exist_ok=True)
+        for suffix, content in (("json", json.dumps(about, indent=1)), ("md", text)):
+            save_atomic(lambda p, c=content: p.write_text(c + "\n"), self.root / f"{self.name}.{suffix}")
+        if self.name == "fig5b" and all("rfid" in row["ours"] for row in rows):
+            draw_alpha(rows, first["phase1"]["extractor"], self.root / "fig5b_curves.png")
+        for label, commands in self.missing():
+            print0(f"\nmissing for {label}:")
+            for _, words in commands:
+                print0(f"  {self.shown(words)}")
+        print0(f"\nwrote {self.root / self.name}.json and .md")
+
+
+def kind(words):
+    """What commands take about the same time."""
+    return (words[0], words[2]) if words[0] == "train.py" else (words[0], Path(words[2]).stem)
+
+
+def finished(path, words):
+    """Whether a command need not be run again: its checkpoint has all its steps, or its result is newer than
+    what was measured and of the same extractor and number. Settings are those of settings.json."""
+    if not path.exists():
+        return False
+    if path.suffix == ".pt":
+        try:
+            ckpt = header(path)
+        except UserError:  # train.py sets it aside and takes the one before
+            return False
+        section = "judge" if ckpt["stage"] in ("vgg", "resnet") else ckpt["stage"]
+        return ckpt["step"] >= ckpt["config"][section]["steps"]
+    num = int(words[words.index("--num") + 1]) if "--num" in words else None
+    sources = [Path(words[i + 1]) for i, word in enumerate(words) if word in ("--ckpt", "--tokenizer")]
+    fresh = all(p.exists() and p.stat().st_mtime < path.stat().st_mtime for p in sources)
+    result = read_result(path)
+    alike = result["extractor"] == words[words.index("--extractor") + 1]
+    return fresh and alike and num in (None, result["num_images"])
+
+
+def row_seconds(path):
+    return header(path)["seconds"] if path.suffix == ".pt" else read_result(path)["seconds"]
+
+
+def draw_alpha(rows, extractor, path):
+    """Fig. 5b: rFID, and FID of both priors' samples, over alpha; ours alone."""
+    alphas = [float(row["ablation"].removeprefix("alpha=")) for row in rows]
+    fig = new_figure(5, 3.4)
+    left = fig.subplots()
+    right = left.twinx()
+    left.plot(alphas, [row["ours"]["rfid"] for row in rows], "ko-", label="reconstructions (rFID)")
+    for key, style, label in (("ar_fid", "C0s--", "AR samples"), ("nar_fid", "C1^:", "NAR samples")):
+        right.plot(alphas, [row["ours"].get(key, math.nan) for row in rows], style, label=label)
+    left.set(xlabel="α", ylabel="Fréchet distance, reconstructions")
+    right.set_ylabel("Fréchet distance, samples")
+    lines = left.get_lines() + right.get_lines()
+    left.legend(lines, [line.get_label() for line in lines], fontsize=7)
+    fig.suptitle(f"features of {extractor}", fontsize=7)
+    numbers = [dict(alpha=a, **row["ours"]) for a, row in zip(alphas, rows, strict=True)]
+    save_figure(fig, path, numbers)
+
+
+def placed(settings):
+    """settings.json with the folder of images in one spelling"""
+    data = settings.get("data")
+    return dict(settings, data=str(as_path(data).resolve()) if is_folder(data) else data)

@@ -1,0 +1,243 @@
+"""Claims about forks: one file of at most 15 lines goes through every command, and nothing else is touched.
+
+`forks/mine.py` is the example of docs/forking.md, written to a folder on PYTHONPATH; the commands are real
+processes, tiny and on one thread.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import ROOT, TINY, command, contents, differing, rows
+from torch import nn
+
+import forks
+import recipes.options
+from forks.lfq import LFQTokenizer
+from plumbing.files import read_checkpoint
+from tokenizer import TokenizerConfig
+
+EXAMPLE = re.search(r"^```python\n(# forks/mine\.py.*?)^```", (ROOT / "docs/forking.md").read_text(),
+                    re.M | re.S)[1]
+SETS = {key: value for key, value in TINY.items() if "codebook" not in key and "warm_start" not in key}
+OWN = dict(PATH=os.environ["PATH"], HOME=os.environ.get("HOME", "/"), OMP_NUM_THREADS="1")
+
+
+def script(*words, path=None, **how):
+    """A command of the repository with the folder `path` on PYTHONPATH: (exit code, stdout, stderr)."""
+    env = OWN | ({"PYTHONPATH": str(path)} if path else {})
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=env, capture_output=True,
+                          text=True, timeout=240, **how)
+    return done.returncode, done.stdout, done.stderr
+
+
+def train_words(stage, out, data, preset, *more):
+    words = command(stage, out, data, "--preset", preset, *more)
+    kept = [i for i, word in enumerate(words) if word == "--set" and words[i + 1].split("=")[0] not in SETS]
+    return [word for i, word in enumerate(words) if i not in kept and i - 1 not in kept]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder of somebody's own forks, that of the documentation among them."""
+    root = tmp_path_factory.mktemp("ideas")
+    (root / "forks").mkdir()
+    (root / "forks" / "mine.py").write_text(EXAMPLE)
+    return root
+
+
+@pytest.fixture(scope="module")
+def mine(folder, data, tmp_path_factory):
+    """A run folder of mine.demo as `--stage all` leaves it."""
+    out = tmp_path_factory.mktemp("mine")
+    code, _, error = script("train.py", *train_words("all", out, data, "mine.demo"), path=folder)
+    assert code == 0, error
+    return out
+
+
+# A fork of one's own --------------------------------------------------------------------------------------
+
+
+def test_the_example_of_the_documentation_is_a_whole_fork_in_at_most_15_lines():
+    assert len(EXAMPLE.splitlines()) <= 15 and "LookupFreeQuantizer" in EXAMPLE
+    assert not (ROOT / "forks" / "mine.py").exists()
+
+
+def test_a_fork_goes_through_all_stages_with_its_own_quantizer(mine):
+    for stage in ("phase1", "phase2", "ar", "nar"):
+        ckpt = read_checkpoint(mine / f"{stage}.pt", [stage])
+        assert ckpt["config"]["fork"] == "mine" and ckpt["step"] == 6
+    names = read_checkpoint(mine / "phase1.pt", ["phase1"])["model"]
+    assert "quantizer.powers" in names and not any("codebook" in name for name in names)
+    assert {"loss_entropy", "loss_commit"} <= rows(mine, "phase1")[0].keys()
+    assert (mine / "summary.json").exists()
+
+
+@pytest.mark.parametrize("words, made", [
+    ("sample.py --ckpt RUN/ar.pt --num 4 --out OUT/a.png", "a.png"),
+    ("sample.py --ckpt RUN/nar.pt --num 4 --format npz --out OUT/n.npz", "n.npz"),
+    ("sample.py --ckpt RUN/phase2.pt --reconstruct --num 4 --out OUT/r.png", "r.png"),
+    ("visualize.py view --ckpt RUN/ar.pt --num 4 --out OUT/v.png", "v.json"),
+    ("visualize.py compare RUN/phase1.pt --steps 2 --samples 20 --out OUT/c", "c"),
+    ("visualize.py report RUN --num 4 --out OUT/r.html", "r.html"),
+])
+def test_every_command_opens_its_checkpoints_without_being_told(mine, folder, tmp_path, words, made):
+    words = [word.replace("RUN", str(mine)).replace("OUT", str(tmp_path)) for word in words.split()]
+    code, _, error = script(*words, path=folder)
+    assert code == 0, error
+    assert any(path.name.startswith(made) for path in tmp_path.iterdir())
+
+
+def test_it_goes_on_after_a_kill_and_ends_as_an_unbroken_run(mine, folder, data, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    shutil.copy(mine / "vgg.pt", out)
+    words = train_words("phase1", out, data, "mine.demo")
+    kill = ("import os, sys, train\nfrom recipes.options import train_args\nreal = train.Run.due\n"
+            "def due(run, what, stage, step):\n"
+            "    if what == 'log' and step == 3: os.kill(os.getpid(), 9)\n"
+            "    return real(run, what, stage, step)\n"
+            "train.Run.due = due\ntrain.main(*train_args(sys.argv[1:]))")
+    assert script("-c", kill, *words, path=f"{folder}:{ROOT}")[0] == -9
+    assert read_checkpoint(out / "phase1.pt", ["phase1"])["step"] == 2
+    code, _, error = script("train.py", *words, path=folder)
+    assert code == 0, error
+    ours, unbroken = (read_checkpoint(place / "phase1.pt", ["phase1"]) for place in (out, mine))
+    assert not differing(ours["model"], unbroken["model"]) and not differing(ours["train"], unbroken["train"])
+    assert rows(out, "phase1") == rows(mine, "phase1")
+
+
+def test_without_its_file_a_checkpoint_is_refused_by_the_name_of_the_fork(mine, tmp_path):
+    code, _, error = script("sample.py", "--ckpt", mine / "ar.pt", "--out", tmp_path / "x.png")
+    assert code == 2 and error.startswith("error: there is no fork 'mine' in ") and error.count("\n") == 1
+
+
+# Bad input ------------------------------------------------------------------------------------------------
+
+BROKEN = {
+    "raises": "import torch\n1 / 0\n", "syntax": "def parts(:\n", "empty": "PRESETS = {}\n",
+    "wrong": "from recipes.small import DEMO, variant\nPRESETS = dict(demo=variant(DEMO, fork='wrong'))\n"
+             "def parts():\n    return dict(tokenizer=1)\n",
+}
+
+
+@pytest.mark.parametrize("preset, told", [
+    ("raises.demo", "fork raises cannot be imported: ZeroDivisionError"),
+    ("syntax.demo", "fork syntax cannot be imported: SyntaxError"),
+    ("empty.demo", "has no function parts()"), ("nobody.demo", "there is no fork 'nobody'"),
+    ("mine.other", "--preset mine.other"), ("nothing", "--preset nothing"),
+    ("../mine.demo", "no plain word"), ("os.path.demo", "no plain word"), ("a b.demo", "no plain word"),
+])
+def test_a_fork_that_is_missing_or_broken_is_one_line(folder, tmp_path, preset, told):
+    root = tmp_path / "more"
+    shutil.copytree(folder, root)
+    for name, text in BROKEN.items():
+        (root / "forks" / f"{name}.py").write_text(text)
+    code, out, error = script("train.py", "--stage", "phase1", "--preset", preset, "--out", tmp_path / "x",
+                              path=root)
+    assert code == 2 and error.startswith("error: ") and error.count("\n") == 1 and told in error, error
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("name", ["../x", "os.path", "a b", "", ".", "fqgan.tokenizer", None, 3, "__init__ "])
+def test_a_name_that_is_no_plain_word_is_refused_before_anything_is_imported(name):
+    before = set(sys.modules)
+    with pytest.raises(ValueError, match="no plain word"):
+        forks.load(name)
+    assert set(sys.modules) == before
+
+
+def test_a_checkpoint_can_name_a_fork_only(mine, tmp_path):
+    ckpt = torch.load(mine / "ar.pt", weights_only=True)
+    before = contents(mine)
+    for name in ("os.path", "../../tmp/x", ["os"]):
+        torch.save(dict(ckpt, config=dict(ckpt["config"], fork=name)), tmp_path / "ar.pt")
+        code, _, error = script("sample.py", "--ckpt", tmp_path / "ar.pt", "--out", tmp_path / "x.png")
+        assert code == 2 and "no plain word" in error and error.count("\n") == 1
+    assert contents(mine) == before
+
+
+def test_set_cannot_change_the_fork(tmp_path):
+    code, _, error = script("train.py", "--stage", "phase1", "--set", "fork=lfq", "--out", tmp_path / "x")
+    assert code == 2 and "--set fork=lfq" in error and error.count("\n") == 1
+
+
+# The forks that exist -------------------------------------------------------------------------------------
+
+
+def test_lookup_free_codes_are_their_own_indices_and_the_quantizer_trains():
+    config = TokenizerConfig(image_size=32, base_width=8, channel_mult=(1, 2), codebook_size=64,
+                             codebook_dim=6)
+    torch.manual_seed(0)
+    tokenizer = LFQTokenizer(config)
+    indices = torch.arange(64).view(1, 8, 8)
+    assert torch.equal(tokenizer.quantizer.quantize(tokenizer.quantizer.lookup(indices)), indices)
+    optimizer, x = torch.optim.Adam(tokenizer.parameters(), 3e-3), torch.rand(4, 3, 32, 32) * 2 - 1
+    first = None
+    for step in range(30):
+        assert tokenizer.start_step(step) == []
+        x_hat, tokens, losses = tokenizer(x)
+        loss = (x_hat - x).abs().mean() + 0.25 * losses["loss_commit"] + 0.1 * losses["loss_entropy"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        first = first or loss.item()
+    assert loss.item() < first and tokens.unique().numel() > 4
+    with torch.no_grad():
+        torch.testing.assert_close(tokenizer.decode(tokenizer.encode(x)), tokenizer(x)[0])
+    with pytest.raises(ValueError, match="LFQ has 2"):
+        LFQTokenizer(TokenizerConfig(codebook_dim=6, codebook_size=63))
+
+
+def test_the_gradient_of_a_lookup_free_code_is_that_of_the_latent():
+    quantizer = LFQTokenizer(TokenizerConfig(codebook_size=64, codebook_dim=6)).quantizer
+    z = torch.randn(2, 6, 3, 3, requires_grad=True)
+    z_st, indices, _ = quantizer(z)
+    assert torch.equal(z_st, quantizer.lookup(indices)) or torch.allclose(z_st, quantizer.lookup(indices))
+    upstream = torch.randn_like(z_st)
+    z_st.backward(upstream)
+    assert torch.equal(z.grad, upstream)
+
+
+@pytest.mark.parametrize("preset", ["lfq.demo", "guidance.demo"])
+def test_the_forks_that_exist_run_on_the_same_seam(preset, data, tmp_path):
+    out = tmp_path / "out"
+    sets = [f"{stage}.steps=2" for stage in ("judge", "phase1", "phase2", "ar", "nar")]
+    more = [word for item in sets for word in ("--set", item)]
+    code, _, error = script("train.py", *train_words("all", out, data, preset, *more[:0]), *more)
+    assert code == 0, error
+    for words in ("sample.py --ckpt OUT/ar.pt --num 2", "sample.py --ckpt OUT/nar.pt --num 2",
+                  "visualize.py view --ckpt OUT/ar.pt --num 2"):
+        code, _, error = script(*[word.replace("OUT", str(out)) for word in words.split()])
+        assert code == 0, error
+
+
+@pytest.mark.parametrize("preset, counts", [
+    ("fqgan-dual", ["150,410,131", "111,294,355", "417,104,896"]),
+    ("fqgan-triple", ["131,657,883"]), ("fqgan-large", ["901,195,520"]),
+])
+def test_explain_prints_the_counts_of_the_article_with_and_without_the_students(preset, counts):
+    code, out, error = script("train.py", "--explain", "--preset", preset)
+    assert code == 0 and all(count in out for count in counts), out + error
+
+
+def test_presets_of_forks_are_found_by_their_names_and_carry_their_fork():
+    assert recipes.options.find_preset("demo-fq") == recipes.options.find_preset("fqgan.demo-fq")
+    assert recipes.options.find_preset("demo-fq")["fork"] == "fqgan"
+    assert recipes.options.find_preset("demo")["fork"] is None  # that of recipes/, not lfq.demo
+    assert set(forks.names()) >= {"fqgan", "guidance", "lfq"}
+
+
+def test_every_preset_of_a_fork_builds_its_networks():
+    from plumbing.preflight import build_on_meta
+
+    for fork in ("fqgan", "guidance", "lfq"):
+        for name in forks.load(fork).PRESETS:
+            config = recipes.options.find_preset(f"{fork}.{name}")
+            networks = build_on_meta(config, recipes.options.STAGES)
+            assert {"phase1", "phase2", "ar", "nar"} <= networks.keys()
+            assert all(isinstance(network, nn.Module) for network in networks.values())
