@@ -711,7 +711,7 @@ def test_a_checkpoint_made_with_another_tokenizer_is_not_continued(trained, data
         ("nar", ["--data", "FLAT", "--tokenizer", "TRAINED/phase1.pt"], {}, "conditional=false"),
         ("phase1", [], dict(image_size=36), "not divisible by"),
         ("phase1", [], dict(image_size=48), "power of two"),
-        ("phase1", [], dict(tokenizer__channel_mult=[]), "no widths"),
+        ("phase1", [], dict(tokenizer__channel_mult=[]), "leave no width"),
         ("phase1", [], dict(discriminator__max_width=0), "max_width"),
         ("phase2", ["--tokenizer", "TRAINED/phase1.pt"], dict(discriminator__max_width=4), "size mismatch"),
         ("vgg", [], dict(image_size=16), "32"),
