@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from plumbing.checks import check, check_labels, eval_mode
+from plumbing.checks import check, check_labels, eval_mode, with_defaults
 
 
 @dataclass
@@ -301,9 +301,10 @@ class ARPrior(nn.Module):
                  does not depend on its batch (up to rounding of the matrix products).
         sampler: settings out of `SAMPLER`.
         returns: (B, N) int64 in [0, K).
-        raises:  ValueError for wrong shapes, labels out of range or noise outside [0, 1).
+        raises:  ValueError for wrong shapes, labels out of range or noise outside [0, 1), TypeError for an
+                 unknown setting.
         """
-        model, sampler = self.transformer, self.SAMPLER | sampler
+        model, sampler = self.transformer, with_defaults(self.SAMPLER, sampler)
         check("noise", noise, self.noise_shape(sampler), below=1)
         check_labels(labels, len(noise), self.config.num_classes, values=True)
         tokens = torch.zeros(len(noise), *self.token_shape, dtype=torch.int64, device=noise.device)

@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from plumbing.checks import check, check_labels, eval_mode
+from plumbing.checks import check, check_labels, eval_mode, with_defaults
 from prior_ar import GREEDY, PriorConfig, Transformer, sample_logits
 
 
@@ -144,11 +144,13 @@ class NARPrior(nn.Module):
                    confidence_space is "prob" or "log", what the score starts from.
         returns:   (B, N) int64 in [0, K); with return_steps also (B, N) int64, the round that fixed each
                    position, -1 where it was given.
-        raises:    ValueError for wrong shapes or settings, values out of range.
+        raises:    ValueError for wrong shapes or settings, values out of range, TypeError for an
+                   unknown setting.
         deviation: what the paper's "sampling temperature" multiplies is unresolved (I18, docs/decisions.md).
         """
-        model, sampler, T = self.transformer, self.SAMPLER | sampler, noise.shape[1]
-        check("noise", noise, self.noise_shape(sampler | {"nar_steps": T}), below=1)
+        model, T = self.transformer, max((1, *noise.shape[1:2]))
+        sampler = with_defaults(self.SAMPLER, {"nar_steps": T} | sampler)
+        check("noise", noise, self.noise_shape(sampler), below=1)
         check_labels(labels, len(noise), self.config.num_classes, values=True)
         if sampler["confidence_space"] not in ("prob", "log"):
             raise ValueError(f'confidence_space must be "prob" or "log", not {sampler["confidence_space"]!r}')

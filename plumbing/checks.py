@@ -19,6 +19,14 @@ def check(name, x, shape, dtype=None, below=None, batch=None):
         raise ValueError(f"{name}: expected values in [0, {below})")
 
 
+def with_defaults(defaults, given):
+    """The settings of a sampler, {name: value}.  raises: TypeError for a name that has no default"""
+    unknown = given.keys() - defaults.keys()
+    if unknown:
+        raise TypeError(f"generate has no setting {min(unknown)!r}, it has {', '.join(defaults)}")
+    return defaults | given
+
+
 def check_labels(labels, batch_size, num_classes, values=False):
     """ValueError unless labels is None or (batch_size,) int64, with `values` in [0, num_classes)."""
     if labels is None:

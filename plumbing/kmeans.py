@@ -20,6 +20,8 @@ class OfflineKMeans:
         self.bypass = False  # warm-up: the decoder gets z_hat itself, normalised where codes are
         self.collecting = False  # while encoder outputs go to the reservoir
         self.reestimations = range(config.warm_start, config.warm_start + 1)
+        if config.kmeans_every < 1:
+            raise ValueError(f"kmeans_every must be at least 1, got {config.kmeans_every}")
         if config.codebook == "kmeans":
             self.reestimations = range(config.kmeans_warmup, config.kmeans_last + 1, config.kmeans_every)
         if config.codebook_size > self.RESERVOIR:
