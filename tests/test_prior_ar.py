@@ -154,7 +154,9 @@ def test_cached_equals_uncached_greedy_decoding_twice_in_a_row(batch_size):
     prior = tiny_prior(sharpen=5.0)
     labels = torch.arange(batch_size) % 3
     noise = uniforms(batch_size, 12)
-    uncached = prior.generate(labels, noise, temperature=0, use_cache=False)
+    uncached = torch.zeros(batch_size, 12, dtype=torch.int64)
+    for i in range(12):  # a whole forward pass for each token
+        uncached[:, i] = prior(uncached, labels)[:, i].argmax(1)
     assert uncached.unique().numel() > 2  # a constant sequence would prove nothing
     for _ in range(2):
         assert torch.equal(prior.generate(labels, noise, temperature=0), uncached)
@@ -335,6 +337,12 @@ def test_a_code_of_probability_zero_is_never_drawn():
 def test_generate_rejects_bad_labels_and_noise(labels, noise):
     with pytest.raises(ValueError):
         tiny_prior().generate(labels, noise)
+
+
+@pytest.mark.parametrize("name", ["temperatur", "use_cache", "nar_steps"])
+def test_generate_rejects_settings_that_it_does_not_read(name):
+    with pytest.raises(TypeError, match=f"no setting '{name}', it has temperature, top_k, top_p"):
+        tiny_prior().generate(None, torch.zeros(2, 12), **{name: 0})
 
 
 def test_forward_rejects_wrong_shapes_and_labels_without_classes():
