@@ -265,6 +265,9 @@ def test_bfloat16_weights_and_noise_at_its_bounds_give_valid_tokens():
 @pytest.mark.parametrize(
     "settings",
     [
+        dict(nar_steps=5),  # of which the noise has 4
+        dict(noise=torch.zeros(2)),
+        dict(noise=torch.zeros(2, 0, 2, 12)),
         dict(noise=torch.zeros(2, 4, 2, 11)),
         dict(noise=torch.ones(2, 4, 2, 12)),
         dict(noise=torch.zeros(2, 13, 2, 12)),  # more rounds than tokens
@@ -278,6 +281,12 @@ def test_generate_rejects_bad_settings(settings):
     settings = {"labels": None, "noise": torch.zeros(2, 4, 2, 12), **settings}
     with pytest.raises(ValueError):
         tiny_prior().generate(**settings)
+
+
+@pytest.mark.parametrize("name", ["steps", "temperature", "top_p"])
+def test_generate_rejects_settings_that_it_does_not_read(name):
+    with pytest.raises(TypeError, match=f"no setting '{name}', it has nar_steps"):
+        tiny_prior().generate(None, torch.zeros(2, 4, 2, 12), **{name: 1})
 
 
 def test_a_tiny_prior_overfits_four_sequences():
