@@ -236,6 +236,7 @@ def test_attention_on_a_map_that_its_blocks_do_not_tile_is_refused():
         (dict(channel_mult=()), "no width"),
         (dict(base_width=0), "no width"),
         (dict(latent_kernel=2), r"\(1, 3\)"),
+        (dict(codebook="kmeans", kmeans_every=0), "kmeans_every must be at least 1"),
         (dict(codebook_size=20_000, warm_start=2), "16,384 vectors"),
     ],
 )
