@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import inspect
 import json
 import math
 from urllib.error import URLError
@@ -22,10 +23,12 @@ from forks.fqgan.teachers import Dino, DinoBlock, Teacher, load_teacher
 from forks.fqgan.prior import FactorizedAR, FactorizedNAR, rotary_angles, rotate
 from forks.fqgan.prior import FactorizedConfig as PriorConfig
 from forks.guidance import guide
+from forks.lfq import LookupFreeQuantizer
 from plumbing.models import load_model
 from forks.fqgan.tokenizer import Branch, FactorizedConfig, FactorizedQuantizer, FactorizedTokenizer
 from forks.fqgan.trunk import MapAttention
 from plumbing.codes import codebook_usage, count_codes
+from prior_ar import ARPrior
 from tokenizer import TokenizerConfig, VectorQuantizer, windowed_attention
 
 REFERENCE = dict(codebook_size=16_384, codebook_dim=8, adapter_layers=6)
@@ -420,6 +423,12 @@ def test_guidance_is_linear_in_its_scale_1_is_conditional_and_0_unconditional():
     prior = tiny()
     drawn = {s: prior.generate(labels, noise, guidance=s) for s in (0.0, 1.0, 1.0 + 1e-7, 4.0)}
     assert torch.equal(drawn[0.0], prior.generate(None, noise))
+    assert torch.equal(drawn[1.0], ARPrior.generate(prior, labels, noise))  # which knows of no guidance
+    batches, draw = [], prior.transformer.draw
+    prior.transformer.draw = lambda x, pick: (batches.append(len(x)), draw(x, pick))[1]
+    for scale in (1.0, 4.0):
+        prior.generate(labels, noise, guidance=scale)
+    assert batches == [3] * 9 + [6] * 9  # scale 1 costs no null rows
     free = tiny(num_classes=0)
     assert torch.equal(free.generate(None, noise, guidance=3.0), free.generate(None, noise))
     assert torch.equal(drawn[1.0], drawn[1.0 + 1e-7]) and not torch.equal(drawn[1.0], drawn[4.0])
@@ -599,3 +608,8 @@ def test_the_presets_of_the_article_build_its_networks(capsys):
     args, config = recipes.options.train_args(["--preset", "fqgan-dual", "--explain"])
     studies.cost.explain(config, plumbing.preflight.build_on_meta(config, recipes.options.STAGES))
     assert "417,104,896" in capsys.readouterr().out
+
+
+def test_the_answer_to_the_exercise_is_a_quantizer_of_at_most_40_lines():
+    """Lookup-free quantization; tests/test_forks.py trains it."""
+    assert len(inspect.getsource(LookupFreeQuantizer).splitlines()) <= 40
