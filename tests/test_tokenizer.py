@@ -443,6 +443,9 @@ def test_accumulated_micro_batches_give_the_gradients_of_the_whole_batch(factori
     probs = mean_probs(model, parts)
     assert gap(gradients(parts, probs), full) < 1e-4
     assert gap(gradients(parts, None), full) > 1e-2
+    whole = model.quantizer.probs(model.encoder(x)).detach()
+    for parts in (x.split(2), x.split(3)):  # micro-batches of 2 and 2, of 3 and 1: each image counts alike
+        torch.testing.assert_close(mean_probs(model, parts), whole)
 
 
 # Normalised mode ------------------------------------------------------------------------------------------
@@ -480,6 +483,13 @@ def test_kmeans_finds_exactly_k_distinct_points_without_error():
         counts = torch.bincount(distances.argmin(1), minlength=16)
         assert codebook_usage(counts)[0] == 1
         assert sorted(map(tuple, centres.tolist())) == sorted(map(tuple, points.tolist()))
+
+
+def test_kmeans_centres_are_the_means_of_the_points_nearest_to_them():
+    x = normal(60, 3)
+    centres = kmeans(x, 4, seed=0, iterations=50)
+    nearest = torch.cdist(x, centres).argmin(1)
+    torch.testing.assert_close(centres, torch.stack([x[nearest == i].mean(0) for i in range(4)]))
 
 
 def test_kmeans_depends_on_its_seed_only_and_survives_fewer_distinct_points_than_centres():
