@@ -1015,8 +1015,8 @@ def test_one_refusal_ends_all_processes_with_one_line(trained, data, tmp_path, c
 DRIVER = """
 import json, os, signal, sys, time
 import train
-import visualize
-from sample import rank
+from plumbing.processes import rank
+from recipes.options import train_args
 
 fault, words = json.loads(sys.argv[1]), json.loads(sys.argv[2])
 real = train.Run.due
@@ -1031,7 +1031,7 @@ def due(run, what, stage, step):
         time.sleep(fault["seconds"])
     return real(run, what, stage, step)
 train.Run.due = due
-train.main(*train.parse_args(words))
+train.main(*train_args(words))
 """
 
 
