@@ -278,6 +278,7 @@ def train_prior(run, stage):
 
 
 def train_stage(run, stage):
+    """Trains one stage to its last step; its stream of images is closed in whatever way it ends."""
     try:
         if stage in ("vgg", "resnet"):
             from plumbing.judge import train_judge

@@ -160,6 +160,7 @@ def figure_views(figure, args, device):
 
 
 def views_grid(figure, pairs, x):
+    """The grid of a figure out of VIEWS, from the pairs of `load_pairs` and the images x (num, 3, S, S)."""
     keys, side = VIEWS[figure], math.isqrt(pairs[0]["view"]["hits"].shape[1])
     if figure == "fig5a":
         pairs = sorted(pairs, key=lambda pair: pair["numbers"]["alpha"] or 0)
