@@ -10,7 +10,7 @@ def check(name, x, shape, dtype=None, below=None, batch=None):
 
     Reading values waits for the device, so training leaves it out. batch: B, or None for any
     """
-    sizes = (batch or len(x) if x.ndim else None, *shape)
+    sizes = ((batch or len(x)) if x.ndim else None, *shape)
     if tuple(x.shape) != sizes or dtype not in (None, x.dtype):
         wanted = ", ".join([str(batch or "B"), *map(str, shape)])
         kind = f" {str(dtype).removeprefix('torch.')}" if dtype else ""
@@ -33,9 +33,7 @@ def check_labels(labels, batch_size, num_classes, values=False):
         return
     if num_classes == 0:
         raise ValueError("this prior is unconditional (num_classes=0): labels must be None")
-    check("labels", labels, (), torch.int64, num_classes if values else None)
-    if len(labels) != batch_size:
-        raise ValueError(f"labels: expected ({batch_size},) int64, got {tuple(labels.shape)}")
+    check("labels", labels, (), torch.int64, num_classes if values else None, batch_size)
 
 
 @contextlib.contextmanager

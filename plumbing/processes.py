@@ -57,7 +57,7 @@ def on_rank0(action):
 def fetched(load):
     """What `load()` gives, first in one process alone, which downloads what is missing."""
     if world() > 1:
-        on_rank0(lambda: load() and None)
+        on_rank0(lambda: load() is not None)  # one word for the others, not the networks
     return load()
 
 
@@ -72,10 +72,10 @@ def agreed(request):
 
 def all_reduce_mean(x):
     """Mean of `x` over the processes of a distributed run, `x` itself otherwise. No gradient."""
-    if dist.is_available() and dist.is_initialized():
+    if world() > 1:
         x = x.clone()
         dist.all_reduce(x)
-        x /= dist.get_world_size()
+        x /= world()
     return x
 
 

@@ -21,8 +21,8 @@ from forks.lfq import LFQTokenizer
 from plumbing.files import read_checkpoint
 from tokenizer import TokenizerConfig
 
-EXAMPLE, SHORT = (re.search(r"^```python\n(# forks/mine\.py.*?)^```", (ROOT / page).read_text(), re.M | re.S)[1]
-                  for page in ("docs/forking.md", "README.md"))
+BLOCK = re.compile(r"^```python\n(# forks/mine\.py.*?)^```", re.M | re.S)
+EXAMPLE, SHORT = (BLOCK.search((ROOT / page).read_text())[1] for page in ("docs/forking.md", "README.md"))
 SETS = {key: value for key, value in TINY.items() if "codebook" not in key and "warm_start" not in key}
 OWN = dict(PATH=os.environ["PATH"], HOME=os.environ.get("HOME", "/"), OMP_NUM_THREADS="1")
 
