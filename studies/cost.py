@@ -13,8 +13,6 @@ from tokenizer import TokenizerConfig, VQTokenizer
 from visualize import told_loss
 
 PEAK = 989e12  # dense bf16 FLOP/s of an H100, by its data sheet
-
-
 REACHED = dict(phase1=0.13, phase2=0.08, ar=0.2, nar=0.17)  # of it by preset imagenet (docs/full-scale.md)
 
 

@@ -36,8 +36,6 @@ PROTOCOLS = {
     "gfid-train": "samples, classes in turn, against the central crops of all training images",
     "view-val": "teacher-forced predictions of all validation images against these images",
 }
-
-
 HOW = ("protocol", "num_images", "image_size", "classes", "extractor_hash", "resize", "feature_layer",
        "reference", "reference_images", "reference_hash")
 
