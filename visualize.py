@@ -354,6 +354,8 @@ def study(args):
     """Tables and other questions asked of finished checkpoints, which the folder studies/ answers."""
     if args.figure == "compare":
         from studies.probe import compare as answer
+    elif args.figure == "balance":
+        from studies.balance import balance as answer
     elif args.figure == "report":
         from studies.report import report as answer
     elif args.figure == "metrics":
@@ -367,7 +369,7 @@ def study(args):
 
 def main(args):
     with one_line_errors():
-        if not args.ckpt:
+        if not args.ckpt or args.figure == "balance":
             return study(args)
         out = args.out or args.ckpt[0].parent / f"{args.figure}.png"
         for suffix in (".png", ".json", *([".pdf"] if args.pdf else [])):

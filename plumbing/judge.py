@@ -1,17 +1,18 @@
 """A judge of one's own, a narrow VGG-16 trained on the labels at hand; or a scorer for the metrics."""
 
+import random
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from perceptual import VGGTaps, normalize_images
+from perceptual import NAMES, VGGTaps, normalize_images
 from plumbing.images import to_float
 from plumbing.models import load_model
-from plumbing.processes import mix, print0, seeded_rows, to_device
+from plumbing.processes import mix, on_rank0, print0, seeded_rows, to_device
 from plumbing.stages import DEPENDS, needs_judge, refuse_other_config, refuse_other_images
 from plumbing.validation import ratio, val_batches
-from plumbing.weights import ResNet, build_vgg16, load_vgg16_of
+from plumbing.weights import ResNet, build_vgg16, fold_batch_norm, load_vgg16_of
 from train import build_ema, build_optimizer, lr_at, set_lr, train_stage
 
 
@@ -36,7 +37,7 @@ def train_judge(run, stage):
     c, device = run.config["judge"], run.device
     sizes = dict(width=c["width"], num_classes=run.train.num_classes)
     if stage == "vgg":
-        sizes |= dict(hidden=c["hidden"], batch_norm=True)
+        sizes |= dict(hidden=c["hidden"], skip_pools=c["skip_pools"], batch_norm=True)
     torch.manual_seed(mix(run.config["seed"], stage))
     judge = (build_vgg16 if stage == "vgg" else ResNet)(**sizes)
     judge, judge.sizes = judge.to(device, memory_format=torch.channels_last), sizes
@@ -63,7 +64,30 @@ def train_judge(run, stage):
         if run.due("eval", stage, step):
             evaluate_judge(run, stage, step, ema.module if ema else judge)
         if run.due("save", stage, step):
+            if stage == "vgg":
+                judge.sizes["scale"] = on_rank0(lambda: tap_scales(run, ema.module if ema else judge))
             run.save(stage, step, judge, ema, optimizer=optimizer)
+
+
+@torch.no_grad()
+def tap_scales(run, judge, num=1000):
+    """By what the features are multiplied when this judge is loaded, dict of `NAMES` (ours; see
+    `plumbing.weights.scale_taps`): so that each tap has variance 1 over the training images, the mean over
+    its channels and places of their variances. The term d_l (Eq. 4) of two different images is then about 2
+    in every layer, so that no layer leads by its scale alone, and `per_weight` means the same for every
+    judge. Of `num` images, drawn by the seed; a tap that does not vary keeps its scale.
+    """
+    draw = random.Random(mix(run.config["seed"], "taps"))
+    drawn, sums = draw.sample(range(len(run.train)), min(num, len(run.train))), {}
+    taps = VGGTaps(fold_batch_norm(judge))
+    for first in range(0, len(drawn), 50):
+        x = torch.stack([run.train.view(i) for i in drawn[first : first + 50]])
+        for name, feature in taps(to_float(x, run.device), NAMES).items():
+            new = torch.stack([feature.double().sum(0), feature.double().square().sum(0)])
+            sums[name] = sums.get(name, 0) + new
+    moments = {name: total / len(drawn) for name, total in sums.items()}
+    variance = {name: (square - mean**2).mean().item() for name, (mean, square) in moments.items()}
+    return {name: v**-0.5 if v > 1e-12 else 1.0 for name, v in variance.items()}
 
 
 def random_shift(x, seed, step, batch):

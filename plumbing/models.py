@@ -5,12 +5,12 @@ from pathlib import Path
 import torch
 
 import forks
-from perceptual import PatchDiscriminator, StyleDiscriminator, VGGTaps
+from perceptual import LAYERS, LOGIT, PatchDiscriminator, StyleDiscriminator, VGGTaps
 from plumbing.errors import UserError, as_user_error, warn
 from plumbing.files import latent_hash, newest_intact, read_checkpoint
 from plumbing.processes import on_rank0, rank
 from plumbing.stages import refuse_other_config, refuse_other_images
-from plumbing.weights import ResNet, fold_batch_norm, vgg_from_state_dict
+from plumbing.weights import ResNet, fold_batch_norm, scale_taps, vgg_from_state_dict
 from prior_ar import ARPrior
 from prior_nar import NARPrior
 from tokenizer import VQTokenizer
@@ -48,9 +48,13 @@ def new_prior(config, stage, tokenizer, num_classes):
 def load_model(path, stages, device="cpu"):
     """(model in eval mode, checkpoint) of any stage; averaged weights where the run kept them."""
     ckpt = read_checkpoint(path, stages)
-    weights, sizes = ckpt["ema"] or ckpt["model"], ckpt["model_config"]
+    weights, sizes = ckpt["ema"] or ckpt["model"], dict(ckpt["model_config"])
     if ckpt["stage"] == "vgg":
-        model = VGGTaps(fold_batch_norm(vgg_from_state_dict(weights, str(path), **sizes)))
+        scale = sizes.pop("scale", None)  # older ones have none
+        vgg = fold_batch_norm(vgg_from_state_dict(weights, str(path), **sizes))
+        if scale:
+            scale_taps(vgg, {index: scale[name] for name, index in LAYERS.items()}, scale[LOGIT])
+        model = VGGTaps(vgg)
     elif ckpt["stage"] == "resnet":
         model = ResNet(**sizes)
         model.load_state_dict(weights, strict=True)

@@ -38,7 +38,7 @@ def build_on_meta(config, stages, given=None):
     found, phases, judge = {}, {"phase1", "phase2"} & {*stages}, config["judge"]
     with as_user_error(), torch.device("meta"):
         if "vgg" in stages or phases and config["vgg"] == "judge":
-            found["vgg"] = build_vgg16(judge["width"], 10, judge["hidden"], batch_norm=True)
+            found["vgg"] = build_vgg16(judge["width"], 10, judge["hidden"], True, judge["skip_pools"])
         if "resnet" in stages:
             found["resnet"] = ResNet(judge["width"])
         if not {*stages} - {"vgg", "resnet"}:

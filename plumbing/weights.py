@@ -16,13 +16,15 @@ from plumbing.processes import GlobalBatchNorm, fetched, on_rank0
 VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 
 
-def build_vgg16(width=64, num_classes=1000, hidden=4096, batch_norm=False):
+def build_vgg16(width=64, num_classes=1000, hidden=4096, batch_norm=False, skip_pools=0):
     """torchvision's VGG-16, or a narrower one: channels are (1, 2, 4, 8, 8) * width.
 
     At the defaults: torchvision's `vgg16()`, same state-dict keys, 138,357,544 parameters. With width < 64
     (the reduced judge for small images, ours) the 7x7 average pool becomes 1x1, so the first linear layer
     has 8 * width inputs instead of 8 * width * 49, and there is no dropout. `batch_norm` is for training it;
-    `fold_batch_norm` removes it afterwards. Five max-pools: sides of at least 32 pixels.
+    `fold_batch_norm` removes it afterwards. Of the five max-pools the first `skip_pools` do nothing, so that
+    the features of a small image are as fine as those of a large one: relu5_3 has the side of the token grid
+    at 256 pixels (16, f = 16), and with one pool left out at 32 pixels (4, f = 8) too.
 
     deviation: weights start as He-normal and biases at zero (ours); trained ones replace them.
     """
@@ -42,6 +44,9 @@ def build_vgg16(width=64, num_classes=1000, hidden=4096, batch_norm=False):
     vgg.features = nn.Sequential(
         *[GlobalBatchNorm(m.num_features) if isinstance(m, nn.BatchNorm2d) else m for m in vgg.features]
     )
+    pools = [i for i, module in enumerate(vgg.features) if isinstance(module, nn.MaxPool2d)]
+    for index in pools[:skip_pools]:  # keeps its place: the taps are known by their index
+        vgg.features[index] = nn.Identity()
     vgg.to_empty(device=torch.get_default_device())
     for module in vgg.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
@@ -96,6 +101,27 @@ def fold_batch_norm(vgg):
         else:
             layers.append(module)
     vgg.features = nn.Sequential(*layers)
+    return vgg
+
+
+def scale_taps(vgg, taps, logit):
+    """Multiplies the features of a plain VGG-16 by positive numbers, in place, and changes nothing else.
+
+    taps:    {index in vgg.features: number}, of ReLUs, up to the last; logit: number of its output
+    returns: `vgg`; its `logit_scale` is `logit`, for a softmax that wants the logits as they were
+    Weights and biases take the numbers up: ReLU, pooling and the next layer's weights let a positive factor
+    through.
+    """
+    layers = [(module, next(number for tap, number in sorted(taps.items()) if index < tap))
+              for index, module in enumerate(vgg.features) if isinstance(module, nn.Conv2d)]
+    layers += [(module, logit) for module in vgg.classifier if isinstance(module, nn.Linear)]
+    before = 1.0
+    with torch.no_grad():
+        for layer, now in layers:
+            layer.weight *= now / before
+            layer.bias *= now
+            before = now
+    vgg.logit_scale = logit
     return vgg
 
 

@@ -26,6 +26,7 @@ FIGURES = dict(
     fig9="as fig7a, of several priors, enlarged", fig10="validation losses of several ar.pt or nar.pt",
     fig11="reconstructions and AR predictions of several ar.pt, image by image",
     metrics="results of sample.py --metrics side by side",
+    balance="sizes and gradients of the perceptual loss's layers beside L1's, of several phase1.pt",
     compare="a probe of tokenizers, phase1.pt or phase2.pt",
     report="one HTML page of a run folder")
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word", list: "a list"}
@@ -38,7 +39,7 @@ BOUNDS = dict(  # of flags and of values of a preset, wherever a name occurs; VG
     steps=(0, 1e12), batch=COUNT, micro_batch=COUNT, workers=(0, 1e4), timeout=(0.1, 1e9), num=COUNT,
     log_every=(1, 1e12), eval_every=(0, 1e12), save_every=(1, 1e12), seed=(0, 2**63 - 1), limit=(1, 1e12),
     samples=COUNT, nproc=COUNT, image_size=(32, 1e5), codebook_size=(2, 1e8), codebook_dim=(1, 1e5),
-    kmeans_every=COUNT, width=(1, 1e5), hidden=(1, 1e6),
+    kmeans_every=COUNT, width=(1, 1e5), hidden=(1, 1e6), skip_pools=(0, 5),
     max_width=(1, 1e5), channel_multiplier=(1, 1e4), n_layer=(1, 1e4), n_head=(1, 1e4), n_embd=(1, 1e6),
     head_layers=(1, 1e4), dropout=SHARE, class_dropout=SHARE, label_smoothing=SHARE, code_variants=(1, 1e4),
     alpha=SHARE, beta=ANY, gamma=(-1e9, 1e9), per_weight=ANY, adv_weight=ANY, adv_start=ANY, adv_ramp=ANY,
@@ -275,6 +276,7 @@ def visualize_args(words=None):
     add("--tokenizer", type=as_path, nargs="+", default=[], help="one per CKPT (default: found beside each); "
         "fig7a, fig9: that of phase 1 and that of phase 2")
     add("--data", type=expanded, help="folder of images (default: the validation images of the first run)")
+    add("--vgg", type=expanded, help="of balance: as train.py (default: that of the run)")
     add("--num", type=int, help="images for the numbers; the first few are drawn (default: 64 at most)")
     add("--pdf", action="store_true", help="figures: write a PDF too")
     add("--steps", type=int, help="of compare: training steps of the probe (default 400)")
@@ -316,7 +318,9 @@ def visualize_args(words=None):
         parser.error(str(error))
     if args.figure == "claims" and args.preset not in ("claims", "demo", "cifar10"):
         parser.error("claims trains its own judge: --preset claims, demo or cifar10")
-    if args.out and not (listed or table) and args.out.suffix != ".png":
+    if args.vgg and args.figure != "balance":
+        parser.error(f"--vgg is of balance, not of {args.figure}")
+    if args.out and not (listed or table or args.figure == "balance") and args.out.suffix != ".png":
         parser.error(f"--out {args.out}: a figure's name must end in .png (JSON and PDF go beside it)")
     unread = [name for name in ("ckpt", "tokenizer", "num", "steps") if getattr(args, name)]
     if table and unread:

@@ -35,7 +35,8 @@ def register_scorer(network, name="classifier"):
         def forward(self, x):
             x = normalize_images(x.float() / 127.5 - 1)
             pool = self.network.avgpool(self.network.features(x)).flatten(1)
-            out = {"pool": pool, "logits": self.network.classifier(pool)}
+            logits = self.network.classifier(pool) / getattr(self.network, "logit_scale", 1)
+            out = {"pool": pool, "logits": logits}  # as the classifier was trained, for the inception score
             return tuple(out[layer] for layer in self.features_list)
 
     FEATURE_EXTRACTORS_REGISTRY.pop(name, None)

@@ -1,5 +1,6 @@
 """Claims about perceptual.py: VGG taps, Eq. 4, the discriminators and their losses. CPU, no network."""
 
+import copy
 import functools
 import hashlib
 import math
@@ -160,6 +161,34 @@ def test_folding_batch_norm_changes_nothing(pair):
     P.VGGTaps(folded)  # the taps are again at the indices of LAYERS
     with pytest.raises(ValueError, match="fold_batch_norm"):
         P.VGGTaps(vgg)
+
+
+def test_scaling_multiplies_every_tap_by_its_own_number_and_nothing_else(taps, pair):
+    scale = dict(zip(ALL_LAYERS, (2.0, 0.25, 3.0, 1.0, 0.5, 7.0), strict=True))
+    vgg = copy.deepcopy(taps.vgg)
+    for name, parameter in vgg.named_parameters():  # a bias of zero would hide that it is scaled
+        if name.endswith("bias"):
+            nn.init.uniform_(parameter, -0.5, 0.5)
+    before = P.VGGTaps(copy.deepcopy(vgg))(pair[0], ALL_LAYERS)
+    scaled = plumbing.weights.scale_taps(
+        vgg, {index: scale[name] for name, index in P.LAYERS.items()}, scale[P.LOGIT])
+    after = P.VGGTaps(scaled)(pair[0], ALL_LAYERS)
+    for name in ALL_LAYERS:
+        torch.testing.assert_close(after[name], before[name] * scale[name], rtol=1e-4, atol=1e-5)
+    assert scaled.logit_scale == 7.0  # by which a softmax divides
+
+
+@pytest.mark.parametrize("skipped, sides", [(0, (32, 16, 8, 4, 2)), (1, (32, 32, 16, 8, 4)),
+                                            (2, (32, 32, 32, 16, 8))])
+def test_pools_left_out_from_the_front_make_all_later_features_finer(pair, skipped, sides):
+    judge = P.VGGTaps(plumbing.weights.build_vgg16(**SMALL, skip_pools=skipped))
+    features = judge(pair[0], ALL_LAYERS)  # the taps are where they were
+    assert tuple(features[name].shape[-1] for name in P.LAYERS) == sides
+    assert features[P.LOGIT].shape == (2, 10)
+    smallest = 32 >> skipped
+    judge(pair[0][..., :smallest, :smallest], [P.LOGIT])
+    with pytest.raises(ValueError, match=f"at least {smallest}x{smallest}"):
+        judge(pair[0][..., : smallest - 1, : smallest - 1], [P.LOGIT])
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip format", "format of 2017"])
