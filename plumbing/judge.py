@@ -64,7 +64,7 @@ def train_judge(run, stage):
         if run.due("eval", stage, step):
             evaluate_judge(run, stage, step, ema.module if ema else judge)
         if run.due("save", stage, step):
-            if stage == "vgg":
+            if stage == "vgg" and c["scale_taps"]:
                 judge.sizes["scale"] = on_rank0(lambda: tap_scales(run, ema.module if ema else judge))
             run.save(stage, step, judge, ema, optimizer=optimizer)
 

@@ -7,7 +7,7 @@ CIFAR10 = variant(
     tokenizer=dict(base_width=32, channel_mult=[1, 2, 4, 4], codebook_size=256, codebook_dim=64,
                    warm_start=200),
     discriminator=dict(max_width=32),
-    judge=dict(width=32, hidden=256, batch=128, steps=6000, lr=2e-3, skip_pools=1),  # relu5_3 is 4x4 too
+    judge=dict(width=32, hidden=256, batch=128, steps=6000, lr=2e-3, scale_taps=False),
     phase1=dict(batch=64, steps=3600, lr=6e-4, lr_end=3e-5, gamma=0.1, per_weight=0.03, ema=0.995),
     phase2=dict(batch=64, steps=600, lr=2e-4, per_weight=0.1, ema=0.99),
     prior=dict(n_layer=8, n_head=8, n_embd=256, dropout=0.0),

@@ -40,15 +40,18 @@ def test_every_tap_of_a_judge_that_was_trained_here_has_variance_1_over_the_trai
         assert features.var(0, unbiased=False).mean().item() == pytest.approx(1, rel=1e-3), name
 
 
-def test_the_small_presets_judge_relu5_3_on_the_token_grid_and_torchvision_s_vgg_keeps_its_scale(trained):
+def test_a_judge_with_one_pool_left_out_sees_the_token_grid_of_f_8_in_relu5_3(trained):
     judge, _ = plumbing.models.load_model(trained / "vgg.pt", ("vgg",))
+    tokenizer, _ = plumbing.models.load_model(trained / "phase1.pt", ("phase1",))
     x = torch.zeros(1, 3, 32, 32)
-    assert judge(x, ["relu5_3"])["relu5_3"].shape[2:] == (4, 4)
-    for name in ("demo", "cifar10", "claims"):
-        config = recipes.options.find_preset(name)
-        stages = len(config["tokenizer"]["channel_mult"]) - 1
-        assert 32 >> (4 - config["judge"]["skip_pools"]) == 32 >> stages
-    assert recipes.options.find_preset("imagenet")["judge"]["skip_pools"] == 0
+    assert judge(x, ["relu5_3"])["relu5_3"].shape[2:] == (tokenizer.grid_size,) * 2 == (4, 4)
+
+
+def test_a_judge_whose_taps_are_not_to_be_scaled_keeps_no_scales(trained, data, tmp_path):
+    call("vgg", tmp_path, data, judge__scale_taps=False)
+    one, other = read(trained / "vgg.pt"), read(tmp_path / "vgg.pt")
+    assert "scale" in one["model_config"] and "scale" not in other["model_config"]
+    assert not differing(one["model"], other["model"])  # training is the same
 
 
 def test_a_judge_of_before_has_no_scales_and_is_opened_as_it_was(trained, tmp_path):
