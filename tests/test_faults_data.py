@@ -380,7 +380,7 @@ def test_every_path_flag_knows_the_home_folder(script, monkeypatch):
     assert all(config[key] == f"/home/me/{key}" for key in ("data", "val", "vgg") if config)
     source = inspect.getsource(PARSERS[script])
     flags = re.findall(r'add\("(?:--)?(\w+)", type=(?:as_path|expanded)', source)
-    lists = ("files", "ckpt", "tokenizer", "out") if script is visualize else ()  # the next test
+    lists = ("files", "ckpt", "tokenizer", "out", "vgg") if script is visualize else ()  # the next test
     assert set(flags) == {*PATHS[script], *lists} and "type=Path" not in source
 
 
@@ -392,6 +392,8 @@ def test_paths_in_lists_and_in_set_know_the_home_folder(monkeypatch):
     assert [str(p) for p in (*args.ckpt, *args.tokenizer, args.out)] == [
         "/home/me/a.pt", "/home/me/b.pt", "/home/me/c.pt", "d.pt", "/home/me/x.png"]
     assert recipes.options.visualize_args(["report", "~/run"]).files == [Path("/home/me/run")]
+    balance = recipes.options.visualize_args(["balance", "--ckpt", "a.pt", "--vgg", "~/vgg.pth"])
+    assert str(balance.vgg) == "/home/me/vgg.pth"
     sets = ["data=~/d", "val=~/v", "vgg=~/vgg.pth", 'phase1.teachers=[null, "~/clip.pt", "judge"]']
     words = [word for item in sets for word in ("--set", item)]
     config = recipes.options.train_args(["--stage", "phase1", "--preset", "demo-fq", *words])[1]
