@@ -79,14 +79,45 @@ TABLES = {
         rows=[Row("phase 1", "sem", {"phase1.alpha": 1.0}, (None, 7.83, 5.31)),
               Row("phase 1 + 2", "sem", {"phase1.alpha": 1.0}, (1.99, 7.55, 4.99), "phase2")]),
 }
-CLAIMS = {  # arms of the experiment on the paper's claims: flags of train.py, seeds
-    **{f"alpha={alpha}": (["--alpha", str(alpha)], seeds)
-       for alpha, seeds in ((0, 3), (0.25, 1), (0.5, 3), (0.75, 1), (1, 3))},
-    "attention2": (["--ablation", "+attention2"], 2),  # Table 1: alpha = 0, one phase
-    "vqgan": (["--ablation", "vqgan"], 1),  # Table 5, without the K-means start that the other arms have
-    "entropy": (["--ablation", "entropy"], 1),
-    "plain": (["--alpha", "0", "--set", "tokenizer.codebook=plain"], 1),
-    **{f"f4,alpha={alpha}": (["--alpha", str(alpha), "--set", "tokenizer.channel_mult=[1,2,4]"], 1)
+
+@dataclass
+class Arm:
+    """One arm of the experiment on the paper's claims; what is not said here is the preset's.
+
+    words: flags of train.py, or a function of the preset that gives them;  seeds: how many, from 0
+    phases: of the tokenizer;  judge: a --set for a judge of its own;  fork: whose variant of the preset
+    priors: the arm whose priors draw, as its tokens are the same;  odd: steps that no other arm has
+    """
+
+    words: object
+    seeds: int = 1
+    phases: tuple = ("phase1",)
+    judge: str = ""
+    fork: str = ""
+    priors: str = ""
+    odd: bool = False
+
+
+def longer(config):
+    """Phase 1 with the steps of both phases: what phase 2 is worth beyond its steps."""
+    return ["--alpha", "1", "--set", f"phase1.steps={config['phase1']['steps'] + config['phase2']['steps']}"]
+
+
+def fewer_codes(config):
+    """A quarter of the codes."""
+    return ["--alpha", "0", "--set", f"tokenizer.codebook_size={config['tokenizer']['codebook_size'] // 4}"]
+
+
+BOTH = ("phase1", "phase2")
+CLAIMS = {
+    **{f"alpha={alpha}": Arm(["--alpha", str(alpha)], seeds, BOTH)
+       for alpha, seeds in ((0, 3), (0.4, 3), (1, 3), (0.2, 1), (0.6, 1), (0.8, 1))},
+    "no-attention": Arm(["--alpha", "1"], 1, BOTH, fork="noattention", priors="alpha=1"),
+    "longer": Arm(longer, odd=True),
+    "D": Arm(["--ablation", "D"]),
+    "E": Arm(["--ablation", "E"]),
+    "fewer-codes": Arm(fewer_codes),
+    **{f"five-pools,alpha={alpha}": Arm(["--alpha", str(alpha)], judge="judge.skip_pools=0")
        for alpha in (0, 1)},
 }
 

@@ -223,6 +223,8 @@ def sample_args(words=None):
     add("--predict", action="store_true", help="with --metrics, of ar.pt: measure the teacher-forced view")
     add("--extractor", type=expanded, default="inception", help="features: 'inception' (downloaded), a file "
         "of its weights, or a resnet.pt or vgg.pt of --stage vgg")
+    add("--second", type=expanded, help="a second network of features for the same images, as --extractor; "
+        "its numbers go to a file of their own, with _2 at the end of the name")
     add("--lpips", type=expanded, default="imagenet", help="VGG-16 of LPIPS: 'imagenet' (downloaded), a .pth "
         "file or 'none'")
     add("--references", type=as_path, default=Path("runs/references"), help="cache of reference statistics")
@@ -258,8 +260,11 @@ def sample_args(words=None):
             check_values({name: value}, lambda key: f"--sweep {args.sweep}: {key}")
     except ValueError as error:
         parser.error(str(error))
-    if (args.values or args.predict) and not args.metrics:
-        parser.error(f"--{'sweep' if args.values else 'predict'} measures: pass --metrics too")
+    measuring = [name for name in ("sweep", "predict", "second") if getattr(args, name)]
+    if measuring and not args.metrics:
+        parser.error(f"--{measuring[0]} measures: pass --metrics too")
+    if args.second and args.reference:
+        parser.error("--reference holds features of one network; with --second use --references")
     if args.values and args.predict:
         parser.error("--predict draws no samples, so there is no sampler to sweep")
     return args

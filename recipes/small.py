@@ -16,8 +16,9 @@ CIFAR10 = variant(
     sample=dict(top_p=0.8, token_temperature=0.7),
 )
 CLAIMS = variant(  # for the experiment on the paper's claims: a run in half an hour of one core
-    CIFAR10, tokenizer=dict(base_width=24), discriminator=dict(max_width=24),
-    phase1=dict(steps=1200), phase2=dict(steps=200, per_weight=0.03),
+    CIFAR10, tokenizer=dict(base_width=24, channel_mult=[1, 2, 4]), discriminator=dict(max_width=24),
+    judge=dict(width=16, skip_pools=2, scale_taps=True),
+    phase1=dict(steps=1200), phase2=dict(steps=480, per_weight=0.03),
     prior=dict(n_layer=6, n_head=6, n_embd=192),
     ar=dict(steps=1500, lr_start=600), nar=dict(steps=2000, lr_start=800),
     sample=dict(top_p=0.92, token_temperature=1.0))  # the paper's sampler: cifar10's was chosen at alpha = 1

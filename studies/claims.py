@@ -1,7 +1,8 @@
-"""The experiment on the paper's five claims."""
+"""The experiment on the paper's claims."""
 
 import json
 import math
+from pathlib import Path
 
 import torch
 
@@ -15,18 +16,18 @@ from plumbing.models import load_model
 from plumbing.processes import print0, setup_device
 from plumbing.slices import decode
 from recipes.ablations import CLAIMS, Row
-from recipes.options import visualize_args
+from recipes.options import train_args, visualize_args
 from studies.metrics import HOW, read_result
 from studies.tables import Table, finished, print_table, refuse_unlike, row_seconds, table
 from studies.verdicts import Spread, judge_claims
 from visualize import draw, stability
 
-ROWS = [Row(f"{arm}, seed {seed}", f"{arm}|{seed}", {}, ())  # the first seeds first
-        for seed in range(3) for arm, (_, seeds) in CLAIMS.items() if seed < seeds]
+ROWS = [Row(f"{name}, seed {seed}", f"{name}|{seed}", {}, ())  # the first seeds first
+        for seed in range(3) for name, arm in CLAIMS.items() if seed < arm.seeds]
 
 
 class Claims(Table):
-    """The experiment on the paper's five claims: arms of CLAIMS, several seeds, equal budgets. See
+    """The experiment on the paper's claims: arms of CLAIMS, several seeds, equal budgets, two scorers. See
     assets/claims_protocol.md for what is measured and what counts as holding."""
 
     KIND = "claims"
@@ -38,28 +39,50 @@ class Claims(Table):
             args.set = self.SHORT + args.set
         super().__init__(args)
         self.table = dict(rows=[row for row in ROWS if args.preset != "demo" or row.name.endswith("|0")])
+        _, words = self.train("phase1", self.root)
+        self.config = train_args(words[1:])[1]
+        self.second = str(self.root / "second" / "vgg.pt")
+
+    def judge(self, arm):
+        return self.root / ",".join(["judge", *([arm.judge] if arm.judge else [])])
+
+    def shared(self):
+        """The judges, one for each setting, and two scorers that no tokenizer is trained with: the ResNet of
+        all tables, whose numbers are judged, and a VGG of another seed and all five pools."""
+        judges = {self.judge(arm): ["--set", arm.judge] if arm.judge else [] for arm in CLAIMS.values()}
+        found = [self.train("vgg", folder, *words) for folder, words in judges.items()]
+        _, *scorer = super().shared()
+        second = self.train("vgg", Path(self.second).parent, "--seed", "2", "--set", "judge.skip_pools=0")
+        return [*found, *scorer, second]
 
     def row(self, name, decoder):
         """All commands of an arm and seed, and its result files."""
-        arm, seed = name.split("|")
-        folder, result = self.root / f"{arm},seed={seed}", {}
-        words = [*CLAIMS[arm][0], "--seed", seed, "--vgg", str(self.root / "judge" / "vgg.pt")]
-        phases = ("phase1",) if arm == "attention2" else ("phase1", "phase2")
-        commands = [self.train(stage, folder, *words) for stage in (*phases, "ar", "nar")]
+        name, seed = name.split("|")
+        arm, result = CLAIMS[name], {}
+        folder = self.root / f"{name},seed={seed}"
+        words = arm.words(self.config) if callable(arm.words) else arm.words
+        words = [*words, "--seed", seed, "--vgg", str(self.judge(arm) / "vgg.pt")]
+        if arm.fork:
+            words += ["--preset", f"{arm.fork}.{self.args.preset}"]
+        stages = arm.phases if arm.priors else (*arm.phases, "ar", "nar")
+        commands = [self.train(stage, folder, *words) for stage in stages]
+        priors = self.root / f"{arm.priors},seed={seed}" if arm.priors else folder
 
         def measure(key, checkpoint, *more):
-            result[key] = folder / f"metrics_{key}.json"
-            commands.append((result[key], [
-                "sample.py", "--ckpt", str(folder / f"{checkpoint}.pt"), "--metrics", "--extractor",
-                self.extractor, "--references", str(self.root / "references"), "--precision", "bf16",
-                *self.device, *more, "--out", str(result[key])]))
+            path = result[key] = folder / f"metrics_{key}.json"
+            result[f"{key}_2"] = folder / f"metrics_{key}_2.json"
+            commands.append((path, [
+                "sample.py", "--ckpt", str(checkpoint), "--metrics", "--extractor", self.extractor,
+                "--second", self.second, "--references", str(self.root / "references"), "--precision", "bf16",
+                *self.device, *more, "--out", str(path)]))
 
-        for phase in phases:
-            measure(f"rec_{phase}", phase, "--lpips", "none")
+        for phase in arm.phases:
+            measure(f"rec_{phase}", folder / f"{phase}.pt", "--lpips", "none")
             for stage in ("ar", "nar"):
-                measure(f"{stage}_{phase}", stage, "--tokenizer", str(folder / f"{phase}.pt"), "--num",
-                        str(self.samples))
-        measure("view", "ar", "--predict", "--tokenizer", str(folder / "phase1.pt"))
+                measure(f"{stage}_{phase}", priors / f"{stage}.pt", "--tokenizer",
+                        str(folder / f"{phase}.pt"), "--num", str(self.samples))
+        if not arm.priors:
+            measure("view", folder / "ar.pt", "--predict", "--tokenizer", str(folder / "phase1.pt"))
         return commands, result
 
     def measured(self, name):
@@ -67,16 +90,20 @@ class Claims(Table):
         commands, files = self.row(name, "phase1")
         if not all(finished(path, words) for path, words in commands):
             return None
-        arm, seed = name.split("|")
+        name, seed = name.split("|")
         folder, results = commands[0][0].parent, {key: read_result(path) for key, path in files.items()}
-        row = dict(arm=arm, seed=int(seed), alpha=read_checkpoint(folder / "phase1.pt", ["phase1"])[
-            "config"]["phase1"]["alpha"])
+        settings = read_checkpoint(folder / "phase1.pt", ["phase1"])["config"]["phase1"]
+        row = dict(arm=name, seed=int(seed), alpha=settings["alpha"], layers=settings["layers"],
+                   per_weight=settings["per_weight"], odd=CLAIMS[name].odd)
         for key, result in results.items():
-            row |= {f"{key}_{name}": value for name, value in result["results"].items()
-                    if isinstance(value, float)}
+            tail = "_2" if key.endswith("_2") else ""
+            row |= {f"{key.removesuffix(tail)}_{metric}{tail}": value
+                    for metric, value in result["results"].items() if isinstance(value, float)}
         logged = read_metrics(folder / "metrics.jsonl")
         for stage, key in (("phase1", "val_l1"), ("ar", "val_loss"), ("nar", "val_loss")):
             seen = [r for r in logged if r["stage"] == stage and key in r]
+            if not seen:  # the priors of another arm
+                continue
             last = seen[-1]  # is the curve flat? The validations are a fifth of the run apart
             row[f"{stage}_last_fifth"] = last[key] - seen[-2][key] if len(seen) > 1 else None
             if stage != "phase1":
@@ -127,8 +154,10 @@ class Claims(Table):
         if not found:
             return
         spread = Spread(found)
-        names = {"rec_phase1_rfid": "rFD", "rec_phase2_rfid": "rFD, 1+2", "ar_phase1_fid": "AR FD",
-                 "ar_phase2_fid": "AR FD, 1+2", "nar_phase1_fid": "NAR FD", "nar_phase2_fid": "NAR FD, 1+2",
+        names = {"rec_phase1_rfid": "rFD", "rec_phase1_rfid_2": "rFD, 2nd scorer",
+                 "rec_phase2_rfid": "rFD, 1+2", "ar_phase1_fid": "AR FD", "ar_phase1_fid_2": "AR FD, 2nd",
+                 "ar_phase2_fid": "AR FD, 1+2", "nar_phase1_fid": "NAR FD",
+                 "nar_phase1_fid_2": "NAR FD, 2nd", "nar_phase2_fid": "NAR FD, 1+2",
                  "view_view_fid": "view FD", "ar_nats": "AR nats", "ar_relative": "AR nats / unigram",
                  "nar_relative": "NAR nats / unigram", "ar_top1": "AR top-1",
                  "ar_phase1_class_accuracy": "AR class", "nar_phase1_class_accuracy": "NAR class",
@@ -146,7 +175,7 @@ class Claims(Table):
             text += [f"{claim}: **{verdict}**", *(f"  - {part}" for part in parts)]
         print0("\n".join(text[3:]))
         accuracy = {stage: [row["val_accuracy"] for row in read_metrics(self.root / stage / "metrics.jsonl")
-                            if "val_accuracy" in row][-1:] for stage in ("judge", "scorer")}
+                            if "val_accuracy" in row][-1:] for stage in ("judge", "scorer", "second")}
         measures = {key: read_result(path) for key, path in self.row(done[0], "phase1")[1].items()}
         about = dict(preset=self.args.preset, set=self.args.set, runs=len(found), torch=torch.__version__,
                      seconds=sum(row["seconds"] for row in found), val_accuracy=accuracy,
@@ -166,9 +195,9 @@ class Claims(Table):
 
 
 def refuse_unequal(rows, root):
-    """raises: UserError if the runs of a stage have not all the same number of steps"""
+    """raises: UserError if the runs of a stage have not all the same number of steps, but for odd arms"""
     for stage in ("phase1", "phase2", "ar", "nar"):
-        steps = sorted({row["steps"][stage] for row in rows if stage in row["steps"]})
+        steps = sorted({row["steps"][stage] for row in rows if stage in row["steps"] and not row["odd"]})
         if len(steps) > 1:
             raise UserError(f"{root} has runs of {stage} with {steps[0]} and with {steps[-1]} steps, and "
                             "arms are compared at equal budgets; move the odd ones away and --run again")
@@ -179,6 +208,7 @@ def draw_claims(spread, path):
     fig = new_figure(8, 3)
     axes = fig.subplots(1, 3)
     arms = [arm for arm in CLAIMS if arm.startswith("alpha=") and spread.values(arm, "rec_phase1_rfid")]
+    arms.sort(key=lambda arm: float(arm.removeprefix("alpha=")))
     alphas, numbers = [float(arm.removeprefix("alpha=")) for arm in arms], []
     titles = {"rec_{}_rfid": "rFD", "ar_{}_fid": "AR samples, FD", "nar_{}_fid": "NAR samples, FD"}
     for axis, (form, name) in zip(axes, titles.items(), strict=True):

@@ -171,7 +171,8 @@ def class_accuracy(extractor, class_names, rows):
 
 
 def evaluate(args, device):
-    """--metrics: measures a checkpoint by its protocol and writes one JSON. An interrupted call goes on."""
+    """--metrics: measures a checkpoint by its protocol and writes one JSON, with --second another one of the
+    same images. An interrupted call goes on.  returns: the (first) result"""
     ckpt = read_checkpoint(args.ckpt, ("phase1", "phase2", "ar", "nar"))
     config = ckpt["config"]
     protocol = "rfid-val" if ckpt["stage"] in ("phase1", "phase2") else "gfid-train"
@@ -180,80 +181,101 @@ def evaluate(args, device):
             raise UserError(f"--predict needs an ar.pt: a {ckpt['stage']} prior would see what it predicts")
         protocol = "view-val"
     out = args.out or args.ckpt.with_name(f"metrics_{args.ckpt.stem}{'_view' * args.predict}.json")
-    on_rank0(lambda: read_result(out) if os.path.exists(out) else writable(out))
-    extractor = Extractor(args.extractor, config["image_size"], device)
+    sources = {"": args.extractor} | ({"_2": args.second} if args.second else {})
+    outs = {tail: out.with_name(f"{out.stem}{tail}{out.suffix}") for tail in sources}
+    on_rank0(lambda: [read_result(o) if os.path.exists(o) else writable(o) for o in outs.values()])
+    extractors = {tail: Extractor(source, config["image_size"], device) for tail, source in sources.items()}
+
+    def features(images):
+        """What all extractors give; digests, of the images themselves, once."""
+        return {key + tail * (key != "digests"): rows for tail, extractor in extractors.items()
+                for key, rows in extractor(images).items()}
+
     if protocol in ("rfid-val", "view-val"):
         val = images_of(args.ckpt, config, args.data)[1]
         if args.num not in (None, len(val)):
             raise UserError(f"{protocol} takes all {len(val)} validation images; leave --num out")
         args.num, names = len(val), val.class_names
         measure = measure_view if args.predict else measure_reconstructions
-        measured, info = measure(args, extractor, val, device)
+        measured, info = measure(args, features, val, device)
     else:
         args.num = args.num or 50_000
-        measured, info = measure_samples(args, extractor, device)
+        measured, info = measure_samples(args, features, device)
         names = ckpt["class_names"] if info["classes"] else []
-    extractor.check_number(args.num, "images")
-    reference = load_reference(args, extractor, config, protocol.split("-")[1])
-    how = dict(protocol=protocol, num_images=args.num, image_size=config["image_size"], **extractor.info)
-    mine = how | dict(classes=None) | info
+    references, mine = {}, {}
+    for tail, extractor in extractors.items():
+        extractor.check_number(args.num, "images")
+        references[tail] = load_reference(args, extractor, config, protocol.split("-")[1])
+        how = dict(protocol=protocol, num_images=args.num, image_size=config["image_size"], **extractor.info)
+        mine[tail] = how | dict(classes=None) | info
 
     def known():
-        """Whether `out` holds this very result, and the folder for its parts if not."""
-        mine.update(reference=reference["reference"], reference_images=reference["reference_images"],
-                    reference_hash=reference["reference_hash"])
-        old = read_result(out) if out.exists() else {}
-        if any(old.get(k) != v for k, v in mine.items() if old and k != "extractor"):
-            aside = out.with_name(f"{out.stem}.previous.{old['images_hash']}.json")
-            os.replace(out, aside)
-            print0(f"note: {out} held another result, now {aside.name}")
-        if out.exists():
-            os.utime(out)  # newer than its checkpoint, also where both were copied
-        return out.exists(), f".{out.stem}.{mix(sorted((k, str(v)) for k, v in mine.items())):016x}"
+        """Which results are there already, and the name of the folder for their parts."""
+        for tail, path in outs.items():
+            mine[tail] |= {key: references[tail][key] for key in HOW if key.startswith("reference")}
+            old = read_result(path) if path.exists() else {}
+            if any(old.get(k) != v for k, v in mine[tail].items() if old and k != "extractor"):
+                aside = path.with_name(f"{path.stem}.previous.{old['images_hash']}.json")
+                os.replace(path, aside)
+                print0(f"note: {path} held another result, now {aside.name}")
+            if path.exists():
+                os.utime(path)  # newer than its checkpoint, also where both were copied
+        keys = [sorted((k, str(v)) for k, v in mine[tail].items()) for tail in outs]
+        number = mix(*keys) if args.second else mix(keys[0])
+        return [tail for tail, path in outs.items() if path.exists()], f".{out.stem}.{number:016x}"
 
     there, parts = on_rank0(known)
     parts = out.with_name(parts)
-    if there:
-        print0(f"{out} is there already")
-    else:
+    for tail in there:
+        print0(f"{outs[tail]} is there already")
+    if len(there) < len(outs):
         rows = collect(measured, parts, protocol, args.num)
 
         def finish():
-            numbers = fidelity(rows["features"], rows["logits"], reference)
-            if protocol == "rfid-val":
-                usage, perplexity = codebook_usage(count_codes(rows["tokens"], info["K"]))
-                numbers = {f"r{name}": numbers[name] for name in ("fid", "kid")}
-                numbers |= dict(usage=usage, perplexity=perplexity)
-                numbers |= {name: rows[name].double().mean().item()
-                            for name in ("psnr", "ssim", "l1", "lpips") if name in rows}
-            if protocol == "view-val":
-                numbers = {f"view_{name}": numbers[name] for name in ("fid", "kid")}
-                numbers |= {name: rows[name].double().mean().item() for name in ("top1", "nats_per_token")}
-            accuracy = class_accuracy(extractor, names, rows)
-            if accuracy:
-                numbers |= dict(class_accuracy=accuracy.pop("all"), class_accuracy_by_class=accuracy,
-                                class_accuracy_of_reference=reference["reference_accuracy"])
             seconds = rows["seconds"].sum().item()
-            about = dict(
-                checkpoint=str(args.ckpt), images_hash=joint_hash(rows["digests"]), results=numbers,
-                seconds=round(seconds, 1), processes=world(), device=str(device),
-                threads=torch.get_num_threads(), torch=torch.__version__,
-                torch_fidelity=importlib.metadata.version("torch-fidelity"),
-                command=" ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]))
-            text = json.dumps(mine | about, indent=1) + "\n"
-            save_atomic(lambda p: p.write_text(text), out)
+            for tail, path in outs.items():
+                own = rows | {name: rows[name + tail] for name in ("features", "logits")}
+                numbers = results_of(protocol, own, references[tail], info, extractors[tail], names)
+                about = dict(
+                    checkpoint=str(args.ckpt), images_hash=joint_hash(rows["digests"]), results=numbers,
+                    seconds=round(seconds, 1), processes=world(), device=str(device),
+                    threads=torch.get_num_threads(), torch=torch.__version__,
+                    torch_fidelity=importlib.metadata.version("torch-fidelity"),
+                    command=" ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]))
+                text = json.dumps(mine[tail] | about, indent=1) + "\n"
+                save_atomic(lambda p, text=text: p.write_text(text), path)
+                print0(f"{args.num:,} images in {seconds:.0f} s, {args.num / seconds:.1f} images/s -> {path}")
             shutil.rmtree(parts)
-            print0(f"{args.num:,} images in {seconds:.0f} s, {args.num / seconds:.1f} images/s -> {out}")
 
         on_rank0(finish)
-    result = on_rank0(lambda: json.loads(out.read_text()))
-    print0(f"{protocol}: {PROTOCOLS[protocol]}; {args.num:,} images, features of {args.extractor}")
-    for name, value in result["results"].items():
-        print0(f"  {name:28s} {value:.5g}" if isinstance(value, float) else f"  {name:28s} {value}")
-    return result
+    for tail, path in outs.items():
+        result = on_rank0(lambda path=path: json.loads(path.read_text()))
+        print0(f"{protocol}: {PROTOCOLS[protocol]}; {args.num:,} images, features of {sources[tail]}")
+        for name, value in result["results"].items():
+            print0(f"  {name:28s} {value:.5g}" if isinstance(value, float) else f"  {name:28s} {value}")
+    return on_rank0(lambda: json.loads(out.read_text()))
 
 
-def measure_samples(args, extractor, device):
+def results_of(protocol, rows, reference, info, extractor, names):
+    """The numbers of one protocol from the rows of all images: {name: number}"""
+    numbers = fidelity(rows["features"], rows["logits"], reference)
+    if protocol == "rfid-val":
+        usage, perplexity = codebook_usage(count_codes(rows["tokens"], info["K"]))
+        numbers = {f"r{name}": numbers[name] for name in ("fid", "kid")}
+        numbers |= dict(usage=usage, perplexity=perplexity)
+        numbers |= {name: rows[name].double().mean().item()
+                    for name in ("psnr", "ssim", "l1", "lpips") if name in rows}
+    if protocol == "view-val":
+        numbers = {f"view_{name}": numbers[name] for name in ("fid", "kid")}
+        numbers |= {name: rows[name].double().mean().item() for name in ("top1", "nats_per_token")}
+    accuracy = class_accuracy(extractor, names, rows)
+    if accuracy:
+        numbers |= dict(class_accuracy=accuracy.pop("all"), class_accuracy_by_class=accuracy,
+                        class_accuracy_of_reference=reference["reference_accuracy"])
+    return numbers
+
+
+def measure_samples(args, features, device):
     """(chunks for `collect`, what identifies the samples)"""
     chunks, info, *_ = sample(args, device)
     classes = info["classes"] or [0]
@@ -261,12 +283,12 @@ def measure_samples(args, extractor, device):
     def measured(done):
         for start, images in chunks(done):
             labels = torch.tensor([classes[i % len(classes)] for i in range(start, start + len(images))])
-            yield start, extractor(images) | dict(labels=labels)
+            yield start, features(images) | dict(labels=labels)
 
     return measured, info
 
 
-def measure_reconstructions(args, extractor, data, device):
+def measure_reconstructions(args, features, data, device):
     """(chunks for `collect`, what identifies the reconstructions). All distances are of 8-bit images; L1 is
     on the scale of [-1, 1], as in Eq. 2."""
     tokenizer, ckpt = load_model(args.ckpt, ("phase1", "phase2"), device)
@@ -275,7 +297,7 @@ def measure_reconstructions(args, extractor, data, device):
     def measured(done):
         for start, x, x_hat, tokens in reconstructions(tokenizer, data, args.num, args.batch, device, done):
             a, b, indices = to_float(x, device), to_float(x_hat, device), range(start, start + len(x))
-            rows = extractor(x_hat) | dict(
+            rows = features(x_hat) | dict(
                 tokens=tokens.int().cpu(), psnr=psnr(a, b), ssim=ssim(x, x_hat),
                 l1=(a - b).abs().mean((1, 2, 3)).cpu(), labels=torch.tensor([data.label(i) for i in indices]))
             if lpips:
@@ -290,7 +312,7 @@ def measure_reconstructions(args, extractor, data, device):
     return measured, info
 
 
-def measure_view(args, extractor, data, device):
+def measure_view(args, features, data, device):
     """(chunks for `collect`, what identifies the predictions): top-1 given the true tokens, decoded."""
     prior, ckpt = load_model(args.ckpt, ("ar",), device)
     tokenizer, decoder_ckpt = load_tokenizer_of(args.ckpt, ckpt, args.tokenizer, device)
@@ -302,7 +324,7 @@ def measure_view(args, extractor, data, device):
             labels = torch.tensor([data.label(i) for i in range(start, start + len(tokens))])
             known = labels.to(device) if prior.config.num_classes else None
             predicted, nats, hits = prior.predict(tokens, known)
-            yield start, extractor(to_uint8(decode(tokenizer, predicted))) | dict(
+            yield start, features(to_uint8(decode(tokenizer, predicted))) | dict(
                 labels=labels, top1=hits.mean(1).cpu(), nats_per_token=nats.mean(1).cpu())
 
     return measured, dict(prior=weights_hash(prior), tokenizer=ckpt["tokenizer_hash"], batch=args.batch,

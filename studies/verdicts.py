@@ -1,8 +1,6 @@
-"""Means, intervals and verdicts of the claims."""
+"""Means, intervals and verdicts of the experiment on the paper's claims."""
 
 import math
-
-from recipes.ablations import CLAIMS
 
 
 class Spread:
@@ -13,7 +11,7 @@ class Spread:
         self.rows = rows
 
     def values(self, arm, key):
-        return [row[key] for row in self.rows if row["arm"] == arm and key in row]
+        return [row[key] for row in self.rows if row["arm"] == arm and row.get(key) is not None]
 
     def pooled(self, key):
         """(standard deviation between seeds, t), nan and nan while no arm has two seeds."""
@@ -68,96 +66,125 @@ def within(groups):
     return math.sqrt(squares / free), t.ppf(0.975, free).item()
 
 
-def judge_claims(spread):
-    """[(claim, verdict, parts)] of the paper's five statements; the rules are those of the protocol.
+def interval(found):
+    """A difference in words: (mean, half width) or None."""
+    if found is None:
+        return "not measured"
+    mean, half = found
+    if math.isnan(half):
+        return f"{mean:+.3g} (one seed: no interval)"
+    if half == 0:
+        return f"{mean:+.3g} (no spread between seeds: no interval)"
+    return f"{mean:+.3g} ± {half:.2g}"
 
-    A part is a difference that the paper says is negative ("falls"), or is not ("no fall"). A claim holds if
-    all parts do, each with its whole 95 % interval; it does not hold if one interval lies on the other side.
-    Usage in (e) is judged by limits instead. Parts that begin with "beside" are told and not judged.
+
+def falls(found):
+    """True if the whole interval lies below 0, False if it lies above, else None."""
+    if found is None or not found[1] > 0:  # no interval
+        return None
+    mean, half = found
+    return True if mean + half < 0 else False if mean - half > 0 else None
+
+
+def judge_claims(spread):
+    """[(claim, verdict, parts)] of the statements of assets/claims_protocol.md, by its rules.
+
+    A part is a difference that the paper says is negative. A claim holds if all its parts fall, each with its
+    whole 95 % interval; it does not hold if one interval lies above 0; else it is not decided. A distance has
+    two scorers (the second's keys end in _2): where their means differ in sign, the part decides nothing.
+    Parts that begin with "beside" are told and not judged.
     """
 
-    def part(text, found, margin=None):
-        """(True, False or None, text). With a margin, 0 or more: no fall, so none beyond the margin."""
-        if found is None:
-            return None, f"{text}: not measured"
-        mean, half = found
-        if math.isnan(half):
-            return None, f"{text}: {mean:+.3g} (one seed: no interval)"
-        if half == 0:
-            return None, f"{text}: {mean:+.3g} (no spread between seeds: no interval)"
-        told = f"{text}: {mean:+.3g} ± {half:.2g}"
-        if margin is not None:
-            return (False if mean + half < 0 else True if mean - half > -margin else None), told
-        return (True if mean + half < 0 else False if mean - half > 0 else None), told
+    def part(text, difference, key):
+        """(True, False or None, text) of `difference(key)`, beside it the second scorer's"""
+        found, fine = difference(key), falls(difference(key))
+        told = f"{text}: {interval(found)}"
+        second = difference(key + "_2")
+        if second is not None and found is not None:
+            told += f" (second scorer {interval(second)})"
+            if second[0] * found[0] < 0:
+                fine, told = None, f"{told}, which disagree"
+        return fine, told
 
-    def best_between(end):
-        """rFD at 0.5 is below that of an end; refuted only if it is above at each alpha between."""
-        found = [part(f"rFD at {arm} minus {end}", d(arm, end, "rec_phase1_rfid"))
-                 for arm in ("alpha=0.5", "alpha=0.25", "alpha=0.75")]
-        refuted = all(fine is False for fine, _ in found)
-        return True if found[0][0] else False if refuted else None, "; ".join(text for _, text in found)
+    def arms(a, b, gap=spread.difference):
+        return lambda key: gap(a, b, key)
 
-    ends, d = ("alpha=1", "alpha=0"), spread.difference
-    middle = [best_between(end) for end in ends]
-    alphas = [arm for arm in CLAIMS if arm.startswith("alpha=")]
-    both, f4 = ("ar", "nar"), ("f4,alpha=1", "f4,alpha=0")
-    gain = d("attention2", "alpha=0", "rec_phase1_rfid")
-    margin = max(0.0, -gain[0] / 2) if gain else 0.0
-    limit = f" (no fall beyond {margin:.2g})" if gain else ""
-    three = (("rFD", "rec_phase1_rfid"), ("AR FD", "ar_phase1_fid"), ("NAR FD", "nar_phase1_fid"))
+    def between(low, ends):
+        """rFD between the ends is below theirs: judged at `low`, refuted only if above everywhere"""
+        for end in ends:
+            found = [part(f"rFD at {arm} minus {end}", arms(arm, end), "rec_phase1_rfid")
+                     for arm in (low, *inner)]
+            refuted = all(fine is False for fine, _ in found)
+            yield True if found[0][0] else False if refuted else None, "; ".join(text for _, text in found)
 
-    def beside(text, *found):
-        return f"beside, {text}: " + "; ".join(part(name, value)[1] for name, value in found)
+    def beside(text, difference, names):
+        return f"beside, {text}: " + "; ".join(part(name, difference, key)[1] for name, key in names)
 
-    def compared(text, a, b, names, gap=d):
-        return beside(text, *[(name, gap(a, b, key)) for name, key in names])
+    def both_ways(text, a, b, names):
+        """A difference once more: paired by seed, which pools nothing."""
+        return beside(f"{text}, paired by seed", arms(a, b, spread.by_seed), names)
 
-    def by_seed(text, a, b, names):
-        return compared(f"{text}, paired by seed", a, b, names, spread.by_seed)
+    ends, inner = ("alpha=1", "alpha=0"), ("alpha=0.2", "alpha=0.6", "alpha=0.8")
+    alphas = [f"alpha={a}" for a in (0, 0.2, 0.4, 0.6, 0.8, 1)]
+    fds = [("AR FD", "ar_phase1_fid"), ("NAR FD", "nar_phase1_fid")]
+    after = [(name + ", phase 1 + 2", key.replace("phase1", "phase2")) for name, key in fds]
+    three = [("rFD", "rec_phase1_rfid"), *fds]
+    nats = [("AR nats", "ar_nats"), ("NAR nats", "nar_nats")]
+    relative = [("AR nats / unigram", "ar_relative"), ("NAR nats / unigram", "nar_relative")]
+    steps = [("D minus low", "D", "alpha=0"), ("sem minus D", "alpha=1", "D"),
+             ("low minus E", "alpha=0", "E")]
 
-    second = [(f"{s.upper()} FD, phase 1 + 2", f"{s}_phase2_fid") for s in both]
-    nats = [(s.upper(), f"{s}_nats") for s in both]
-    relative = [(s.upper(), f"{s}_relative") for s in both]
-    told = {
-        "(a)": [compared("alpha = 1 minus 0", *ends, [*second, ("view FD", "view_view_fid")]),
-                compared("terms of the loss at alpha = 1, alpha = 1 minus 0", *ends,
-                         [("relu5_3", "judge_relu5_3"), ("logit", "judge_logit")]),
-                compared("f = 4, alpha = 1 minus 0", *f4, three),
-                by_seed("alpha = 0.5 minus 0", "alpha=0.5", "alpha=0", three),
-                by_seed("alpha = 1 minus 0", *ends, three)],
-        "(b)": [compared("nats, alpha = 1 minus 0", *ends, nats),
-                compared("over unigram, f = 4, alpha = 1 minus 0", *f4, relative),
-                by_seed("over unigram, alpha = 1 minus 0", *ends, relative)],
-        "(c)": [by_seed("attention x2 minus baseline", "attention2", "alpha=0", three)],
-        "(d)": [beside("phase 1 + 2 minus phase 1, all alphas", *[
-            (s.upper(), spread.paired(alphas, f"{s}_phase2_fid", f"{s}_phase1_fid", alphas)) for s in both])],
-        "(e)": [compared("both from a K-means start, entropy minus plain", "alpha=0", "plain",
-                         [("usage", "rec_phase1_usage"), *three])],
-    }
-    usage = [row["rec_phase1_usage"] for row in spread.rows if row["arm"] == "alpha=0"]
-    full = (min(usage) > 0.99, f"lowest usage of the arm alpha=0: {min(usage):.1%}") if usage else (
-        None, "usage of the arm alpha=0: not measured")
-    gap = d("entropy", "vqgan", "rec_phase1_usage")  # near 100 % seeds hardly differ: a margin instead
-    more = (None, "usage, entropy minus plain: not measured") if gap is None else (
-        None if abs(gap[0]) <= 0.05 or math.isnan(gap[1]) else gap[0] > 0,
-        f"usage, entropy minus plain: {100 * gap[0]:+.1f} points (counts beyond 5)")
+    def second_phase(among):
+        """FD after both phases minus after phase 1, at the same tokens"""
+        return lambda key: spread.paired(among, key.replace("phase1", "phase2"), key, alphas)
+
+    def across(a, b):
+        """FD of arm a after both phases minus FD of arm b after its only phase"""
+        def gap(key):
+            first, other = (spread.values(arm, k) for arm, k in ((a, key.replace("phase1", "phase2")),
+                                                                 (b, key)))
+            if not first or not other:
+                return None
+            deviation, t = spread.pooled(key)
+            half = t * deviation * math.sqrt(1 / len(first) + 1 / len(other))
+            return sum(first) / len(first) - sum(other) / len(other), half
+        return gap
+
     claims = [
         ("(a) the FD of samples falls with alpha, and rFD is best between 0 and 1",
-         [part(f"{s.upper()} FD, alpha = 1 minus 0", d(*ends, f"{s}_phase1_fid")) for s in both] + middle),
+         [*(part(f"{name}, alpha = 1 minus 0", arms(*ends), key) for name, key in fds),
+          *between("alpha=0.4", ends)],
+         [both_ways("alpha = 1 minus 0", *ends, three),
+          both_ways("alpha = 0.4 minus 0", "alpha=0.4", "alpha=0", three),
+          beside("alpha = 1 minus 0", arms(*ends), [*after, ("view FD", "view_view_fid")]),
+          beside("terms of the loss at alpha = 1, alpha = 1 minus 0", arms(*ends),
+                 [("relu5_3", "judge_relu5_3"), ("logit", "judge_logit")]),
+          beside("judge of five pools, alpha = 1 minus 0",
+                 arms("five-pools,alpha=1", "five-pools,alpha=0"), three)]),
         ("(b) the loss of the priors falls with alpha (nats over unigram entropy)",
-         [part(f"{name}, alpha = 1 minus 0", d(*ends, key)) for name, key in relative]),
-        ("(c) the attention decoder improves rFD and does not improve samples",
-         [part("rFD, attention x2 minus baseline", d("attention2", "alpha=0", "rec_phase1_rfid"))]
-         + [part(f"{s.upper()} FD, attention x2 minus baseline{limit}",
-                 d("attention2", "alpha=0", f"{s}_phase1_fid"), margin) for s in both]),
+         [part(f"{name}, alpha = 1 minus 0", arms(*ends), key) for name, key in relative],
+         [both_ways("alpha = 1 minus 0", *ends, relative),
+          beside("alpha = 1 minus 0", arms(*ends), nats), both_ways("alpha = 1 minus 0", *ends, nats),
+          beside("alpha = 1 minus a quarter of the codes at alpha = 0", arms("alpha=1", "fewer-codes"),
+                 [*three, *nats, *relative]),
+          beside("judge of five pools, alpha = 1 minus 0",
+                 arms("five-pools,alpha=1", "five-pools,alpha=0"), relative)]),
         ("(d) phase 2 improves samples at unchanged tokens",
-         [part(f"{s.upper()} FD, phase 1 + 2 minus phase 1, alpha = 1",
-               spread.paired(["alpha=1"], f"{s}_phase2_fid", f"{s}_phase1_fid", alphas)) for s in both]),
-        ("(e) the entropy term brings usage to about 100 % and improves both",
-         [full, more]
-         + [part(f"{name}, entropy minus plain", d("entropy", "vqgan", key)) for name, key in three]),
+         [part(f"{name}, phase 1 + 2 minus phase 1, alpha = 1", second_phase(["alpha=1"]), key)
+          for name, key in fds],
+         [beside("phase 1 + 2 minus phase 1, all alphas", second_phase(alphas), three)]),
+        ("(d') and by more than as many further steps of phase 1 do",
+         [part(f"{name}, phase 1 + 2 minus longer phase 1, alpha = 1", across("alpha=1", "longer"),
+               key) for name, key in fds],
+         [beside("longer phase 1 minus phase 1", arms("longer", "alpha=1"), three),
+          both_ways("longer phase 1 minus phase 1", "longer", "alpha=1", three),
+          both_ways("with attention minus without", "alpha=1", "no-attention",
+                    [("rFD, phase 1 + 2", "rec_phase2_rfid"), *after])]),
+        ("(6) the order of Table 6: sem below D below low below E, by the FD of samples",
+         [part(f"{name}, {text}", arms(a, b), key) for text, a, b in steps for name, key in fds],
+         [both_ways(text, a, b, three) for text, a, b in steps]),
     ]
-    for claim, parts in claims:
+    for claim, parts, told in claims:
         found = [fine for fine, _ in parts]
         verdict = "does not hold" if False in found else "not decided" if None in found else "holds"
-        yield claim, verdict, [text for _, text in parts] + told.get(claim[:3], [])
+        yield claim, verdict, [text for _, text in parts] + told

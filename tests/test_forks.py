@@ -18,8 +18,9 @@ from torch import nn
 import forks
 import recipes.options
 from forks.lfq import LFQTokenizer
+from forks.noattention import PlainDecoderTokenizer
 from plumbing.files import read_checkpoint
-from tokenizer import TokenizerConfig
+from tokenizer import TokenizerConfig, VQTokenizer
 
 BLOCK = re.compile(r"^```python\n(# forks/mine\.py.*?)^```", re.M | re.S)
 EXAMPLE, SHORT = (BLOCK.search((ROOT / page).read_text())[1] for page in ("docs/forking.md", "README.md"))
@@ -213,7 +214,21 @@ def test_the_gradient_of_a_lookup_free_code_is_that_of_the_latent():
     assert torch.equal(z.grad, upstream)
 
 
-@pytest.mark.parametrize("preset", ["lfq.demo", "guidance.demo"])
+def test_phase_2_without_attention_has_the_decoder_of_phase_1():
+    sizes = dict(base_width=8, channel_mult=[1, 2], codebook_dim=4, codebook_size=8, image_size=16)
+    counts = {}
+    for kind in (VQTokenizer, PlainDecoderTokenizer):
+        tokenizer = kind(TokenizerConfig(**sizes))
+        before = sum(p.numel() for p in tokenizer.parameters())
+        tokenizer.add_attention()
+        counts[kind] = sum(p.numel() for p in tokenizer.parameters()) - before
+    assert counts[VQTokenizer] > 0 == counts[PlainDecoderTokenizer]
+    tokenizer.freeze_latent_space()
+    trained = {name.split(".")[0] for name, p in tokenizer.named_parameters() if p.requires_grad}
+    assert trained == {"decoder"} and tokenizer.config.num_attention == 0
+
+
+@pytest.mark.parametrize("preset", ["lfq.demo", "guidance.demo", "noattention.demo"])
 def test_the_forks_that_exist_run_on_the_same_seam(preset, data, tmp_path):
     out = tmp_path / "out"
     steps = [f"--set={stage}.steps=2" for stage in ("judge", "phase1", "phase2", "ar", "nar")]
@@ -238,13 +253,13 @@ def test_presets_of_forks_are_found_by_their_names_and_carry_their_fork():
     assert recipes.options.find_preset("demo-fq") == recipes.options.find_preset("fqgan.demo-fq")
     assert recipes.options.find_preset("demo-fq")["fork"] == "fqgan"
     assert recipes.options.find_preset("demo")["fork"] is None  # that of recipes/, not lfq.demo
-    assert set(forks.names()) >= {"fqgan", "guidance", "lfq"}
+    assert set(forks.names()) >= {"fqgan", "guidance", "lfq", "noattention"}
 
 
 def test_every_preset_of_a_fork_builds_its_networks():
     from plumbing.preflight import build_on_meta
 
-    for fork in ("fqgan", "guidance", "lfq"):
+    for fork in ("fqgan", "guidance", "lfq", "noattention"):
         for name in forks.load(fork).PRESETS:
             config = recipes.options.find_preset(f"{fork}.{name}")
             networks = build_on_meta(config, recipes.options.STAGES)

@@ -291,6 +291,32 @@ def test_a_result_of_reconstructions_holds_the_numbers_and_how_they_were_measure
     assert all(math.isfinite(v) for v in numbers.values() if isinstance(v, float))
 
 
+def test_a_second_extractor_measures_the_same_images_in_the_same_pass(run, scorer, references, monkeypatch):
+    words = ("ar.pt", scorer, references, "--num", 40)
+    alone, other = measure(run, *words), measure(run, "ar.pt", run / "vgg.pt", references, "--num", 40)
+    (run / "result.json").unlink()
+    drawn = []
+    real = plumbing.slices.decode
+    monkeypatch.setattr(plumbing.slices, "decode", lambda *args: drawn.append(1) or real(*args))
+    both = measure(run, *words, "--second", run / "vgg.pt"), json.loads((run / "result_2.json").read_text())
+    for ours, theirs in zip(both, (alone, other), strict=True):
+        told = {"seconds", "command"}
+        assert {**ours, **dict.fromkeys(told)} == {**theirs, **dict.fromkeys(told)}
+    assert both[0]["results"]["fid"] != both[1]["results"]["fid"] and drawn
+    drawn.clear()
+    (run / "result_2.json").unlink()  # half of it is there: the images are drawn again, the numbers stay
+    assert measure(run, *words, "--second", run / "vgg.pt")["results"] == alone["results"] and drawn
+    assert json.loads((run / "result_2.json").read_text())["results"] == other["results"]
+
+
+def test_a_second_extractor_is_refused_where_it_would_do_nothing(capsys):
+    for words, told in ((["--second", "x.pt"], "--second measures: pass --metrics too"),
+                        (["--second", "x.pt", "--metrics", "--reference", "y.pt"], "use --references")):
+        with pytest.raises(SystemExit) as stop:
+            recipes.options.sample_args(["--ckpt", "ar.pt", *words])
+        assert stop.value.code == 2 and told in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["ar.pt", "nar.pt"])
 def test_samples_measured_in_other_batches_are_the_same_pictures_with_the_same_numbers(
         run, scorer, references, name):
@@ -724,7 +750,7 @@ def test_the_claims_are_told_from_the_measured_numbers_of_each_run(data, tmp_pat
     )
     ran = in_process(monkeypatch)
     visualize.main(table("claims", tmp_path, data, "--run"))
-    assert len(ran) == 2 + 4 + 7
+    assert len(ran) == 4 + 4 + 7
     (row,) = [json.loads(line) for line in (tmp_path / "claims.jsonl").read_text().splitlines()]
     assert (row["arm"], row["seed"], row["alpha"], len(row["commands"])) == ("alpha=0", 0, 0, 4 + 7)
     folder = tmp_path / "alpha=0,seed=0"
@@ -736,7 +762,10 @@ def test_the_claims_are_told_from_the_measured_numbers_of_each_run(data, tmp_pat
     assert row["nar_relative"] == pytest.approx(last["val_loss"] / last["unigram_entropy"])
     told = (tmp_path / "claims.md").read_text()
     assert told.count("**not decided**") >= 4 and "runs: 1" in told and "(one seed: no interval)" in told
-    assert f"{row['rec_phase1_usage']:.1%}" in told and (tmp_path / "claims_fig5b.png").exists()
+    assert f"{row['rec_phase1_rfid_2']:.4g}" in told and (tmp_path / "claims_fig5b.png").exists()
+    measured = json.loads((folder / "metrics_ar_phase2_2.json").read_text())  # the second scorer's
+    assert row["ar_phase2_fid_2"] == measured["results"]["fid"] != row["ar_phase2_fid"]
+    assert measured["extractor"] == str(tmp_path / "second" / "vgg.pt")
     (seen,) = json.loads((tmp_path / "claims_fig11.json").read_text())
     curves = json.loads((tmp_path / "claims_fig10.json").read_text())
     tokenizer, ckpt = plumbing.models.load_model(folder / "phase1.pt", ("phase1",))
