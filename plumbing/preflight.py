@@ -20,12 +20,12 @@ from recipes.options import KINDS, STAGES
 
 
 def stages_of(args, config):
-    """The stages that a command trains, in their order; of --explain all."""
+    """The stages that a command trains, in their order (a fork may have another); of --explain all."""
     if args.explain:
         return STAGES
     if args.stage != "all":
         return [args.stage]
-    return [stage for stage in STAGES if stage != "vgg" or config["vgg"] == "judge"]
+    return [stage for stage in config.get("stages", STAGES) if stage != "vgg" or config["vgg"] == "judge"]
 
 
 def build_on_meta(config, stages, given=None):

@@ -253,13 +253,13 @@ def test_presets_of_forks_are_found_by_their_names_and_carry_their_fork():
     assert recipes.options.find_preset("demo-fq") == recipes.options.find_preset("fqgan.demo-fq")
     assert recipes.options.find_preset("demo-fq")["fork"] == "fqgan"
     assert recipes.options.find_preset("demo")["fork"] is None  # that of recipes/, not lfq.demo
-    assert set(forks.names()) >= {"fqgan", "guidance", "lfq", "noattention"}
+    assert set(forks.names()) >= {"fqgan", "guidance", "lfq", "noattention", "phase3"}
 
 
 def test_every_preset_of_a_fork_builds_its_networks():
     from plumbing.preflight import build_on_meta
 
-    for fork in ("fqgan", "guidance", "lfq", "noattention"):
+    for fork in sorted({path.stem for path in (ROOT / "forks").iterdir()} - {"__init__", "__pycache__"}):
         for name in forks.load(fork).PRESETS:
             config = recipes.options.find_preset(f"{fork}.{name}")
             networks = build_on_meta(config, recipes.options.STAGES)

@@ -1,0 +1,60 @@
+"""Finite scalar quantization (arXiv 2309.15505): each channel is rounded to one of a few levels."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from recipes.small import DEMO, variant
+from tokenizer import TokenizerConfig, VQTokenizer
+
+
+@dataclass
+class FSQConfig(TokenizerConfig):
+    """raises: ValueError unless n_z is the number of levels and K their product"""
+    levels: tuple = (8, 5, 5, 5)  # of each channel; the article's for K = 2^10 (its Table 1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.levels = tuple(self.levels)
+        dim, size = len(self.levels), math.prod(self.levels)
+        if (self.codebook_dim, self.codebook_size) != (dim, size):
+            raise ValueError(f"{self.levels} need codebook_dim {dim} and codebook_size {size}")
+
+
+class FiniteScalarQuantizer(torch.nn.Module):
+    """The grid of all combinations of levels, in [-1, 1]^n_z, is the codebook. No loss is needed."""
+
+    def __init__(self, config):
+        super().__init__()
+        L = torch.tensor(config.levels)[:, None, None]
+        self.register_buffer("levels", L)
+        self.register_buffer("bases", L.cumprod(0) // L)  # index = sum of digit * base
+
+    def bound(self, z):
+        """Each channel into the span of its L levels; an even L is shifted, and so needs to be above 2."""
+        half, offset = (self.levels - 1) * 1.001 / 2, 0.5 * (self.levels % 2 == 0)
+        return (z.float() + (offset / half).atanh()).tanh() * half - offset
+
+    def quantize(self, z_hat):  # (B, n_z, h, w) -> (B, h, w) int64
+        return ((self.bound(z_hat).round() + self.levels // 2).long() * self.bases).sum(1)
+
+    def lookup(self, indices):  # (B, h, w) -> (B, n_z, h, w)
+        return (indices[:, None] // self.bases % self.levels - self.levels // 2) / (self.levels // 2)
+
+    def forward(self, z_hat, global_probs=None):
+        z = self.bound(z_hat)
+        z_st = (z + (z.round() - z).detach()) / (self.levels // 2)
+        return z_st, self.quantize(z_hat), {}
+
+
+class FSQTokenizer(VQTokenizer):
+    Config, Quantizer = FSQConfig, FiniteScalarQuantizer
+
+
+def parts():
+    return dict(tokenizer=FSQTokenizer)
+
+
+SIZES = dict(levels=[4, 4, 4], codebook_dim=3, codebook_size=64)
+PRESETS = dict(demo=variant(DEMO, fork="fsq", tokenizer=SIZES))

@@ -1,0 +1,49 @@
+"""Index backpropagation (IBQ, arXiv 2412.02692): every code gets a gradient, through the softmax."""
+
+import torch
+import torch.nn.functional as F
+
+from recipes.small import DEMO, variant
+from tokenizer import VectorQuantizer, VQTokenizer
+
+
+class IndexBackpropagationQuantizer(VectorQuantizer):
+    """Logits are the products of a latent with all codes; the token is their argmax."""
+
+    def logits(self, z_hat):
+        return self.flatten(z_hat) @ self.codes.T  # (M, K)
+
+    def quantize(self, z_hat):
+        with torch.no_grad(), torch.autocast(z_hat.device.type, enabled=False):
+            return self.logits(z_hat).argmax(1).view(z_hat.shape[0], *z_hat.shape[2:])
+
+    def forward(self, z_hat, global_probs=None):
+        B, n_z, h, w = z_hat.shape
+        with torch.autocast(z_hat.device.type, enabled=False):
+            z, probs = self.flatten(z_hat), self.logits(z_hat).softmax(1)
+            hard = F.one_hot(probs.argmax(1), probs.shape[1]).float()
+            z_st = (hard + probs - probs.detach()) @ self.codes  # one-hot forwards, softmax backwards
+            z_q = hard @ self.codes
+            losses = {
+                "loss_double": F.mse_loss(z_st, z),  # "double quantization": latent and all codes
+                "loss_commit": F.mse_loss(z, z_q.detach()),
+                "loss_codebook": F.mse_loss(z_q, z.detach()),
+                "loss_entropy": self.entropy(probs).mean() - self.entropy(probs.mean(0)),  # sure, and even
+            }
+        return z_st.view(B, h, w, n_z).permute(0, 3, 1, 2).contiguous(), probs.argmax(1).view(B, h, w), losses
+
+    @staticmethod
+    def entropy(p):
+        return -(p * p.clamp(min=1e-9).log()).sum(-1)
+
+
+class IBQTokenizer(VQTokenizer):
+    Quantizer = IndexBackpropagationQuantizer
+    WEIGHTS = {"loss_double": 1.0, "loss_commit": 1.0, "loss_codebook": "beta", "loss_entropy": "gamma"}
+
+
+def parts():
+    return dict(tokenizer=IBQTokenizer)
+
+
+PRESETS = dict(demo=variant(DEMO, fork="ibq", tokenizer=dict(codebook="plain"), phase1=dict(gamma=0.05)))

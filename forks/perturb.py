@@ -1,0 +1,55 @@
+"""Latent perturbation (arXiv 2503.08354): while the decoder trains, tokens are swapped for near ones."""
+
+from dataclasses import dataclass
+
+import torch
+
+from recipes.small import DEMO, variant
+from tokenizer import KMeansQuantizer, TokenizerConfig, VQTokenizer, code_distances
+
+
+@dataclass
+class PerturbConfig(TokenizerConfig):
+    """The article's alpha, beta and delta, of which it anneals alpha; here all stay as they are (ours)."""
+
+    perturb_rate: float = 0.5  # alpha: share of an image's tokens
+    perturb_images: float = 0.1  # beta: share of the images of a batch
+    perturb_near: int = 8  # delta: how many nearest codes, the code itself not among them
+
+
+def neighbours(codes, count):
+    """(K, n_z) -> (K, count) int64, the nearest other codes of each code."""
+    distances = code_distances(codes, codes) + codes.square().sum(1, keepdim=True)
+    return distances.fill_diagonal_(float("inf")).topk(min(count, len(codes) - 1), largest=False).indices
+
+
+def swap(indices, codes, rate, images, count):
+    """(B, h, w) int64 -> the same with a share of the tokens replaced by one of the `count` nearest codes."""
+    where = torch.rand(len(indices), 1, 1, device=indices.device) < images
+    where = where & (torch.rand(indices.shape, device=indices.device) < rate)
+    near = neighbours(codes, count)
+    pick = torch.randint(near.shape[1], indices.shape, device=indices.device)
+    return torch.where(where, near[indices, pick], indices)
+
+
+class PerturbedQuantizer(KMeansQuantizer):
+    """In phase 1 the decoder sees swapped codes; the tokens and the latent losses are those of the image."""
+
+    def forward(self, z_hat, global_probs=None):
+        z_st, indices, losses = super().forward(z_hat, global_probs)
+        if self.training and not self.bypass:
+            c = self.config
+            swapped = swap(indices, self.codes, c.perturb_rate, c.perturb_images, c.perturb_near)
+            z_st = z_st + (self.lookup(swapped) - self.lookup(indices)).detach()
+        return z_st, indices, losses
+
+
+class PerturbTokenizer(VQTokenizer):
+    Config, Quantizer = PerturbConfig, PerturbedQuantizer
+
+
+def parts():
+    return dict(tokenizer=PerturbTokenizer)
+
+
+PRESETS = dict(demo=variant(DEMO, fork="perturb"))

@@ -1,0 +1,125 @@
+"""Claims about the forks that quantize in other ways: each has the property that its article is about."""
+
+import itertools
+
+import pytest
+import torch
+
+from forks.fsq import FSQTokenizer
+from forks.ibq import IBQTokenizer
+from forks.rotation import RotationTokenizer, rotate
+from forks.simvq import SimVQTokenizer
+
+SIZES = dict(codebook_size=24, codebook_dim=8, codebook="plain")
+
+
+def quantizer(kind, **sizes):
+    torch.manual_seed(0)
+    return kind.Quantizer(kind.Config(**SIZES | sizes))
+
+
+def latents(n_z=8, scale=1.0):
+    z = scale * torch.randn(3, n_z, 4, 4, generator=torch.Generator().manual_seed(1))
+    return z.requires_grad_()
+
+
+@pytest.mark.parametrize("kind, sizes", [
+    (FSQTokenizer, dict(levels=[4, 6], codebook_dim=2)), (SimVQTokenizer, {}), (RotationTokenizer, {}),
+    (IBQTokenizer, {})])
+def test_training_and_encoding_give_the_same_tokens_and_decoding_the_same_codes(kind, sizes):
+    q = quantizer(kind, **sizes)
+    z = latents(sizes.get("codebook_dim", 8))
+    z_st, indices, losses = q(z)
+    assert torch.equal(indices, q.quantize(z)) and indices.min() >= 0 and indices.max() < 24
+    torch.testing.assert_close(z_st, q.lookup(indices), rtol=0, atol=1e-6)
+    assert set(losses) <= set(kind.WEIGHTS) and all(loss.dim() == 0 for loss in losses.values())
+    (z_st.square().sum() + sum(losses.values())).backward()
+    assert z.grad.isfinite().all() and (z.grad != 0).any()
+
+
+def test_the_codes_of_fsq_are_the_whole_grid_and_the_bounds_are_reached_evenly():
+    q = quantizer(FSQTokenizer, levels=[4, 6], codebook_dim=2)
+    codes = q.lookup(torch.arange(24).view(1, 4, 6)).flatten(2)[0].T
+    grid = itertools.product([-1, -0.5, 0, 0.5], [-1, -2 / 3, -1 / 3, 0, 1 / 3, 2 / 3])
+    torch.testing.assert_close(torch.tensor(sorted(codes.tolist())), torch.tensor(sorted(grid)))
+    far = torch.tensor([-50.0, 50.0]).view(2, 1, 1, 1).expand(2, 2, 1, 1)  # far out the outermost levels
+    outermost = torch.tensor([[-1, -1], [0.5, 2 / 3]])
+    torch.testing.assert_close(q.lookup(q.quantize(far)).flatten(1), outermost)
+    z = torch.randn(1, 2, 200, 200)
+    assert q.quantize(z).unique().tolist() == list(range(24))  # nothing has to be learned to use them all
+
+
+def test_the_gradient_passes_the_rounding_of_fsq_as_that_of_the_bound():
+    q, z, g = quantizer(FSQTokenizer, levels=[4, 6], codebook_dim=2), latents(2), torch.randn(3, 2, 4, 4)
+    q(z)[0].backward(g)
+    found, z.grad = z.grad, None
+    (q.bound(z) / (q.levels // 2)).backward(g)
+    torch.testing.assert_close(found, z.grad)
+
+
+def test_levels_that_do_not_fit_the_codebook_are_refused():
+    with pytest.raises(ValueError, match="need codebook_dim 2 and codebook_size 24"):
+        FSQTokenizer.Config(codebook_size=64, codebook_dim=2, levels=[4, 6])
+
+
+def test_the_table_of_simvq_stays_and_one_step_moves_every_code():
+    q = quantizer(SimVQTokenizer)
+    table, codes = q.codebook.weight.clone(), q.codes.detach().clone()
+    z_st, indices, losses = q(latents())
+    assert len(indices.unique()) < 24  # not all are in use
+    trained = [p for p in q.parameters() if p.requires_grad]
+    assert [p.shape for p in trained] == [(8, 8)]
+    (losses["loss_codebook"]).backward()
+    torch.optim.SGD(trained, lr=0.1).step()
+    assert torch.equal(q.codebook.weight, table) and ((q.codes - codes).norm(dim=1) > 1e-4).all()
+
+
+def test_the_rotation_takes_the_latent_to_its_code_and_its_gradient_keeps_the_angle():
+    g = torch.Generator().manual_seed(0)
+    z, q, upstream = (torch.randn(50, 8, generator=g) for _ in range(3))
+    z.requires_grad_()
+    out = rotate(z, q)
+    torch.testing.assert_close(out, q)
+    out.backward(upstream)
+    cos = torch.cosine_similarity
+    torch.testing.assert_close(cos(z.grad, z.detach()), cos(upstream, q), rtol=0, atol=1e-5)
+    longer = q.norm(dim=1) / z.detach().norm(dim=1)
+    torch.testing.assert_close(z.grad.norm(dim=1), longer * upstream.norm(dim=1))
+    z.grad = None
+    rotate(z, 3 * z.detach()).backward(upstream)  # in the same direction nothing turns
+    torch.testing.assert_close(z.grad, 3 * upstream)
+
+
+def test_the_quantizer_sends_the_rotated_gradient_back():
+    q, z, upstream = quantizer(RotationTokenizer), latents(), torch.randn(3, 8, 4, 4)
+    q(z)[0].backward(upstream)
+    code, found = q.lookup(q.quantize(z)), z.grad
+    cos = torch.cosine_similarity
+    torch.testing.assert_close(cos(found, z.detach()), cos(upstream, code), rtol=0, atol=1e-5)
+
+
+def test_the_gradient_of_ibq_reaches_every_code_and_that_of_nearest_codes_does_not():
+    q = quantizer(IBQTokenizer)
+    q.codebook.weight.data.normal_()
+    z_st, indices, losses = q(latents())
+    assert len(indices.unique()) < 24
+    z_st.backward(torch.randn_like(z_st))
+    assert (q.codebook.weight.grad.abs().sum(1) > 0).all()
+    other = quantizer(SimVQTokenizer.__mro__[1])  # VQTokenizer
+    z_st, indices, losses = other(latents(scale=0.02))
+    losses["loss_codebook"].backward()
+    assert len(indices.unique()) < 24
+    reached = other.codebook.weight.grad.abs().sum(1) > 0
+    assert reached.nonzero().flatten().tolist() == indices.unique().tolist()
+
+
+def test_the_entropy_of_ibq_falls_for_sure_tokens_and_for_even_use():
+    def loss(logits):
+        probs = logits.softmax(1)
+        return (q.entropy(probs).mean() - q.entropy(probs.mean(0))).item()
+
+    q = quantizer(IBQTokenizer)
+    sure, one = 50 * torch.eye(24), torch.zeros(24, 24)
+    one[:, 0] = 50
+    assert loss(sure) == pytest.approx(-torch.tensor(24.0).log().item(), abs=1e-3)
+    assert loss(one) == pytest.approx(0, abs=1e-3) and loss(torch.zeros(24, 24)) == pytest.approx(0, abs=1e-3)

@@ -1,0 +1,238 @@
+"""Claims about the forks that ask what makes tokens easy to generate: each does to them what it says."""
+
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import ROOT, command
+
+import forks
+import recipes.options
+import train
+from forks.align import AlignedTokenizer
+from forks.crt import CausalPredictor, CRTTokenizer
+from forks.frozen import FrozenTokenizer
+from forks.perturb import PerturbTokenizer, neighbours, swap
+from forks.phase3 import PostTrainedTokenizer
+from perceptual import VGGTaps
+from plumbing.errors import UserError
+from plumbing.files import read_checkpoint
+from plumbing.models import load_model
+from plumbing.preflight import stages_of
+from plumbing.weights import build_vgg16
+
+SIZES = dict(base_width=8, channel_mult=[1, 1, 2, 2], codebook_size=32, codebook_dim=16, image_size=32)
+
+
+def tokenizer(kind, **sizes):
+    torch.manual_seed(0)
+    return kind(kind.Config(**SIZES | sizes)).train()
+
+
+def images(count=4):
+    return torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def judge(width=4, skip_pools=1):
+    torch.manual_seed(2)
+    return VGGTaps(build_vgg16(width, 10, 16, skip_pools=skip_pools))
+
+
+# perturb --------------------------------------------------------------------------------------------------
+
+
+def test_neighbours_are_the_nearest_other_codes():
+    codes = torch.randn(20, 5)
+    found = neighbours(codes, 4)
+    for k in range(20):
+        far = (codes - codes[k]).norm(dim=1)
+        far[k] = float("inf")
+        assert found[k].tolist() == far.argsort()[:4].tolist()
+    assert neighbours(codes[:3], 8).shape == (3, 2)  # no more than there are
+
+
+def test_a_share_of_the_tokens_of_a_share_of_the_images_is_swapped_for_near_ones():
+    codes, indices = torch.randn(20, 5), torch.randint(20, (2000, 4, 4))
+    torch.manual_seed(0)
+    swapped = swap(indices, codes, rate=0.5, images=0.25, count=4)
+    changed = swapped != indices
+    hit = changed.flatten(1).any(1)
+    assert hit.float().mean().item() == pytest.approx(0.25, abs=0.03)
+    assert changed[hit].float().mean().item() == pytest.approx(0.5, abs=0.03)
+    near = neighbours(codes, 4)
+    picks = (near[indices[changed]] == swapped[changed][:, None]).float()
+    assert (picks.sum(1) == 1).all() and picks.mean(0).min() > 0.2  # each of the four as often
+
+
+def test_the_decoder_alone_sees_what_was_swapped():
+    model = tokenizer(PerturbTokenizer, perturb_images=1.0, perturb_rate=1.0)
+    model.quantizer.codebook.weight.data.normal_()
+    model.quantizer.bypass = False
+    z = torch.randn(4, 16, 4, 4, requires_grad=True)
+    z_st, indices, losses = model.quantizer(z)
+    model.quantizer.eval()
+    plain, same, losses_plain = model.quantizer(z)
+    assert torch.equal(indices, same) and losses == losses_plain
+    seen = model.quantizer.quantize(z_st)
+    assert (seen != indices).all()
+    near = neighbours(model.quantizer.codes, 8)
+    assert (near[indices] == seen[..., None]).any(-1).all()
+    upstream = torch.randn_like(z)
+    z_st.backward(upstream)
+    assert torch.equal(z.grad, upstream)
+
+
+# crt ------------------------------------------------------------------------------------------------------
+
+
+def test_a_code_is_predicted_from_those_before_it():
+    predictor = CausalPredictor(16, 8).eval()
+    z = torch.randn(2, 16, 8)
+    before = predictor(z)
+    assert before.shape == (2, 15, 8)
+    for j in (0, 5, 15):
+        other = z.clone()
+        other[:, j] += 1
+        same = (predictor(other) - before).abs().amax((0, 2)) < 1e-5
+        assert same[:j].all() and not same[j:].any()  # row i is the prediction of code i + 1
+
+
+def test_the_causal_loss_moves_the_encoder_and_phase_2_knows_none_of_it():
+    model = tokenizer(CRTTokenizer)
+    losses = model(images())[2]
+    losses["loss_causal"].backward()
+    grads = {name.split(".")[0]: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert grads["encoder"].abs().sum() > 0 and grads["predictor"].abs().sum() >= 0
+    assert "decoder" not in grads and "quantizer" not in grads
+    assert model.freeze_latent_space()(images())[2] == {}
+
+
+# align ----------------------------------------------------------------------------------------------------
+
+
+def test_latents_that_point_where_the_features_point_cost_nothing():
+    model, vgg = tokenizer(AlignedTokenizer), judge(16)
+    model.prepare(types.SimpleNamespace(judge=vgg))
+    x = images()
+    loss = model(x)[2]["loss_align"]
+    z_hat = model.encoder(x)
+    target = vgg(x, ["relu5_3"])["relu5_3"]
+    assert target.shape[2:] == z_hat.shape[2:]
+    expected = 1 - F.cosine_similarity(model.to_features(z_hat), target).mean()
+    torch.testing.assert_close(loss, expected)
+    model.to_features = torch.nn.Identity()
+    model.encoder.forward = lambda x: 7 * target  # any length
+    model.quantizer.forward = lambda z, probs: (z[:, :16], torch.zeros(4, 4, 4).long(), {})
+    assert model(x)[2]["loss_align"].item() == pytest.approx(0, abs=1e-5)
+
+
+def test_the_judge_of_the_alignment_is_neither_trained_nor_saved():
+    model, vgg = tokenizer(AlignedTokenizer), judge(16)
+    model.prepare(types.SimpleNamespace(judge=vgg))
+    model(images())[2]["loss_align"].backward()
+    assert any(p.grad is not None for p in model.encoder.parameters())
+    assert all(p.grad is None for p in vgg.parameters())
+    assert not any("judge" in name or "vgg" in name for name in model.state_dict())
+    assert model.freeze_latent_space()(images())[2] == {}
+
+
+# the commands ---------------------------------------------------------------------------------------------
+
+OWN = {"frozen": ["tokenizer.codebook_dim=32"], "align": ["judge.width=16"],
+       "fsq": ["tokenizer.codebook_dim=3", "tokenizer.codebook_size=64"]}
+
+
+def words(fork, stage, out, data):
+    """Words of a tiny run of a fork."""
+    steps = [f"{stage}.steps=2" for stage in ("judge", "phase1", "phase2", "ar", "nar")]
+    more = [word for item in [*steps, *OWN.get(fork, [])] for word in ("--set", item)]
+    return [*command(stage, out, data, "--preset", f"{fork}.demo"), *more]
+
+
+@pytest.fixture(scope="module")
+def runs(data, tmp_path_factory):
+    """The run folder of a fork, made when first asked for."""
+    made = {}
+
+    def made_by(fork):
+        if fork not in made:
+            made[fork] = tmp_path_factory.mktemp(fork)
+            args, config = recipes.options.train_args(words(fork, "all", made[fork], data))
+            order = [stage for stage in stages_of(args, config) if stage != "nar"]
+            assert sorted(order) == ["ar", "phase1", "phase2", "vgg"]
+            for stage in order:
+                train.main(*recipes.options.train_args(words(fork, stage, made[fork], data)))
+        return made[fork]
+
+    return made_by
+
+
+FORKS = ["fsq", "simvq", "rotation", "ibq", "perturb", "crt", "align", "frozen", "phase3"]
+
+
+@pytest.mark.parametrize("fork", FORKS)
+def test_every_fork_is_a_screen_and_trains_on_the_seam(fork, runs):
+    out = runs(fork)
+    for stage in ("phase1", "phase2", "ar"):
+        ckpt = read_checkpoint(out / f"{stage}.pt", (stage,))
+        assert ckpt["step"] == 2 and ckpt["config"]["fork"] == fork
+    kind = forks.load(fork).parts()["tokenizer"]
+    model, _ = load_model(out / "phase2.pt", ("phase2",))
+    assert type(model) is kind
+    assert len((ROOT / "forks" / f"{fork}.py").read_text().splitlines()) <= 60
+
+
+def test_the_tokens_of_frozen_are_those_of_the_judge(runs):
+    out = runs("frozen")
+    model, _ = load_model(out / "phase1.pt", ("phase1",))
+    vgg, _ = load_model(out / "vgg.pt", ("vgg",))
+    x = images()
+    assert isinstance(model, FrozenTokenizer)
+    torch.testing.assert_close(model.encoder(x), vgg(x, ["relu5_3"])["relu5_3"], rtol=0, atol=0)
+    fresh = tokenizer(FrozenTokenizer).named_parameters()
+    trained = {name.split(".")[0] for name, p in fresh if p.requires_grad}
+    assert trained == {"quantizer", "decoder"}
+
+
+def test_the_prior_of_phase_3_draws_the_share_that_is_not_kept(runs):
+    out = runs("phase3")
+    assert (out / "ar.pt").stat().st_mtime < (out / "phase2.pt").stat().st_mtime
+    prior, vgg = load_model(out / "ar.pt", ("ar",))[0], load_model(out / "vgg.pt", ("vgg",))[0]
+    model = load_model(out / "phase1.pt", ("phase1",))[0].freeze_latent_space().train()
+    assert isinstance(model, PostTrainedTokenizer)
+    model.helpers = [(prior, vgg)]
+    x = images(64)
+    tokens = model.encode(x)
+    model.config.keep = 1.0
+    assert torch.equal(model.draw(x, tokens), tokens)
+    model.config.keep = 0.25
+    kept = (model.draw(x, tokens) == tokens).float().mean().item()
+    assert 0.25 < kept < 0.5  # the prior draws the true token now and then
+    model.config.keep = 0.0
+    torch.manual_seed(0)
+    drawn = model.draw(x, tokens)
+    other = tokens.clone()
+    other[:, 9:] = (other[:, 9:] + 1) % 32
+    torch.manual_seed(0)
+    assert torch.equal(model.draw(x, other)[:, :10], drawn[:, :10])  # given the true tokens before
+    x_hat, given, losses = model(x)
+    assert torch.equal(given, tokens) and losses == {}
+    assert torch.equal(model.eval()(x)[0], model.decode(tokens))  # and measured on the true tokens
+
+
+def test_phase_3_wants_its_prior_first(data, tmp_path, capsys):
+    model = tokenizer(PostTrainedTokenizer).freeze_latent_space()
+    with pytest.raises(UserError, match="train --stage ar first"):
+        model.prepare(types.SimpleNamespace(out=tmp_path))
+
+
+@pytest.mark.parametrize("fork, item, told", [
+    ("frozen", "judge.width=3", "codebook_dim 8 \\* judge.width"),
+    ("frozen", "judge.skip_pools=0", "skip_pools=1"),
+    ("align", "judge.width=8", "judge.width must be 16")])
+def test_presets_that_do_not_fit_are_refused(fork, item, told):
+    config = recipes.options.train_args(["--stage", "phase1", "--preset", f"{fork}.demo", "--set", item])[1]
+    with pytest.raises(ValueError, match=told):
+        forks.load(fork).parts()["tokenizer"].check(config)
+    forks.load(fork).parts()["tokenizer"].check(recipes.options.find_preset(f"{fork}.demo"))
