@@ -15,6 +15,7 @@ if __name__ == "__main__":
     ARGUMENTS = begin("visualize")  # before torch is imported: --help and a wrong flag answer at once
 
 # ruff: noqa: E402
+import importlib
 import io
 import math
 from pathlib import Path
@@ -35,6 +36,7 @@ from plumbing.models import find_judge, load_model, load_tokenizer_of
 from plumbing.processes import one_line_errors, print0, setup_device
 from plumbing.shapes import Shapes, survival
 from plumbing.slices import decode, generate_tokens
+from recipes.options import STUDIES
 
 
 @torch.no_grad()
@@ -352,24 +354,13 @@ def draw(args, device):
 
 def study(args):
     """Tables and other questions asked of finished checkpoints, which the folder studies/ answers."""
-    if args.figure == "compare":
-        from studies.probe import compare as answer
-    elif args.figure == "balance":
-        from studies.balance import balance as answer
-    elif args.figure == "report":
-        from studies.report import report as answer
-    elif args.figure == "metrics":
-        from studies.tables import compare_metrics as answer
-    elif args.figure == "claims":
-        from studies.claims import claims as answer
-    else:
-        from studies.tables import table as answer
-    answer(args)
+    module, function = STUDIES.get(args.figure, "tables.table").split(".")
+    getattr(importlib.import_module(f"studies.{module}"), function)(args)
 
 
 def main(args):
     with one_line_errors():
-        if not args.ckpt or args.figure == "balance":
+        if not args.ckpt or args.figure in STUDIES:
             return study(args)
         out = args.out or args.ckpt[0].parent / f"{args.figure}.png"
         for suffix in (".png", ".json", *([".pdf"] if args.pdf else [])):

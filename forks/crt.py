@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from recipes.small import DEMO, variant
+from recipes.small import of_fork
 from tokenizer import VQTokenizer
 
 
@@ -53,4 +53,4 @@ def parts():
     return dict(tokenizer=CRTTokenizer)
 
 
-PRESETS = dict(demo=variant(DEMO, fork="crt"))
+PRESETS = of_fork("crt")

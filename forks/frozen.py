@@ -8,7 +8,7 @@ from torch import nn
 
 from perceptual import normalize_images
 from plumbing.weights import build_vgg16
-from recipes.small import DEMO, variant
+from recipes.small import of_fork
 from tokenizer import VQTokenizer
 
 
@@ -47,4 +47,7 @@ def parts():
     return dict(tokenizer=FrozenTokenizer)
 
 
-PRESETS = dict(demo=variant(DEMO, fork="frozen", judge=dict(skip_pools=1), tokenizer=dict(codebook_dim=128)))
+PRESETS = of_fork("frozen")
+for preset in PRESETS.values():
+    preset["tokenizer"] |= dict(codebook_dim=8 * preset["judge"]["width"])
+    preset["judge"] |= dict(skip_pools=5 - len(preset["tokenizer"]["channel_mult"]))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from recipes.small import DEMO, variant
+from recipes.small import of_fork
 from tokenizer import TokenizerConfig, VQTokenizer
 
 
@@ -17,9 +17,8 @@ class FSQConfig(TokenizerConfig):
     def __post_init__(self):
         super().__post_init__()
         self.levels = tuple(self.levels)
-        dim, size = len(self.levels), math.prod(self.levels)
-        if (self.codebook_dim, self.codebook_size) != (dim, size):
-            raise ValueError(f"{self.levels} need codebook_dim {dim} and codebook_size {size}")
+        if (self.codebook_dim, self.codebook_size) != (len(self.levels), math.prod(self.levels)):
+            raise ValueError(f"{self.levels} need as many codebook_dim, and codebook_size their product")
 
 
 class FiniteScalarQuantizer(torch.nn.Module):
@@ -56,5 +55,6 @@ def parts():
     return dict(tokenizer=FSQTokenizer)
 
 
-SIZES = dict(levels=[4, 4, 4], codebook_dim=3, codebook_size=64)
-PRESETS = dict(demo=variant(DEMO, fork="fsq", tokenizer=SIZES))
+PRESETS = of_fork("fsq", tokenizer=dict(codebook_dim=3))
+for sizes in (preset["tokenizer"] for preset in PRESETS.values()):
+    sizes["levels"] = {64: [4, 4, 4], 256: [8, 8, 4]}[sizes["codebook_size"]]  # ours

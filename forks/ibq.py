@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from recipes.small import DEMO, variant
+from recipes.small import of_fork
 from tokenizer import VectorQuantizer, VQTokenizer
 
 
@@ -46,4 +46,4 @@ def parts():
     return dict(tokenizer=IBQTokenizer)
 
 
-PRESETS = dict(demo=variant(DEMO, fork="ibq", tokenizer=dict(codebook="plain"), phase1=dict(gamma=0.05)))
+PRESETS = of_fork("ibq", tokenizer=dict(codebook="plain"), phase1=dict(gamma=0.05))

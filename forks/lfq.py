@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from recipes.small import DEMO, variant
+from recipes.small import of_fork
 from tokenizer import VQTokenizer
 
 
@@ -46,4 +46,6 @@ def parts():
     return dict(tokenizer=LFQTokenizer)
 
 
-PRESETS = dict(demo=variant(DEMO, fork="lfq", tokenizer=dict(codebook_dim=6, codebook_size=64)))
+PRESETS = of_fork("lfq")
+for sizes in (preset["tokenizer"] for preset in PRESETS.values()):
+    sizes["codebook_dim"] = sizes["codebook_size"].bit_length() - 1

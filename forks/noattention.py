@@ -1,6 +1,6 @@
 """Phase 2 without its attention: the decoder of phase 1, fine-tuned. What is left of phase 2's gain?"""
 
-from recipes import small
+from recipes.small import of_fork
 from tokenizer import VQTokenizer
 
 
@@ -13,4 +13,4 @@ def parts():
     return dict(tokenizer=PlainDecoderTokenizer)
 
 
-PRESETS = {name: small.variant(preset, fork="noattention") for name, preset in small.PRESETS.items()}
+PRESETS = of_fork("noattention")

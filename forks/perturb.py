@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from recipes.small import DEMO, variant
+from recipes.small import of_fork
 from tokenizer import KMeansQuantizer, TokenizerConfig, VQTokenizer, code_distances
 
 
@@ -52,4 +52,4 @@ def parts():
     return dict(tokenizer=PerturbTokenizer)
 
 
-PRESETS = dict(demo=variant(DEMO, fork="perturb"))
+PRESETS = of_fork("perturb")

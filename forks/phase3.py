@@ -11,7 +11,7 @@ import torch
 from plumbing.errors import UserError
 from plumbing.models import load_model
 from prior_ar import sample_logits
-from recipes.small import DEMO, variant
+from recipes.small import of_fork
 from tokenizer import TokenizerConfig, VQTokenizer
 
 
@@ -57,4 +57,4 @@ def parts():
     return dict(tokenizer=PostTrainedTokenizer)
 
 
-PRESETS = dict(demo=variant(DEMO, fork="phase3", stages=["vgg", "phase1", "ar", "phase2", "nar"]))
+PRESETS = of_fork("phase3", stages=["vgg", "phase1", "ar", "phase2", "nar"])

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from recipes.small import DEMO, variant
+from recipes.small import of_fork
 from tokenizer import KMeansQuantizer, VQTokenizer
 
 
@@ -42,4 +42,4 @@ def parts():
     return dict(tokenizer=RotationTokenizer)
 
 
-PRESETS = dict(demo=variant(DEMO, fork="rotation"))
+PRESETS = of_fork("rotation")

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from recipes.small import DEMO, variant
+from recipes.small import of_fork
 from tokenizer import VectorQuantizer, VQTokenizer
 
 
@@ -28,4 +28,4 @@ def parts():
     return dict(tokenizer=SimVQTokenizer)
 
 
-PRESETS = dict(demo=variant(DEMO, fork="simvq", tokenizer=dict(codebook="plain")))  # no entropy term
+PRESETS = of_fork("simvq", tokenizer=dict(codebook="plain"))  # no entropy term

@@ -27,8 +27,12 @@ FIGURES = dict(
     fig11="reconstructions and AR predictions of several ar.pt, image by image",
     metrics="results of sample.py --metrics side by side",
     balance="sizes and gradients of the perceptual loss's layers beside L1's, of several phase1.pt",
+    positions="nats at each position, of several ar.pt",
     compare="a probe of tokenizers, phase1.pt or phase2.pt",
     report="one HTML page of a run folder")
+STUDIES = dict(  # of these and of the tables: what answers, module and function of the folder studies/
+    metrics="tables.compare_metrics", balance="balance.balance", positions="positions.positions",
+    compare="probe.compare", report="report.report", claims="claims.claims", forks="fork_table.fork_table")
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word", list: "a list"}
 CHOICES = dict(
     precision=("bf16", "fp32"), kind=("style", "patch"), gan=("logistic", "hinge"),
@@ -221,6 +225,8 @@ def sample_args(words=None):
     add("--out", type=as_path, help="file or, for --format files, folder to write (default: beside CKPT)")
     add("--metrics", action="store_true", help="measure; of phase1.pt, phase2.pt the reconstructions (rFID)")
     add("--predict", action="store_true", help="with --metrics, of ar.pt: measure the teacher-forced view")
+    add("--perturb", action="store_true", help="with --metrics, of phase1.pt, phase2.pt: swap half of the "
+        "tokens for near codes first (p-FD)")
     add("--extractor", type=expanded, default="inception", help="features: 'inception' (downloaded), a file "
         "of its weights, or a resnet.pt or vgg.pt of --stage vgg")
     add("--second", type=expanded, help="a second network of features for the same images, as --extractor; "
@@ -260,7 +266,7 @@ def sample_args(words=None):
             check_values({name: value}, lambda key: f"--sweep {args.sweep}: {key}")
     except ValueError as error:
         parser.error(str(error))
-    measuring = [name for name in ("sweep", "predict", "second") if getattr(args, name)]
+    measuring = [name for name in ("sweep", "predict", "perturb", "second") if getattr(args, name)]
     if measuring and not args.metrics:
         parser.error(f"--{measuring[0]} measures: pass --metrics too")
     if args.second and args.reference:
@@ -274,8 +280,9 @@ def visualize_args(words=None):
     """Command line of visualize.py; figures and tables of forks are known by their names."""
     parser, add = new_parser()
     add("figure", metavar="FIGURE", help="; ".join(
-        [f"{name}: {text}" for name, text in FIGURES.items()] + [f"{', '.join(TABLES)}, claims: that table"]
-        + [f"and the figures and tables of {', '.join(forks.names())}"]))
+        [f"{name}: {text}" for name, text in FIGURES.items()]
+        + [f"{', '.join(TABLES)}, claims, forks: that table",
+           f"and the figures and tables of {', '.join(forks.names())}"]))
     add("files", type=as_path, nargs="*", help="metrics: JSON files; compare: tokenizers; report: a run")
     add("--ckpt", type=as_path, nargs="+", default=[], help="checkpoints of the figure")
     add("--tokenizer", type=as_path, nargs="+", default=[], help="one per CKPT (default: found beside each); "
@@ -299,7 +306,7 @@ def visualize_args(words=None):
         "tables: folder of all rows (default: runs/PRESET-tables); report: the HTML file")
     add("--device", default="auto", help="cuda, cpu or auto")
     args = parser.parse_args(words)
-    ours, args.fork = (*FIGURES, *TABLES, "claims"), None
+    ours, args.fork = (*FIGURES, *TABLES, *STUDIES), None
     if args.figure not in ours:
         args.fork = next((fork for fork in forks.names() if args.figure in forks.shown(fork)), None)
         if args.fork is None:
@@ -321,8 +328,8 @@ def visualize_args(words=None):
                          f"{list(forks.load(args.fork).PRESETS)[-1]}")
     except ValueError as error:
         parser.error(str(error))
-    if args.figure == "claims" and args.preset not in ("claims", "demo", "cifar10"):
-        parser.error("claims trains its own judge: --preset claims, demo or cifar10")
+    if args.figure in ("claims", "forks") and args.preset not in small.PRESETS:
+        parser.error(f"{args.figure} trains its own judge: --preset claims, demo or cifar10")
     if args.vgg and args.figure != "balance":
         parser.error(f"--vgg is of balance, not of {args.figure}")
     if args.out and not (listed or table or args.figure == "balance") and args.out.suffix != ".png":

@@ -34,3 +34,8 @@ DEMO = variant(  # minutes on a CPU
     nar=dict(steps=3000, lr=2e-3, lr_start=1000, warmup=200, ema=0.99),
 )
 PRESETS = {"cifar10": CIFAR10, "demo": DEMO, "claims": CLAIMS}
+
+
+def of_fork(fork, **changes):
+    """All of these presets with the same changes: the PRESETS of a fork."""
+    return {name: variant(preset, fork=fork, **changes) for name, preset in PRESETS.items()}

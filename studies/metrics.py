@@ -30,9 +30,11 @@ from plumbing.weights import load_lpips
 from sample import sample
 from studies.distances import fidelity, reference_statistics, ssim
 from studies.extractors import Extractor
+from studies.perturbed import perturbed_reconstructions
 
 PROTOCOLS = {
     "rfid-val": "reconstructions of all validation images against these images",
+    "pfid-val": "the same with half of the tokens swapped for near codes",
     "gfid-train": "samples, classes in turn, against the central crops of all training images",
     "view-val": "teacher-forced predictions of all validation images against these images",
 }
@@ -180,7 +182,12 @@ def evaluate(args, device):
         if ckpt["stage"] != "ar":
             raise UserError(f"--predict needs an ar.pt: a {ckpt['stage']} prior would see what it predicts")
         protocol = "view-val"
-    out = args.out or args.ckpt.with_name(f"metrics_{args.ckpt.stem}{'_view' * args.predict}.json")
+    if args.perturb:
+        if protocol != "rfid-val":
+            raise UserError("--perturb needs a phase1.pt or phase2.pt, whose reconstructions it measures")
+        protocol = "pfid-val"
+    out = args.out or args.ckpt.with_name(f"metrics_{args.ckpt.stem}{'_view' * args.predict}"
+                                      f"{'_perturbed' * args.perturb}.json")
     sources = {"": args.extractor} | ({"_2": args.second} if args.second else {})
     outs = {tail: out.with_name(f"{out.stem}{tail}{out.suffix}") for tail in sources}
     on_rank0(lambda: [read_result(o) if os.path.exists(o) else writable(o) for o in outs.values()])
@@ -191,7 +198,7 @@ def evaluate(args, device):
         return {key + tail * (key != "digests"): rows for tail, extractor in extractors.items()
                 for key, rows in extractor(images).items()}
 
-    if protocol in ("rfid-val", "view-val"):
+    if protocol != "gfid-train":
         val = images_of(args.ckpt, config, args.data)[1]
         if args.num not in (None, len(val)):
             raise UserError(f"{protocol} takes all {len(val)} validation images; leave --num out")
@@ -259,9 +266,9 @@ def evaluate(args, device):
 def results_of(protocol, rows, reference, info, extractor, names):
     """The numbers of one protocol from the rows of all images: {name: number}"""
     numbers = fidelity(rows["features"], rows["logits"], reference)
-    if protocol == "rfid-val":
+    if protocol in ("rfid-val", "pfid-val"):
         usage, perplexity = codebook_usage(count_codes(rows["tokens"], info["K"]))
-        numbers = {f"r{name}": numbers[name] for name in ("fid", "kid")}
+        numbers = {f"{protocol[0]}{name}": numbers[name] for name in ("fid", "kid")}
         numbers |= dict(usage=usage, perplexity=perplexity)
         numbers |= {name: rows[name].double().mean().item()
                     for name in ("psnr", "ssim", "l1", "lpips") if name in rows}
@@ -293,9 +300,10 @@ def measure_reconstructions(args, features, data, device):
     on the scale of [-1, 1], as in Eq. 2."""
     tokenizer, ckpt = load_model(args.ckpt, ("phase1", "phase2"), device)
     lpips = load_lpips(args.lpips, device)
+    shown = perturbed_reconstructions if args.perturb else reconstructions
 
     def measured(done):
-        for start, x, x_hat, tokens in reconstructions(tokenizer, data, args.num, args.batch, device, done):
+        for start, x, x_hat, tokens in shown(tokenizer, data, args.num, args.batch, device, done):
             a, b, indices = to_float(x, device), to_float(x_hat, device), range(start, start + len(x))
             rows = features(x_hat) | dict(
                 tokens=tokens.int().cpu(), psnr=psnr(a, b), ssim=ssim(x, x_hat),

@@ -23,6 +23,7 @@ import recipes.options
 import studies.claims
 import studies.distances
 import studies.extractors
+import studies.fork_table
 import studies.metrics
 import studies.tables
 from helpers import ROOT, call, command, fork, wait_for, wait_until
@@ -34,6 +35,7 @@ import sample
 import visualize
 from studies.distances import fidelity, reference_statistics, ssim
 from plumbing.errors import UserError
+from studies.perturbed import near_codes, perturb
 from plumbing.shapes import Shapes
 
 
@@ -307,6 +309,51 @@ def test_a_second_extractor_measures_the_same_images_in_the_same_pass(run, score
     (run / "result_2.json").unlink()  # half of it is there: the images are drawn again, the numbers stay
     assert measure(run, *words, "--second", run / "vgg.pt")["results"] == alone["results"] and drawn
     assert json.loads((run / "result_2.json").read_text())["results"] == other["results"]
+
+
+def test_near_codes_are_the_nearest_that_the_decoder_sees_for_every_kind_of_codebook():
+    from forks.fqgan.tokenizer import FactorizedConfig, FactorizedTokenizer
+    from forks.fsq import FSQTokenizer
+    from tokenizer import TokenizerConfig, VQTokenizer
+
+    sizes = dict(base_width=8, channel_mult=[1, 2], image_size=16, codebook_size=24)
+    for kind, config in (
+            (VQTokenizer, TokenizerConfig(codebook_dim=4, **sizes)),
+            (FSQTokenizer, FSQTokenizer.Config(codebook_dim=2, levels=[4, 6], **sizes)),
+            (FactorizedTokenizer, FactorizedConfig(codebook_dim=4, num_codebooks=2, **sizes))):
+        model = kind(config)
+        near = near_codes(model, 3)
+        parts = getattr(model.quantizer, "parts", [model.quantizer])
+        assert near.shape == (len(parts), 24, 3)
+        for part, found in zip(parts, near, strict=True):
+            codes = part.lookup(torch.arange(24).view(1, 24, 1))[0, :, :, 0].T
+            far = torch.cdist(codes, codes).fill_diagonal_(float("inf"))
+            torch.testing.assert_close(far.gather(1, found), far.sort(1).values[:, :3])
+        tokens = torch.randint(24, (40, *model.token_shape))
+        swapped = perturb(tokens, near, 0)
+        changed = swapped != tokens
+        assert changed.float().mean().item() == pytest.approx(0.5, abs=0.03)
+        assert torch.equal(swapped[7:9], perturb(tokens[7:9], near, 7))  # whatever the batch
+        flat, other = (t.view(40, -1, len(parts)) for t in (tokens, swapped))
+        for j in range(len(parts)):
+            hits = near[j][flat[..., j]] == other[..., j, None]
+            assert torch.equal(hits.any(2), flat[..., j] != other[..., j])
+
+
+def test_p_fd_measures_images_of_swapped_tokens(run, scorer, references):
+    plain = measure(run, "phase1.pt", scorer, references)
+    swapped = measure(run, "phase1.pt", scorer, references, "--perturb")
+    assert swapped["protocol"] == "pfid-val" and swapped["images_hash"] != plain["images_hash"]
+    assert {"pfid", "pkid", "usage", "psnr"} <= swapped["results"].keys() and "rfid" not in swapped["results"]
+    assert swapped["results"]["psnr"] != plain["results"]["psnr"]
+    assert swapped["results"]["usage"] == plain["results"]["usage"]  # of the tokens of the images
+    model, ckpt = plumbing.models.load_model(run / "phase1.pt", ("phase1",))
+    val = plumbing.data.load_data(ckpt["config"])[1]
+    x = torch.stack([val.view(i) for i in range(20)])
+    tokens = perturb(model.encode(plumbing.images.to_float(x, "cpu")), near_codes(model, 2), 0)  # 32 / 16
+    x_hat = plumbing.images.to_uint8(plumbing.slices.decode(model, tokens))
+    expected = plumbing.images.psnr(*(plumbing.images.to_float(y, "cpu") for y in (x, x_hat))).mean().item()
+    assert swapped["results"]["psnr"] == pytest.approx(expected, rel=1e-3)
 
 
 def test_a_second_extractor_is_refused_where_it_would_do_nothing(capsys):
@@ -785,6 +832,39 @@ def test_the_claims_are_told_from_the_measured_numbers_of_each_run(data, tmp_pat
     visualize.main(table("claims", tmp_path, data, "--run"))
     assert not ran and "missing" not in capsys.readouterr().out
     assert json.loads((tmp_path / "claims.jsonl").read_text()) == row
+
+
+def test_the_table_of_forks_trains_and_measures_its_rows_and_ranks_them(data, tmp_path, monkeypatch, capsys):
+    rows = [row for row in studies.fork_table.ROWS if row.label in ("plain", "plain, phase 1 + 2", "crt")]
+    monkeypatch.setattr(studies.fork_table, "ROWS", rows)
+    ran = in_process(monkeypatch)
+    visualize.main(table("forks", tmp_path, data, "--run"))
+    assert len(ran) == 2 + (3 + 4) + (1 + 4) + (3 + 4)  # phase 2 goes on from the plain phase 1
+    found = json.loads((tmp_path / "forks.json").read_text())["rows"]
+    assert [(row["label"], row["decoder"]) for row in found] == [
+        ("plain", "phase1"), ("plain, phase 1 + 2", "phase2"), ("crt", "phase1")]
+    for row, folder in zip(found, ("plain", "plain", "crt"), strict=True):
+        for key, name in dict(rfid="rfid", pfid="pfid", ar="fid", nar="fid").items():
+            path = tmp_path / folder / f"metrics_{key}_{row['decoder']}.json"
+            column = key if key == name else f"{key}_fid"
+            assert row[column] == json.loads(path.read_text())["results"][name]
+        assert row["relative"] == json.loads((tmp_path / folder / "compare.json").read_text())[0]["relative"]
+    ckpt = plumbing.files.read_checkpoint(tmp_path / "crt" / "phase1.pt", ("phase1",))
+    assert ckpt["config"]["fork"] == "crt" and found[0]["pfid"] != found[0]["rfid"]
+    ran.clear()
+    monkeypatch.setattr(studies.fork_table, "compare", None)  # what is there is not made again
+    visualize.main(table("forks", tmp_path, data, "--run"))
+    assert not ran and "missing" not in capsys.readouterr().out
+
+
+def test_the_rank_correlations_are_spearman_s_of_the_rows_after_phase_1():
+    row = dict(decoder="phase1", pfid=1.0, relative=0.5, nar_fid=3.0)
+    rows = [dict(row, rfid=rfid, ar_fid=fid) for rfid, fid in ((1, 10), (2, 30), (3, 20), (4, 40))]
+    rows += [dict(row, rfid=9, ar_fid=0, decoder="phase2")]
+    found = studies.fork_table.correlations(rows)
+    assert found["rfid, ar_fid"] == (pytest.approx(0.8), 4)  # 1 - 6 * 2 / (4 * 15)
+    assert studies.fork_table.correlations(rows[:2]) == {}
+    assert "rank correlation of rFD: +0.80 with AR FD" in "\n".join(studies.fork_table.orders(rows))
 
 
 @pytest.mark.parametrize("preset", [*recipes.options.PRESETS, "demo-fq", "lfq.demo"])

@@ -112,7 +112,7 @@ def test_the_causal_loss_moves_the_encoder_and_phase_2_knows_none_of_it():
 
 
 def test_latents_that_point_where_the_features_point_cost_nothing():
-    model, vgg = tokenizer(AlignedTokenizer), judge(16)
+    model, vgg = tokenizer(AlignedTokenizer, feature_width=32), judge()
     model.prepare(types.SimpleNamespace(judge=vgg))
     x = images()
     loss = model(x)[2]["loss_align"]
@@ -128,7 +128,7 @@ def test_latents_that_point_where_the_features_point_cost_nothing():
 
 
 def test_the_judge_of_the_alignment_is_neither_trained_nor_saved():
-    model, vgg = tokenizer(AlignedTokenizer), judge(16)
+    model, vgg = tokenizer(AlignedTokenizer, feature_width=32), judge()
     model.prepare(types.SimpleNamespace(judge=vgg))
     model(images())[2]["loss_align"].backward()
     assert any(p.grad is not None for p in model.encoder.parameters())
@@ -139,7 +139,7 @@ def test_the_judge_of_the_alignment_is_neither_trained_nor_saved():
 
 # the commands ---------------------------------------------------------------------------------------------
 
-OWN = {"frozen": ["tokenizer.codebook_dim=32"], "align": ["judge.width=16"],
+OWN = {"frozen": ["tokenizer.codebook_dim=32"], "align": ["tokenizer.feature_width=32"],
        "fsq": ["tokenizer.codebook_dim=3", "tokenizer.codebook_size=64"]}
 
 
@@ -230,7 +230,7 @@ def test_phase_3_wants_its_prior_first(data, tmp_path, capsys):
 @pytest.mark.parametrize("fork, item, told", [
     ("frozen", "judge.width=3", "codebook_dim 8 \\* judge.width"),
     ("frozen", "judge.skip_pools=0", "skip_pools=1"),
-    ("align", "judge.width=8", "judge.width must be 16")])
+    ("align", "judge.width=8", "tokenizer.feature_width=64")])
 def test_presets_that_do_not_fit_are_refused(fork, item, told):
     config = recipes.options.train_args(["--stage", "phase1", "--preset", f"{fork}.demo", "--set", item])[1]
     with pytest.raises(ValueError, match=told):

@@ -308,12 +308,29 @@ def test_every_figure_runs_on_tiny_checkpoints_twice_the_same_with_finite_number
 
 def test_every_figure_of_the_help_is_tested_and_the_paper_s_numbers_are_all_there():
     drawn = {name for name, _ in FIGURES}
-    elsewhere = {"metrics", "compare", "report", "balance"}  # tested in files of their own
+    elsewhere = {"metrics", "compare", "report", "balance", "positions"}  # tested in files of their own
     elsewhere |= {"fq_alone", "fq_map"}  # in test_fqgan.py
     assert drawn == set(recipes.options.FIGURES) - elsewhere
     assert drawn | set(recipes.ablations.TABLES) >= {
         f"fig{n}" for n in "1b 3 4 5a 5b 7a 7b 8 9 10 11".split()
     }
+
+
+def test_nats_by_position_are_the_prior_s_own_and_their_mean_its_loss(run):
+    draw("positions", "--ckpt", run / "ar.pt", "--num", 12, "--out", run / "x.png")
+    (row,) = json.loads((run / "x.json").read_text())
+    prior, ckpt = plumbing.models.load_model(run / "ar.pt", ("ar",))
+    tokenizer, _ = plumbing.models.load_tokenizer_of(run / "ar.pt", ckpt)
+    val = plumbing.data.load_data(ckpt["config"])[1]
+    x = plumbing.images.to_float(torch.stack([val.view(i) for i in range(12)]), "cpu")
+    tokens, labels = tokenizer.encode(x), torch.tensor([val.label(i) for i in range(12)])
+    with torch.no_grad():
+        loss = prior.loss(prior(tokens, labels), tokens)[0].item()
+    assert len(row["nats"]) == 16 == len(row["entropy"]) and row["mean"] == pytest.approx(loss, rel=1e-4)
+    for i in (0, 15):
+        p = torch.bincount(tokens[:, i]).float() / 12
+        assert row["entropy"][i] == pytest.approx(-(p * p.clamp(min=1e-9).log()).sum().item(), rel=1e-4)
+    assert (run / "x.png").stat().st_size > 5000
 
 
 @pytest.mark.parametrize("figure, name", [("fig7a", "nar.pt"), ("fig9", "ar.pt")])

@@ -1,0 +1,133 @@
+"""`visualize.py forks`: the plain tokenizer and the forks of docs/forking.md at one budget.
+
+Which of the cheap numbers orders them as the distance of samples does?
+"""
+
+import json
+
+import torch
+
+from plumbing.files import header, save_atomic
+from plumbing.processes import print0
+from recipes.ablations import Row
+from recipes.options import visualize_args
+from studies.metrics import read_result
+from studies.probe import compare
+from studies.tables import Table, finished, number, print_table, refuse_unlike, row_seconds, table
+
+NAMES = ("lfq", "fsq", "simvq", "rotation", "ibq", "perturb", "crt", "align", "frozen", "phase3")
+ROWS = [Row("plain", "plain|0", {}, ()), Row("plain, phase 1 + 2", "plain|0", {}, (), "phase2"),
+        *(Row(name, f"{name}|0", {}, (), "phase2" if name == "phase3" else "phase1") for name in NAMES)]
+CHEAP = dict(rfid="rFD", pfid="p-FD", relative="probe, bits over unigram")
+COSTLY = dict(ar_fid="AR FD", nar_fid="NAR FD")
+
+
+class ForkTable(Table):
+    """Every row trains its own tokenizer and both priors with the preset's steps and one judge. All but two
+    are measured after phase 1; `phase3` is a phase 2, and beside it stands the plain phase 2."""
+
+    KIND = "forks"
+
+    def __init__(self, args):
+        super().__init__(args)
+        self.table = dict(rows=ROWS)
+
+    def row(self, name, decoder):
+        fork, seed = name.split("|")
+        folder, result = self.root / (fork if seed == "0" else f"{fork},seed={seed}"), {}
+        words = ["--seed", seed, "--vgg", str(self.root / "judge" / "vgg.pt")]
+        if fork != "plain":
+            words += ["--preset", f"{fork}.{self.args.preset}"]
+        stages = ("phase1", "ar", "phase2", "nar") if decoder == "phase2" else ("phase1", "ar", "nar")
+        commands = [self.train(stage, folder, *words) for stage in stages]
+        tokenizer = folder / f"{decoder}.pt"
+
+        def measure(key, checkpoint, *more):
+            result[key] = folder / f"metrics_{key}_{decoder}.json"
+            commands.append((result[key], [
+                "sample.py", "--ckpt", str(checkpoint), "--metrics", "--extractor", self.extractor,
+                "--references", str(self.root / "references"), *self.device, *more, "--out",
+                str(result[key])]))
+
+        measure("rfid", tokenizer, "--lpips", "none")
+        measure("pfid", tokenizer, "--lpips", "none", "--perturb")
+        for stage in ("ar", "nar"):
+            measure(stage, folder / f"{stage}.pt", "--tokenizer", str(tokenizer), "--num", str(self.samples),
+                    "--precision", "bf16")
+        return commands, result
+
+    def measured(self, row):
+        """The numbers of a row, or None while something is missing."""
+        commands, files = self.row(row.name, row.decoder)
+        if not all(finished(path, words) for path, words in commands):
+            return None
+        results = {key: read_result(path)["results"] for key, path in files.items()}
+        numbers = {k: results["rfid"][k] for k in ("rfid", "psnr", "usage", "class_accuracy")}
+        numbers |= dict(pfid=results["pfid"]["pfid"], **self.probe(files["rfid"].parent))
+        for stage in ("ar", "nar"):
+            numbers |= {f"{stage}_{k}": results[stage][k] for k in ("fid", "precision", "recall")}
+            numbers[f"{stage}_class"] = results[stage].get("class_accuracy")
+        made = [path for path, _ in commands if path.suffix == ".pt"]
+        return dict(label=row.label, fork=row.name.split("|")[0], seed=int(row.name.split("|")[1]),
+                    decoder=row.decoder, steps={path.stem: header(path)["step"] for path in made}, **numbers,
+                    seconds=round(sum(row_seconds(path) for path, _ in commands)),
+                    commands=[self.shown(words) for _, words in commands])
+
+    def probe(self, folder):
+        """`visualize.py compare` of its phase1.pt, kept in a file."""
+        out, ckpt = folder / "compare.json", folder / "phase1.pt"
+        known = json.loads(out.read_text()) if out.exists() else [{}]
+        if out.exists() and out.stat().st_mtime < ckpt.stat().st_mtime or not known[0]:
+            compare(visualize_args(["compare", str(ckpt), "--out", str(out), "--device", self.args.device]))
+            known = json.loads(out.read_text())
+        return {key: known[0][key] for key in ("relative", "bits_per_image", "unigram_bits_per_image")}
+
+    def show(self):
+        """Prints the table and the rank correlations; writes forks.json and forks.md."""
+        rows = [found for found in map(self.measured, self.table["rows"]) if found]
+        names = CHEAP | dict(usage="usage", psnr="PSNR") | COSTLY
+        names |= dict(ar_class="AR class", seconds="seconds")
+        for key in ("rfid", "pfid", "ar", "nar"):
+            files = {row.label: self.row(row.name, row.decoder)[1][key] for row in self.table["rows"]}
+            results = {label: read_result(path) for label, path in files.items() if path.exists()}
+            if results:
+                refuse_unlike(results)
+        lines = [["", *names.values()]]
+        lines += [[row["label"], *(number(row[key]) for key in names)] for row in rows]
+        text = [f"preset {self.args.preset}, one seed each", "", print_table(lines), "", *orders(rows)]
+        print0("\n".join(text[3:]))
+        about = dict(preset=self.args.preset, set=self.args.set, torch=torch.__version__, rows=rows,
+                     correlations=correlations(rows))
+        self.root.mkdir(parents=True, exist_ok=True)
+        for suffix, content in (("json", json.dumps(about, indent=1)), ("md", "\n".join(text))):
+            save_atomic(lambda p, c=content: p.write_text(c + "\n"), self.root / f"forks.{suffix}")
+        for label, commands in self.missing():
+            print0(f"missing for {label}: {len(commands)} commands, the first {self.shown(commands[0][1])}")
+        print0(f"wrote {self.root / 'forks'}.json and .md")
+
+
+def correlations(rows):
+    """Spearman's rank correlation of each cheap number with each distance of samples, over the rows that are
+    measured after phase 1: {"cheap, costly": (rho, number of rows)}; nan for fewer than three rows."""
+    from scipy.stats import spearmanr
+
+    rows = [row for row in rows if row["decoder"] == "phase1"]
+    if len(rows) < 3:
+        return {}
+    columns = {name: [row[name] for row in rows] for name in (*CHEAP, *COSTLY)}
+    return {f"{cheap}, {costly}": (float(spearmanr(columns[cheap], columns[costly]).statistic), len(rows))
+            for cheap in CHEAP for costly in COSTLY}
+
+
+def orders(rows):
+    """What the correlations say, a line for each cheap number."""
+    found = correlations(rows)
+    for cheap, name in CHEAP.items() if found else ():
+        both = {title: found[f"{cheap}, {costly}"] for costly, title in COSTLY.items()}
+        told = ", ".join(f"{rho:+.2f} with {title}" for title, (rho, _) in both.items())
+        yield f"rank correlation of {name}: {told} ({max(n for _, n in both.values())} rows)"
+
+
+def fork_table(args):
+    """`visualize.py forks`"""
+    table(args, ForkTable)
