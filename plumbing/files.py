@@ -149,7 +149,13 @@ def read_checkpoint(path, stages):
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, OSError, EOFError, ValueError, LookupError, pickle.UnpicklingError) as error:
         reason = "wrong checksum" if str(error) == "wrong checksum" else type(error).__name__
+        if reason == "UnpicklingError":
+            reason += ": code, or an old form; torch.save its state dict alone from where you trust it"
         raise UserError(f"{path} is damaged or no checkpoint ({reason}); name another one") from None
+    if not isinstance(ckpt, dict) or not {"format", "stage", "model"} <= ckpt.keys():
+        from plumbing.foreign import opened
+
+        ckpt = opened(ckpt, path) or ckpt
     if not isinstance(ckpt, dict) or not {"format", "stage", "model"} <= ckpt.keys():
         keys = ", ".join(map(str, list(ckpt)[:4])) if isinstance(ckpt, dict) else type(ckpt).__name__
         raise UserError(f"{path} is not a checkpoint of this project (it holds {keys})")

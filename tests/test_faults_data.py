@@ -367,7 +367,8 @@ def paths_of(script, *words):
 PARSERS = {train: recipes.options.train_args, sample: recipes.options.sample_args,
            visualize: recipes.options.visualize_args}
 PATHS = {train: ("data", "val", "out", "tokenizer", "vgg"),
-         sample: ("ckpt", "tokenizer", "data", "out", "extractor", "lpips", "references", "reference"),
+         sample: ("ckpt", "tokenizer", "data", "out", "extractor", "second", "lpips", "references",
+                 "reference"),
          visualize: ("data", "extractor")}
 
 

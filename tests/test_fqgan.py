@@ -26,7 +26,7 @@ from forks.guidance import guide
 from forks.lfq import LookupFreeQuantizer
 from plumbing.models import load_model
 from forks.fqgan.tokenizer import Branch, FactorizedConfig, FactorizedQuantizer, FactorizedTokenizer
-from forks.fqgan.trunk import MapAttention
+from forks.vqgan import MapAttention
 from plumbing.codes import codebook_usage, count_codes
 from prior_ar import ARPrior
 from tokenizer import TokenizerConfig, VectorQuantizer, windowed_attention

@@ -9,7 +9,7 @@ from torch import nn
 
 from forks.fqgan.losses import disentanglement, mean_cosine, representation_loss
 from forks.fqgan.teachers import check_teachers, load_teachers
-from forks.fqgan.trunk import VQGANDecoder, VQGANEncoder
+from forks.vqgan import VQGANDecoder, VQGANEncoder
 from plumbing.fast import group_norm
 from tokenizer import TokenizerConfig, VQTokenizer, VectorQuantizer
 

@@ -1,0 +1,32 @@
+"""Opens the tokenizers of LlamaGen (arXiv 2406.06525): `vq_ds16_c2i.pt`, `vq_ds8_c2i.pt`."""
+
+from forks.taming import TamingTokenizer
+from forks.vqgan import converted, sizes_of
+from plumbing.foreign import as_checkpoint
+
+ENCODER = ("encoder.conv_blocks.{}.res.{}", "encoder.conv_blocks.{}.attn.{}",
+           "encoder.conv_blocks.{}.downsample", [f"encoder.mid.{i}" for i in range(3)])
+DECODER = ("decoder.conv_blocks.{}.res.{}", "decoder.conv_blocks.{}.attn.{}",
+           "decoder.conv_blocks.{}.upsample", [f"decoder.mid.{i}" for i in range(3)])
+NAMES = ENCODER, DECODER, lambda i, L: i
+
+
+class LlamaGenTokenizer(TamingTokenizer):
+    """As VQGAN's, but vectors and codes have unit length: `codebook="fn"`."""
+
+
+def opened(raw):
+    """Our checkpoint of a published one, or None if it is none of this family."""
+    state = next((raw[key] for key in ("ema", "model") if isinstance(raw.get(key), dict)), raw)
+    if "encoder.conv_blocks.0.res.0.norm1.weight" not in state:
+        return None
+    sizes = sizes_of(state, ENCODER[0])
+    weights = converted(state, sizes, NAMES, "LlamaGen", ("quantize.codebook_used",))
+    return as_checkpoint("llamagen", dict(sizes, codebook="fn"), weights, "LlamaGen")
+
+
+def parts():
+    return dict(tokenizer=LlamaGenTokenizer)
+
+
+PRESETS = {}
