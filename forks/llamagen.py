@@ -2,7 +2,7 @@
 
 from forks.taming import TamingTokenizer
 from forks.vqgan import converted, sizes_of
-from plumbing.foreign import as_checkpoint
+from plumbing.models import as_checkpoint
 
 ENCODER = ("encoder.conv_blocks.{}.res.{}", "encoder.conv_blocks.{}.attn.{}",
            "encoder.conv_blocks.{}.downsample", [f"encoder.mid.{i}" for i in range(3)])

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from forks.vqgan import sizes_of
-from plumbing.foreign import as_checkpoint
+from plumbing.models import as_checkpoint
 from tokenizer import VQTokenizer
 
 

@@ -3,7 +3,7 @@
 from torch import nn
 
 from forks.vqgan import VQGANTokenizer, converted, sizes_of
-from plumbing.foreign import as_checkpoint
+from plumbing.models import as_checkpoint
 
 ENCODER = ("encoder.down.{}.block.{}", "encoder.down.{}.attn.{}", "encoder.down.{}.downsample",
            ["encoder.mid.block_1", "encoder.mid.attn_1", "encoder.mid.block_2"])

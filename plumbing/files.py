@@ -17,6 +17,7 @@ import torch
 from plumbing.errors import InUse, UserError, warn
 
 FORMAT = 4  # of the checkpoint files; train.py writes them
+FOREIGN = []  # what opens files of other projects, (content, path) -> checkpoint or None: plumbing.models'
 
 
 def claim(folder):
@@ -153,9 +154,7 @@ def read_checkpoint(path, stages):
             reason += ": code, or an old form; torch.save its state dict alone from where you trust it"
         raise UserError(f"{path} is damaged or no checkpoint ({reason}); name another one") from None
     if not isinstance(ckpt, dict) or not {"format", "stage", "model"} <= ckpt.keys():
-        from plumbing.foreign import opened
-
-        ckpt = opened(ckpt, path) or ckpt
+        ckpt = next(filter(None, (opened(ckpt, path) for opened in FOREIGN)), ckpt)
     if not isinstance(ckpt, dict) or not {"format", "stage", "model"} <= ckpt.keys():
         keys = ", ".join(map(str, list(ckpt)[:4])) if isinstance(ckpt, dict) else type(ckpt).__name__
         raise UserError(f"{path} is not a checkpoint of this project (it holds {keys})")

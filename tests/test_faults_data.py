@@ -367,8 +367,7 @@ def paths_of(script, *words):
 PARSERS = {train: recipes.options.train_args, sample: recipes.options.sample_args,
            visualize: recipes.options.visualize_args}
 PATHS = {train: ("data", "val", "out", "tokenizer", "vgg"),
-         sample: ("ckpt", "tokenizer", "data", "out", "extractor", "second", "lpips", "references",
-                 "reference"),
+         sample: ("ckpt", "tokenizer", "data", "out", "extractor", "lpips", "references", "reference"),
          visualize: ("data", "extractor")}
 
 
@@ -381,8 +380,8 @@ def test_every_path_flag_knows_the_home_folder(script, monkeypatch):
     assert all(config[key] == f"/home/me/{key}" for key in ("data", "val", "vgg") if config)
     source = inspect.getsource(PARSERS[script])
     flags = re.findall(r'add\("(?:--)?(\w+)", type=(?:as_path|expanded)', source)
-    lists = ("files", "ckpt", "tokenizer", "out", "vgg") if script is visualize else ()  # the next test
-    assert set(flags) == {*PATHS[script], *lists} and "type=Path" not in source
+    others = {visualize: ("files", "ckpt", "tokenizer", "out", "vgg"), sample: ("second",)}  # the next test
+    assert set(flags) == {*PATHS[script], *others.get(script, ())} and "type=Path" not in source
 
 
 def test_paths_in_lists_and_in_set_know_the_home_folder(monkeypatch):
@@ -395,6 +394,8 @@ def test_paths_in_lists_and_in_set_know_the_home_folder(monkeypatch):
     assert recipes.options.visualize_args(["report", "~/run"]).files == [Path("/home/me/run")]
     balance = recipes.options.visualize_args(["balance", "--ckpt", "a.pt", "--vgg", "~/vgg.pth"])
     assert str(balance.vgg) == "/home/me/vgg.pth"
+    words = ["--ckpt", "a.pt", "--metrics", "--second", "~/vgg.pt"]
+    assert recipes.options.sample_args(words).second == "/home/me/vgg.pt"
     sets = ["data=~/d", "val=~/v", "vgg=~/vgg.pth", 'phase1.teachers=[null, "~/clip.pt", "judge"]']
     words = [word for item in sets for word in ("--set", item)]
     config = recipes.options.train_args(["--stage", "phase1", "--preset", "demo-fq", *words])[1]

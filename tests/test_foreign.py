@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from helpers import command
 
-import plumbing.foreign
+import plumbing.models
 import recipes.options
 import sample
 import train
@@ -205,7 +205,7 @@ def test_what_is_no_tokenizer_at_all_is_refused(tmp_path, capsys):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_prior_is_trained_on_a_public_tokenizer_and_looked_at(
         family, published, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(plumbing.foreign.as_checkpoint, "__defaults__", (32,))  # published ones are for 256
+    monkeypatch.setattr(plumbing.models.as_checkpoint, "__defaults__", (32,))  # published ones are for 256
     path = published[family][0]
     words = command("ar", tmp_path, data, "--tokenizer", path, ar__steps=1, ar__batch=2, prior__n_embd=16)
     train.main(*recipes.options.train_args(words))
