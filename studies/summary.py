@@ -75,8 +75,12 @@ def sample_summary(run, stage, tokenizer, num):
 
 
 @torch.no_grad()
-def summarize(run, num=1000):
-    """The table that ends `--stage all`, printed and written to summary.json, with the run's pictures."""
+def summarize(run):
+    """The table that ends `--stage all`, printed and written to summary.json, with the run's pictures.
+
+    Each prior draws 1,000 samples, or ten for each validation image where there are few.
+    """
+    num = min(1000, 10 * len(run.val))
     first, _ = load_model(run.out / "phase1.pt", ("phase1",), run.device)
     second, _ = load_model(run.out / "phase2.pt", ("phase2",), run.device)
     summary = dict(

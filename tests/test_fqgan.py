@@ -1,6 +1,5 @@
 """Claims about FQGAN (arXiv 2411.16681): sizes, tokens, what k = 1 is, losses, teachers, priors, a run."""
 
-import functools
 import hashlib
 import inspect
 import json
@@ -508,9 +507,7 @@ FQ = {"tokenizer__teacher_widths": [0, 32], "tokenizer__base_width": 16}
 @pytest.fixture(scope="module")
 def run(trained, data, tmp_path_factory):
     out = earlier(trained, tmp_path_factory.mktemp("fq"), "phase1")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(studies.summary, "summarize", functools.partial(studies.summary.summarize, num=40))
-        call("all", out, data, "--preset", "demo-fq", **FQ)
+    call("all", out, data, "--preset", "demo-fq", **FQ)
     return out
 
 

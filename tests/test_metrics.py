@@ -25,6 +25,7 @@ import studies.distances
 import studies.extractors
 import studies.fork_table
 import studies.metrics
+import studies.probe
 import studies.tables
 from helpers import ROOT, call, command, fork, wait_for, wait_until
 from PIL import Image
@@ -835,8 +836,13 @@ def test_the_claims_are_told_from_the_measured_numbers_of_each_run(data, tmp_pat
 
 
 def test_the_table_of_forks_trains_and_measures_its_rows_and_ranks_them(data, tmp_path, monkeypatch, capsys):
+    def few_steps(train, val, K, device, steps, **more):
+        return real(train, val, K, device, 2, **more)
+
+    real = studies.probe.probe
     rows = [row for row in studies.fork_table.ROWS if row.label in ("plain", "plain, phase 1 + 2", "crt")]
     monkeypatch.setattr(studies.fork_table, "ROWS", rows)
+    monkeypatch.setattr(studies.probe, "probe", few_steps)
     ran = in_process(monkeypatch)
     visualize.main(table("forks", tmp_path, data, "--run"))
     assert len(ran) == 2 + (3 + 4) + (1 + 4) + (3 + 4)  # phase 2 goes on from the plain phase 1
