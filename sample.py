@@ -3,6 +3,7 @@
     python sample.py --ckpt runs/demo/ar.pt                              # a sheet, one column per class
     python sample.py --ckpt runs/demo/nar.pt --classes star,ring --num 16 --format files --out stars
     python sample.py --ckpt runs/demo/phase2.pt --reconstruct --num 16   # inputs above reconstructions
+    python sample.py --ckpt runs/cifar10/nar.pt --edit cat.png --box 8,8,16,16   # redraw a part of an image
     python sample.py --ckpt runs/cifar10/nar.pt --metrics --num 10000    # FID, IS, KID, precision, recall
 
 Image i is a function of (seed, i) and its class only: it does not depend on how many are drawn or on the
@@ -165,6 +166,11 @@ def main(args):
             from studies.sweep import evaluate_sweep
 
             (evaluate_sweep if args.values else evaluate)(args, device)
+            return
+        if args.edit:
+            from studies.edit import edit
+
+            edit(args, device)
             return
         chunks, info, name, columns = (reconstruct if args.reconstruct else sample)(args, device)
         suffix = {"sheet": ".png", "npz": ".npz", "files": ""}[args.format]

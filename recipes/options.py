@@ -220,6 +220,10 @@ def sample_args(words=None):
     add("--count", "--num", dest="num", type=int, help="number of images (default 80; --metrics: 50,000)")
     add("--classes", help="names or numbers, separated by commas (default: all, in turn)")
     add("--reconstruct", action="store_true", help="reconstruct validation images instead of sampling")
+    add("--edit", type=as_path, metavar="IMAGE", help="of a nar.pt: redraw a part of this image")
+    add("--box", metavar="X,Y,W,H", help="of --edit: what is redrawn, in pixels of the image")
+    add("--mask", type=as_path, help="of --edit: an image of the same form, white where it is redrawn")
+    add("--onto", metavar="X,Y,SIDE", help="of --edit: lay the image on this square, draw the rest")
     add("--data", type=expanded, help="of --reconstruct and --metrics: folder of images (default: the run's)")
     add("--format", choices=("sheet", "files", "npz"), default="sheet", help="one picture, PNG files, or npz")
     add("--out", type=as_path, help="file or, for --format files, folder to write (default: beside CKPT)")
@@ -266,6 +270,11 @@ def sample_args(words=None):
             check_values({name: value}, lambda key: f"--sweep {args.sweep}: {key}")
     except ValueError as error:
         parser.error(str(error))
+    parts = [name for name in ("box", "mask", "onto") if getattr(args, name)]
+    if bool(args.edit) != bool(parts):
+        parser.error("--edit needs --box, --mask or --onto" if args.edit else f"--{parts[0]} is of --edit")
+    if args.edit and (args.metrics or args.reconstruct or args.format == "npz"):
+        parser.error("--edit draws; leave --metrics, --reconstruct and --format npz out")
     measuring = [name for name in ("sweep", "predict", "perturb", "second") if getattr(args, name)]
     if measuring and not args.metrics:
         parser.error(f"--{measuring[0]} measures: pass --metrics too")

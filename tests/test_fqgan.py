@@ -11,10 +11,11 @@ import torch
 import plumbing.preflight
 import recipes.options
 import studies.cost
-import studies.summary
 from helpers import call, earlier, open_run, refusal, rows
+from PIL import Image
 from torch import nn
 
+import sample
 import train
 import visualize
 from forks.fqgan.losses import disentanglement, representation_loss
@@ -26,6 +27,7 @@ from forks.lfq import LookupFreeQuantizer
 from plumbing.models import load_model
 from forks.fqgan.tokenizer import Branch, FactorizedConfig, FactorizedQuantizer, FactorizedTokenizer
 from forks.vqgan import MapAttention
+from plumbing.shapes import Shapes
 from plumbing.codes import codebook_usage, count_codes
 from prior_ar import ARPrior
 from tokenizer import TokenizerConfig, VectorQuantizer, windowed_attention
@@ -509,6 +511,18 @@ def run(trained, data, tmp_path_factory):
     out = earlier(trained, tmp_path_factory.mktemp("fq"), "phase1")
     call("all", out, data, "--preset", "demo-fq", **FQ)
     return out
+
+
+def test_an_image_is_edited_in_all_sub_tokens_of_a_position(run, tmp_path):
+    Image.fromarray(Shapes("val", 20, 32).view(3).permute(1, 2, 0).numpy()).save(tmp_path / "x.png")
+    words = ["--ckpt", run / "nar.pt", "--edit", tmp_path / "x.png", "--box", "16,0,16,32", "--num", 3,
+             "--classes", "star", "--device", "cpu", "--out", tmp_path / "y.png"]
+    sample.main(recipes.options.sample_args(list(map(str, words))))
+    info = json.loads((tmp_path / "y.json").read_text())
+    tokens, given = torch.tensor(info["tokens"]), torch.tensor(info["input_tokens"])
+    redrawn = torch.tensor(info["redrawn"]).bool().flatten()
+    assert tokens.shape == (3, 16, 2) and redrawn.tolist() == [False, False, True, True] * 4
+    assert (tokens[:, ~redrawn] == given[~redrawn]).all() and (tokens[:, redrawn] < 64).all()
 
 
 def test_all_stages_run_on_factorised_tokens(run):

@@ -1,0 +1,174 @@
+"""Editing an image with the masked prior: `sample.py --edit IMAGE`.
+
+Inpainting (--box or --mask: what is redrawn), outpainting (--onto: where the image lies on the canvas), and
+class editing (--classes: what the redrawn part should belong to). The NAR prior fills the redrawn positions
+of the token grid; all other tokens are those of the image.
+"""
+
+import json
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from perceptual import LOGIT
+from plumbing.errors import UserError
+from plumbing.files import save_atomic, weights_hash, writable
+from plumbing.images import BadImage, load_rgb, make_sheet, to_float, to_square, to_uint8
+from plumbing.models import find_judge, load_model, load_tokenizer_of
+from plumbing.processes import on_rank0, print0, rank
+from plumbing.slices import decode, generate_tokens
+from sample import choose_classes, sample_settings
+
+
+def centre(pixels, S):
+    """(C, h, w), the short side S -> the (C, S, S) in its middle"""
+    top, left = (pixels.shape[1] - S) // 2, (pixels.shape[2] - S) // 2
+    return pixels[:, top : top + S, left : left + S]
+
+
+def read(path, flag):
+    try:
+        return load_rgb(path)
+    except BadImage as error:
+        raise UserError(f"{flag} {path}: {error}") from None
+
+
+def numbers(text, names, flag):
+    """'1,2,3' as whole numbers.  raises: UserError that says what they are"""
+    words = text.split(",")
+    if len(words) != len(names) or not all(word.strip().isdecimal() for word in words):
+        raise UserError(f"{flag} {text}: expected {','.join(names)}, whole numbers of pixels")
+    return [int(word) for word in words]
+
+
+def pixel_mask(args, size):
+    """What is redrawn, in pixels of the image: (h, w) float32, 1 inside.  raises: UserError"""
+    w, h = size
+    mask = torch.zeros(h, w)
+    if args.box:
+        x, y, width, height = numbers(args.box, ("x", "y", "width", "height"), "--box")
+        if width < 1 or height < 1 or x + width > w or y + height > h:
+            raise UserError(f"--box {args.box} does not lie inside the image, which has {w}x{h} pixels")
+        mask[y : y + height, x : x + width] = 1
+    if args.mask:
+        drawn = read(args.mask, "--mask").convert("L")
+        if abs(drawn.width / drawn.height / (w / h) - 1) > 0.02:
+            raise UserError(f"--mask {args.mask} has {drawn.width}x{drawn.height} pixels, the image {w}x{h}: "
+                            "another form; draw it over the image")
+        drawn = drawn.resize(size, Image.Resampling.NEAREST)
+        mask = torch.maximum(mask, torch.from_numpy(np.array(drawn) > 127).float())
+    return mask
+
+
+def canvas(args, S):
+    """(image (3, S, S) uint8, what is redrawn (S, S) bool), as the model sees them: the middle of the image,
+    its short side scaled to S, or with --onto the image smaller and the rest of the canvas redrawn."""
+    image = read(args.edit, "--edit")
+    mask = pixel_mask(args, image.size)
+    side, x, y = S, 0, 0
+    if args.onto:
+        x, y, side = numbers(args.onto, ("x", "y", "side"), "--onto")
+        if side < 1 or x + side > S or y + side > S:
+            raise UserError(f"--onto {args.onto} does not lie on the canvas of {S}x{S} pixels")
+    pixels = centre(to_square(image, side), side)
+    mask = mask[None, None].contiguous()
+    h, w = (max(side, round(n * side / min(image.size))) for n in mask.shape[2:])
+    shrunk = F.adaptive_max_pool2d(mask, (h, w)) if h <= mask.shape[2] else F.interpolate(mask, (h, w))
+    hidden = centre(shrunk[0], side)[0] > 0
+    right, below = S - x - side, S - y - side
+    edges = F.pad(pixels[None].float(), (x, right, y, below), mode="replicate")[0].byte()  # beyond the image
+    outside = F.pad(hidden.float(), (x, right, y, below), value=1.0) > 0
+    return edges, outside
+
+
+def blend(x, drawn, redrawn, f):
+    """`drawn` inside the redrawn cells, x beyond a seam of f pixels around them, and a ramp between."""
+    wide = F.max_pool2d(redrawn[None, None].float(), 2 * (f // 2) + 1, 1, f // 2)
+    ramp = F.avg_pool2d(wide, 2 * (f // 2) + 1, 1, f // 2, count_include_pad=False)
+    weight = torch.maximum(ramp, redrawn[None, None].float())
+    return drawn * weight + x * (1 - weight)
+
+
+def label_of(args, ckpt, prior, x):
+    """The classes to draw in turn; without --classes the one that the run's judge sees in the image."""
+    names = ckpt["class_names"] if prior.config.num_classes else []
+    if names and not args.classes:
+        judge = find_judge(args.ckpt, ckpt, x.device)
+        if judge is None:
+            raise UserError(f"{args.ckpt} is conditional: name what is to be seen with --classes, one of "
+                            f"{', '.join(names[:20])}")
+        seen = judge(x, [LOGIT])[LOGIT].argmax(1).item()
+        print0(f"the judge sees {names[seen]}; --classes draws another class")
+        return [seen]
+    return choose_classes(args.classes, names)
+
+
+@torch.no_grad()
+def edit(args, device):
+    """Writes one picture, rows of the input with its mask, the candidates and the composites, and a JSON; or
+    with --format files all of them one by one.
+
+    raises: UserError for another prior, an image or mask that cannot be read, and a mask that hides nothing
+    """
+    prior, ckpt = load_model(args.ckpt, ("nar",), device)
+    tokenizer, decoder_ckpt = load_tokenizer_of(args.ckpt, ckpt, args.tokenizer, device)
+    S, side, num = ckpt["config"]["image_size"], tokenizer.grid_size, args.num or 8
+    f = S // side
+    pixels, hidden = canvas(args, S)
+    x = to_float(pixels[None], device)
+    cells = F.max_pool2d(hidden[None, None].float(), f)[0, 0] > 0  # any pixel of a cell hides its token
+    if not cells.any():
+        raise UserError("nothing is redrawn: --box and --mask leave nothing to draw in the middle of the "
+                        "image, a square of its short side, which is what counts")
+    tokens = tokenizer.encode(x)  # (1, N) or (1, N, k)
+    given = tokens.clone()
+    given[:, cells.flatten()] = prior.mask_id
+    settings, classes = sample_settings(args, ckpt["config"], prior), label_of(args, ckpt, prior, x)
+    drawn, steps = [], []
+    for start in range(0, num, args.batch):
+        indices = range(start, min(start + args.batch, num))
+        labels = classes and torch.tensor([classes[i % len(classes)] for i in indices], device=device)
+        found = generate_tokens(prior, labels, args.seed, indices, settings, return_steps=True,
+                                tokens=given.expand(len(indices), *given.shape[1:]))
+        drawn.append(found[0])
+        steps.append(found[1])
+    drawn, steps = torch.cat(drawn), torch.cat(steps)
+    images = to_uint8(decode(tokenizer, drawn))
+    redrawn = F.interpolate(cells[None, None].float(), scale_factor=f)[0, 0] > 0
+    composites = blend(pixels.float(), images.float(), redrawn, f).round().byte()
+    shown = pixels.clone()
+    shown[:, hidden] = (shown[:, hidden] // 2 + 64).byte()  # greyed where it is redrawn
+    note = ckpt["note"] or decoder_ckpt["note"]
+    names = ckpt["class_names"]
+    info = dict(
+        image=str(args.edit), box=args.box, mask=args.mask and str(args.mask), onto=args.onto, seed=args.seed,
+        classes=classes and [names[c] for c in classes], prior=weights_hash(prior), note=note,
+        decoder=weights_hash(tokenizer), tokenizer=ckpt["tokenizer_hash"], **settings,
+        redrawn=cells.int().tolist(), input_tokens=tokens[0].tolist(), tokens=drawn.tolist(),
+        steps=steps.view(num, side, side).tolist())
+    write(args, pixels, shown, images, composites, info)
+
+
+def write(args, pixels, shown, images, composites, info):
+    many = args.format == "files"
+    out = args.out or args.ckpt.with_name("edit" if many else "edit.png")
+    text = json.dumps(info, indent=None) + "\n"
+    on_rank0(lambda: writable(out / "info.json" if many else out))
+    if rank() > 0:
+        return
+    if many:
+        pictures = {"input": pixels, "masked": shown}
+        pictures |= {f"candidate_{i:03d}": image for i, image in enumerate(images)}
+        pictures |= {f"composite_{i:03d}": image for i, image in enumerate(composites)}
+        for name, image in pictures.items():
+            save_atomic(lambda p, x=image: make_sheet(x[None], 1, zoom=1).save(p, "PNG"), out / f"{name}.png")
+        save_atomic(lambda p: p.write_text(text), out / "info.json")
+    else:
+        rows = torch.stack([shown, *images, pixels, *composites])  # above: what is drawn; below: blended
+        picture = make_sheet(rows, 1 + len(images), info["note"])
+        save_atomic(lambda p: picture.save(p, "PNG"), out)
+        save_atomic(lambda p: p.write_text(text), out.with_suffix(".json"))
+    print0(f"wrote {out}" + ("" if many else f" and {out.with_suffix('.json').name}")
+           + (f" ({info['note']})" if info["note"] else ""))
