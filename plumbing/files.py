@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import importlib
 import json
 import os
 import pickle
@@ -17,6 +18,8 @@ import torch
 from plumbing.errors import InUse, UserError, warn
 
 FORMAT = 4  # of the checkpoint files; train.py writes them
+EXPORTED = ("format", "stage", "step", "config", "model_config", "class_names", "tokenizer_hash",
+            "fingerprint", "note", "world", "seconds", "skips")  # of a checkpoint, beside its weights
 FOREIGN = []  # what opens files of other projects, (content, path) -> checkpoint or None: plumbing.models'
 
 
@@ -142,6 +145,8 @@ def read_checkpoint(path, stages):
     world (processes), seconds, skips (updates left out).
     """
     path = Path(path)
+    if (path / "config.json").is_file():
+        return of_stage(read_export(path), path, stages)
     if not path.is_file():
         raise UserError(f"no checkpoint {path}" + ("; it is a folder, name a file in it" * path.is_dir()))
     try:
@@ -158,11 +163,39 @@ def read_checkpoint(path, stages):
     if not isinstance(ckpt, dict) or not {"format", "stage", "model"} <= ckpt.keys():
         keys = ", ".join(map(str, list(ckpt)[:4])) if isinstance(ckpt, dict) else type(ckpt).__name__
         raise UserError(f"{path} is not a checkpoint of this project (it holds {keys})")
+    return of_stage(ckpt, path, stages)
+
+
+def of_stage(ckpt, path, stages):
+    """raises: UserError for a checkpoint of another format or stage"""
     if ckpt["format"] != FORMAT:
         raise UserError(f"{path} has format {ckpt['format']}, this code reads {FORMAT}; use the code of then")
     if ckpt["stage"] not in stages:
         raise UserError(f"{path} is of stage {ckpt['stage']!r}; this needs {' or '.join(stages)}")
     return ckpt
+
+
+def safetensors():
+    """The package, which only exported models need.  raises: UserError where it is not installed"""
+    try:
+        return importlib.import_module("safetensors.torch")
+    except ImportError:
+        raise UserError("exported models are safetensors files: pip install safetensors") from None
+
+
+def read_export(folder):
+    """The checkpoint dict of a folder that `python -m studies.export` wrote."""
+    try:
+        about = json.loads((folder / "config.json").read_text())
+        about |= dict(model=safetensors().load_file(folder / "model.safetensors"), ema=None, train={})
+        if not {*EXPORTED} <= about.keys() or weights_hash(about["model"]) != about["weights_hash"]:
+            raise ValueError
+    except UserError:
+        raise
+    except Exception:  # safetensors has errors of its own
+        raise UserError(f"{folder} is damaged or no exported model: config.json, model.safetensors"
+                        ) from None
+    return about
 
 
 def header(path):
@@ -182,10 +215,12 @@ def not_finite(thing, name=""):
 
 
 def weights_hash(*modules, skip=None):
-    """16 hex digits over the names and bits of all weights, but those whose name begins with `skip`."""
+    """16 hex digits over the names and bits of all weights, of modules or of state dicts, but those whose
+    name begins with `skip`."""
     digest = hashlib.sha256()
     for module in modules:
-        for name, tensor in sorted(module.state_dict().items()):
+        weights = module if isinstance(module, dict) else module.state_dict()
+        for name, tensor in sorted(weights.items()):
             if skip is None or not name.startswith(skip):
                 digest.update(name.encode())
                 bits = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

@@ -70,7 +70,8 @@ def load_model(path, stages, device="cpu"):
 
 def load_tokenizer_of(prior_path, prior_ckpt, given=None, device="cpu"):
     """The tokenizer whose tokens a prior models: `given`, else phase2.pt or phase1.pt beside the prior."""
-    beside = [Path(prior_path).with_name(f"{stage}.pt") for stage in ("phase2", "phase1")]
+    names = [stage + Path(prior_path).suffix for stage in ("phase2", "phase1")]  # none: an exported folder
+    beside = [Path(prior_path).with_name(name) for name in names]
     path = given or next((p for p in beside if p.exists()), None)
     if path is None:
         raise UserError(f"no phase2.pt or phase1.pt beside {prior_path}; pass --tokenizer FILE")

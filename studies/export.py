@@ -1,0 +1,113 @@
+"""Hands a run on: `python -m studies.export runs/demo --out DIR` (docs/handing-on.md).
+
+    DIR/README.md                              a card: what it is, the numbers of the run, the licence
+    DIR/phase2, DIR/ar, DIR/nar                config.json and model.safetensors (the averaged weights) each
+    DIR/phase2/decoder.pt2                     the decoder as a program of torch.export, with --decoder
+
+Every command takes such a folder as a checkpoint: `sample.py --ckpt DIR/ar`.
+"""
+
+import argparse
+import json
+import sys
+
+import torch
+from torch import nn
+
+from plumbing.errors import UserError
+from plumbing.files import EXPORTED, read_checkpoint, safetensors, save_atomic, weights_hash, writable
+from plumbing.models import load_model
+from plumbing.paths import as_path
+from plumbing.processes import one_line_errors, print0
+from studies.metrics import read_result
+
+LICENCE = "The code is under the MIT licence. The weights come with no licence of their own: whoever hands "
+LICENCE += "them on chooses one, and minds that of the data they were trained on."
+
+
+class DecoderProgram(nn.Module):
+    """Tokens to images, and nothing else of a tokenizer."""
+
+    def __init__(self, tokenizer):
+        super().__init__()
+        self.quantizer, self.decoder, self.decode = tokenizer.quantizer, tokenizer.decoder, tokenizer.decode
+
+    def forward(self, tokens):  # (B, N) int64 -> (B, 3, S, S) float32
+        return self.decode(tokens)
+
+
+def write_model(checkpoint, folder):
+    """config.json and model.safetensors of one checkpoint: the averaged weights where the run kept them."""
+    ckpt = read_checkpoint(checkpoint, ("vgg", "resnet", "phase1", "phase2", "ar", "nar"))
+    weights = {k: v.contiguous().clone() for k, v in (ckpt["ema"] or ckpt["model"]).items()}
+    about = {key: ckpt[key] for key in EXPORTED} | dict(weights_hash=weights_hash(weights))
+    folder.mkdir(parents=True, exist_ok=True)
+    save_atomic(lambda p: safetensors().save_file(weights, p), folder / "model.safetensors")
+    text = json.dumps(about, indent=1) + "\n"
+    save_atomic(lambda p: p.write_text(text), folder / "config.json")
+    return about
+
+
+def write_decoder(checkpoint, path):
+    """The decoder as a torch.export program for any number of images: `torch.export.load(path).module()`."""
+    tokenizer, _ = load_model(checkpoint, ("phase1", "phase2"))
+    tokenizer = tokenizer.to(memory_format=torch.contiguous_format)
+    example = torch.zeros(2, *tokenizer.token_shape, dtype=torch.int64)
+    with torch.no_grad():
+        program = torch.export.export(DecoderProgram(tokenizer).eval(), (example,),
+                                      dynamic_shapes=({0: torch.export.Dim("images")},))
+    save_atomic(lambda p: torch.export.save(program, p), path)
+
+
+def card(run, models):
+    """README.md in Markdown: the numbers of summary.json and of every metrics_*.json."""
+    first = next(iter(models.values()))
+    fork = first["config"].get("fork")
+    lines = [f"# {run.absolute().name}", "", "A tokenizer and its priors, after SeQ-GAN (arXiv 2212.03185)"
+             + f", with the fork `{fork}`" * bool(fork) + ".", ""]
+    lines += [f"- `{name}`: {about['stage']}, {about['step']:,} steps, weights {about['weights_hash']}"
+              + (f"; {about['note']}" if about["note"] else "") for name, about in models.items()]
+    summary = run / "summary.json"
+    found = [("summary", json.loads(summary.read_text()))] if summary.exists() else []
+    results = [path for path in sorted(run.glob("metrics_*.json")) if ".previous" not in path.stem]
+    found += [(path.stem, read_result(path)["results"]) for path in results]
+    for name, numbers in found:
+        lines += ["", f"## {name}", "", "| | |", "|---|---|"]
+        lines += [f"| {key} | {value:.5g} |" for key, value in numbers.items() if isinstance(value, float)]
+    data = first["config"].get("data")
+    return "\n".join([*lines, "", "## Licence", "", LICENCE + f" Data: {data}.", ""])
+
+
+def export(run, out, decoder=False):
+    """raises: UserError for a folder without a tokenizer, and if `out` holds something else"""
+    safetensors()
+    names = [s for s in ("phase2", "phase1", "ar", "nar") if (run / f"{s}.pt").is_file()]
+    if not {"phase1", "phase2"} & {*names}:
+        raise UserError(f"{run} holds no phase1.pt or phase2.pt; name the folder of a run")
+    names = [name for name in names if name != "phase1" or "phase2" not in names]
+    if out.exists() and any(p.name not in {*names, "README.md"} for p in out.iterdir()):
+        raise UserError(f"--out {out} holds other files; name another folder")
+    writable(out / "README.md")
+    models = {name: write_model(run / f"{name}.pt", out / name) for name in names}
+    if decoder:
+        write_decoder(run / f"{names[0]}.pt", out / names[0] / "decoder.pt2")
+    text = card(run, models)
+    save_atomic(lambda p: p.write_text(text), out / "README.md")
+    size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file()) / 2**20
+    print0(f"wrote {out}: {', '.join(names)}, {size:.1f} MB")
+
+
+def main(words=None):
+    parser = argparse.ArgumentParser(prog="python -m studies.export", allow_abbrev=False, description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"error: {message}\n")
+    parser.add_argument("run", type=as_path, help="the folder of a run")
+    parser.add_argument("--out", type=as_path, required=True, help="a folder to write")
+    parser.add_argument("--decoder", action="store_true", help="the decoder as a torch.export program too")
+    args = parser.parse_args(words)
+    with one_line_errors():
+        export(args.run, args.out, args.decoder)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,146 @@
+"""Shows a run in TensorBoard or Weights & Biases while it goes: `python -m studies.watch runs/demo`.
+
+It follows metrics.jsonl and the pictures in the folder of a run, from beside: training knows nothing of it,
+and a watcher that is stopped or fails disturbs nothing. Both packages are installed only where wanted.
+
+    pip install tensorboard; python -m studies.watch runs/demo; tensorboard --logdir runs/demo/tensorboard
+    pip install wandb; WANDB_MODE=offline python -m studies.watch runs/demo --to wandb
+"""
+
+import argparse
+import importlib
+import json
+import sys
+import time
+
+import numpy as np
+from PIL import Image
+
+from plumbing.errors import UserError
+from plumbing.paths import as_path
+from plumbing.processes import one_line_errors, print0
+
+
+def package(name, pip):
+    """raises: UserError where it is not installed"""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise UserError(f"--to {pip} needs its package: pip install {pip}") from None
+
+
+class TensorBoard:
+    """Event files in RUN/tensorboard, which are written anew by each watcher."""
+
+    def __init__(self, run):
+        package("tensorboard", "tensorboard")
+        folder = run / "tensorboard"
+        for old in folder.glob("events.out.tfevents.*"):
+            old.unlink()
+        self.writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(str(folder))
+
+    def numbers(self, stage, step, values):
+        for name, value in values.items():
+            self.writer.add_scalar(f"{stage}/{name}", value, step)
+
+    def picture(self, name, pixels, step):
+        self.writer.add_image(name, pixels, step, dataformats="HWC")
+
+    def flush(self):
+        self.writer.flush()
+
+
+class WandB:
+    """A run of the project `seqgan`; WANDB_MODE=offline keeps it on this machine."""
+
+    def __init__(self, run):
+        self.wandb = package("wandb", "wandb")
+        config = run / "config.json"
+        self.run = self.wandb.init(project="seqgan", name=run.absolute().name, dir=str(run),
+                                   config=json.loads(config.read_text()) if config.exists() else None)
+        self.stages = set()
+
+    def numbers(self, stage, step, values):
+        if stage not in self.stages:  # each stage counts its own steps
+            self.run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+            self.stages.add(stage)
+        self.run.log({f"{stage}/{name}": value for name, value in values.items()} | {f"{stage}/step": step})
+
+    def picture(self, name, pixels, step):
+        self.run.log({name: self.wandb.Image(pixels)})
+
+    def flush(self):
+        """wandb sends by itself."""
+
+
+TARGETS = {"tensorboard": TensorBoard, "wandb": WandB}
+
+
+class Follower:
+    """What is new in a run folder since it was last asked."""
+
+    def __init__(self, run, target):
+        self.run, self.target, self.place, self.times, self.step = run, target, 0, {}, 0
+
+    def rows(self):
+        """The lines that were finished since; a line that is being written waits for the next time."""
+        path = self.run / "metrics.jsonl"
+        if not path.exists():
+            return
+        if path.stat().st_size < self.place:  # begun anew
+            self.place = 0
+        with open(path, "rb") as file:
+            file.seek(self.place)
+            new = file.read()
+        whole = new[: new.rfind(b"\n") + 1]
+        self.place += len(whole)
+        for line in whole.splitlines():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:  # torn by a kill
+                continue
+
+    def follow(self):
+        """Hands on what is new; returns how many rows and pictures that were."""
+        count = 0
+        for row in self.rows():
+            values = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
+            self.target.numbers(row["stage"], row["step"], values)
+            self.step, count = row["step"], count + 1
+        for path in sorted(self.run.glob("*.png")):
+            changed = path.stat().st_mtime_ns
+            if self.times.get(path) != changed:
+                try:
+                    pixels = np.asarray(Image.open(path).convert("RGB"))
+                except (OSError, SyntaxError):  # being written by something else than train.py
+                    continue
+                self.target.picture(path.stem, pixels, self.step)
+                self.times[path], count = changed, count + 1
+        self.target.flush()
+        return count
+
+
+def main(words=None):
+    parser = argparse.ArgumentParser(prog="python -m studies.watch", allow_abbrev=False, description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"error: {message}\n")
+    parser.add_argument("run", type=as_path, help="the folder of a run, which may begin later")
+    parser.add_argument("--to", choices=TARGETS, default="tensorboard")
+    parser.add_argument("--every", type=float, default=5.0, help="seconds between two looks (default 5)")
+    parser.add_argument("--once", action="store_true", help="hand on what is there and end")
+    args = parser.parse_args(words)
+    with one_line_errors():
+        if not args.run.is_dir():
+            raise UserError(f"{args.run} is no folder of a run")
+        if not args.every > 0:
+            raise UserError(f"--every {args.every} must be above 0 seconds")
+        follower = Follower(args.run, TARGETS[args.to](args.run))
+        print0(f"{follower.follow()} rows and pictures of {args.run} handed on to {args.to}"
+               + ("" if args.once else "; Ctrl-C ends watching"))
+        while not args.once:
+            time.sleep(args.every)
+            follower.follow()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

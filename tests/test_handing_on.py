@@ -1,0 +1,173 @@
+"""Claims about handing a run on (studies.export) and watching one (studies.watch).
+
+Neither safetensors nor a logger is among the requirements: a file of the published safetensors format is
+written and read here, and what a logger is told is looked at. Both were tried with the real packages by hand.
+"""
+
+import json
+import shutil
+import struct
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import recipes.options
+import sample
+import studies.export
+import studies.watch
+from plumbing.models import load_model
+
+KINDS = {torch.float32: "F32", torch.int64: "I64", torch.uint8: "U8", torch.bool: "BOOL"}
+
+
+def save_file(tensors, path):
+    """8 bytes of length, a JSON header of types, shapes and places, then the bytes."""
+    header, data = {}, b""
+    for name, tensor in tensors.items():
+        new = tensor.numpy().tobytes()
+        header[name] = dict(dtype=KINDS[tensor.dtype], shape=list(tensor.shape),
+                            data_offsets=[len(data), len(data) + len(new)])
+        data += new
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def load_file(path):
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    kinds = {name: kind for kind, name in KINDS.items()}
+    found = {}
+    for name, one in json.loads(content[8 : 8 + length]).items():
+        a, b = (8 + length + offset for offset in one["data_offsets"])
+        found[name] = torch.frombuffer(bytearray(content[a:b]), dtype=kinds[one["dtype"]]).view(one["shape"])
+    return found
+
+
+@pytest.fixture
+def package(monkeypatch):
+    module = types.SimpleNamespace(save_file=save_file, load_file=load_file)
+    monkeypatch.setitem(sys.modules, "safetensors", types.ModuleType("safetensors"))
+    monkeypatch.setitem(sys.modules, "safetensors.torch", module)
+
+
+def test_an_exported_run_draws_the_same_images_to_the_last_bit(trained, package, tmp_path):
+    out = tmp_path / "out"
+    studies.export.main([str(trained), "--out", str(out)])
+    assert sorted(p.name for p in out.iterdir()) == ["README.md", "ar", "nar", "phase2"]
+    for stage in ("phase2", "ar", "nar"):
+        (ours, ckpt), (theirs, other) = (load_model(path, (stage,)) for path in (
+            trained / f"{stage}.pt", out / stage))
+        assert ours.state_dict().keys() == theirs.state_dict().keys()
+        assert all(torch.equal(a, theirs.state_dict()[k]) for k, a in ours.state_dict().items())
+        assert other["config"] == ckpt["config"] and other["class_names"] == ckpt["class_names"]
+    for name, place in dict(a=trained / "ar.pt", b=out / "ar").items():  # its tokenizer is found beside it
+        words = ["--ckpt", place, "--num", 4, "--format", "npz", "--out", tmp_path / f"{name}.npz"]
+        sample.main(recipes.options.sample_args(list(map(str, words))))
+    a, b = (np.load(tmp_path / f"{name}.npz")["arr_0"] for name in "ab")
+    assert np.array_equal(a, b) and a.shape == (4, 32, 32, 3)
+    studies.export.main([str(trained), "--out", str(out)])  # again: the same files
+
+
+def test_the_card_tells_the_numbers_of_the_run_and_the_licence(trained, package, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    (run / "summary.json").write_text(json.dumps(dict(psnr_phase1=17.25, preset="demo", usage=1.0)))
+    studies.export.main([str(run), "--out", str(tmp_path / "out")])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| psnr_phase1 | 17.25 |" in card and "MIT licence" in card and "`ar`: ar, 6 steps" in card
+
+
+def test_the_exported_decoder_decodes_any_number_of_images_alike(trained, package, tmp_path):
+    studies.export.main([str(trained), "--out", str(tmp_path / "out"), "--decoder"])
+    program = torch.export.load(tmp_path / "out" / "phase2" / "decoder.pt2").module()
+    model, _ = load_model(trained / "phase2.pt", ("phase2",))
+    for count in (1, 2, 5):
+        tokens = torch.randint(32, (count, 16), generator=torch.Generator().manual_seed(count))
+        with torch.no_grad():
+            torch.testing.assert_close(program(tokens), model.decode(tokens), rtol=0, atol=1e-5)
+
+
+def refused(capsys, call, *words):
+    with pytest.raises(SystemExit) as stop:
+        call(list(map(str, words)))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
+    return error
+
+
+def test_what_cannot_be_exported_or_opened_is_refused_in_one_line(trained, package, tmp_path, capsys):
+    assert "holds no phase1.pt" in refused(capsys, studies.export.main, tmp_path, "--out", tmp_path / "out")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("do not touch")
+    error = refused(capsys, studies.export.main, trained, "--out", tmp_path / "mine")
+    assert "holds other files" in error and (tmp_path / "mine" / "thesis.tex").read_text() == "do not touch"
+    studies.export.main([str(trained), "--out", str(tmp_path / "out")])
+    weights = tmp_path / "out" / "ar" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")  # a bit of a weight
+    words = "--ckpt", tmp_path / "out" / "ar", "--num", 2
+
+    def draw(words):
+        sample.main(recipes.options.sample_args(words))
+
+    capsys.readouterr()
+    assert "damaged or no exported model" in refused(capsys, draw, *words)
+    (tmp_path / "out" / "ar" / "config.json").write_text("{")
+    assert "damaged or no exported model" in refused(capsys, draw, *words)
+
+
+def test_without_the_package_one_line_names_it(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    assert "pip install safetensors" in refused(capsys, studies.export.main, trained, "--out", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    for target in ("tensorboard", "wandb"):
+        monkeypatch.setitem(sys.modules, target, None)
+        words = tmp_path, "--once", "--to", target
+        assert f"pip install {target}" in refused(capsys, studies.watch.main, *words)
+    assert "no folder of a run" in refused(capsys, studies.watch.main, tmp_path / "nowhere", "--once")
+
+
+class Logger:
+    def __init__(self, run=None):
+        self.seen, self.pictures = [], []
+
+    def numbers(self, stage, step, values):
+        self.seen.append((stage, step, values))
+
+    def picture(self, name, pixels, step):
+        self.pictures.append((name, pixels.shape, step))
+
+    def flush(self):
+        pass
+
+
+def test_a_watcher_hands_on_every_line_and_picture_once_and_waits_for_half_lines(tmp_path):
+    follower = studies.watch.Follower(tmp_path, Logger())
+    assert follower.follow() == 0  # nothing is there yet
+    lines = [dict(stage="ar", step=i, loss=1.0 / i, told="word", flags=[1]) for i in (1, 2, 3)]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(text[:-10])
+    Image.new("RGB", (8, 6)).save(tmp_path / "samples.png")
+    assert follower.follow() == 3
+    assert follower.target.seen == [("ar", 1, {"loss": 1.0}), ("ar", 2, {"loss": 0.5})]
+    assert follower.target.pictures == [("samples", (6, 8, 3), 2)]
+    assert follower.follow() == 0
+    path.write_text(text + "{torn\n" + json.dumps(dict(stage="nar", step=1, loss=2.0)) + "\n")
+    assert follower.follow() == 2 and follower.target.seen[2:] == [
+        ("ar", 3, {"loss": 1 / 3}), ("nar", 1, {"loss": 2.0})]
+    path.write_text(json.dumps(dict(stage="ar", step=1, loss=9.0)) + "\n")  # begun anew
+    assert follower.follow() == 1 and follower.target.seen[-1] == ("ar", 1, {"loss": 9.0})
+
+
+def test_the_command_looks_at_a_run_once(trained, monkeypatch, capsys):
+    loggers = [Logger()]
+    monkeypatch.setitem(studies.watch.TARGETS, "tensorboard", lambda run: loggers[0])
+    studies.watch.main([str(trained), "--once"])
+    rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert len(loggers[0].seen) == len(rows) and loggers[0].pictures
+    assert {(stage, step) for stage, step, _ in loggers[0].seen} == {(r["stage"], r["step"]) for r in rows}
+    assert "handed on to tensorboard" in capsys.readouterr().out
