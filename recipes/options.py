@@ -269,6 +269,7 @@ def visualize_args(words=None):
     add("--pdf", action="store_true", help="figures: write a PDF too")
     add("--steps", type=int, help="of compare: training steps of the probe (default 400)")
     add("--preset", default="demo", help="of tables: what all rows vary, as train.py (default demo)")
+    add("--watch", action="store_true", help="of report: write it again whenever the run has news")
     add("--run", action="store_true", help="of tables: train and measure what is missing, row by row")
     add("--stages", default="phase1,ar,nar", help="of tables: what --run makes (default phase1,ar,nar)")
     add("--samples", type=int, help="of tables: images a prior draws (default: demo 2,000, cifar10 and "
@@ -306,6 +307,8 @@ def visualize_args(words=None):
         parser.error(str(error))
     if args.figure in ("claims", "forks") and args.preset not in small.PRESETS:
         parser.error(f"{args.figure} trains its own judge: --preset claims, demo or cifar10")
+    if args.watch and args.figure != "report":
+        parser.error(f"--watch is of report, not of {args.figure}")
     if args.vgg and args.figure != "balance":
         parser.error(f"--vgg is of balance, not of {args.figure}")
     if args.out and not (listed or table or args.figure == "balance") and args.out.suffix != ".png":

@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import math
+import time
 
 import torch
 
@@ -16,12 +17,13 @@ from plumbing.images import make_sheet, to_float, to_uint8
 from plumbing.models import load_model, load_tokenizer_of
 from plumbing.processes import print0, setup_device
 from plumbing.slices import decode, generate_images, generate_tokens
-from studies.metrics import read_result
+from studies.metrics import HOW, read_result
 from visualize import load_images, load_pairs
 
+AGAIN = '\n<meta http-equiv="refresh" content="10">'  # the browser reads it again, as somebody watches
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="viewport" content="width=device-width, initial-scale=1">%(again)s
 <title>%(title)s</title><style>
 :root { color-scheme: light dark; --line: #8886; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; }
@@ -29,7 +31,7 @@ h2 { border-top: 1px solid var(--line); padding-top: 1rem; margin-top: 2rem; }
 img { max-width: 100%%; } img.pixels { image-rendering: pixelated; width: 100%%; display: block; }
 img.plot { background: white; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; }
-td:last-child { min-width: 12rem; }
+table.values td:last-child { min-width: 12rem; } td.best { font-weight: bold; }
 td, th { border: 1px solid var(--line); padding: .2rem .5rem; text-align: left; vertical-align: top; }
 [hidden] { display: none !important; }
 .row { display: grid; grid-template-columns: repeat(%(shown)d, 1fr); gap: 3px; }
@@ -73,10 +75,41 @@ def plot(fig, alt):
     return f'<img class="plot" src="{source}" alt="{html.escape(alt)}">'
 
 
-def html_table(lines):
-    rows = ["<tr>" + "".join(f"<{tag}>{html.escape(str(word))}</{tag}>" for word in line) + "</tr>"
-            for tag, line in zip(["th", *["td"] * len(lines)], lines, strict=False)]
-    return f'<div class="scroll"><table>{"".join(rows)}</table></div>'
+def html_table(lines, best=(), kind=""):
+    """best: places (row, column) of the cells that are marked"""
+    rows = []
+    for i, line in enumerate(lines):
+        tags = ["th" if i == 0 else 'td class="best"' if (i, j) in best else "td" for j in range(len(line))]
+        cells = [f"<{tag}>{html.escape(str(word))}</{tag[:2]}>" for tag, word in zip(tags, line, strict=True)]
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    return f'<div class="scroll"><table class="{kind}">{"".join(rows)}</table></div>'
+
+
+LOW = ("fid", "kid", "l1", "lpips", "nats")  # what is better when it is lower; of usage none is
+
+
+def metric_tables(results):
+    """A table for each way of measuring: a row for each result, a column for each number, the best marked.
+
+    results: {name: result of --metrics}
+    """
+    groups = {}
+    for name, result in results.items():
+        groups.setdefault(tuple(str(result[key]) for key in HOW), {})[name] = result
+    for group in groups.values():
+        first = next(iter(group.values()))
+        names = [name for name, value in first["results"].items() if isinstance(value, float)]
+        lines, best = [["", *names]], set()
+        for name, result in group.items():
+            values = [result["results"].get(key) for key in names]
+            lines.append([name, *("-" if value is None else f"{value:.4g}" for value in values)])
+        for j, key in enumerate(names, 1):
+            column = [result["results"].get(key, math.nan) for result in group.values()]
+            if len(set(column)) > 1 and not any(map(math.isnan, column)):
+                top = min(column) if any(part in key for part in LOW) else max(column)
+                best |= {(i, j) for i, value in enumerate(column, 1) if value == top}
+        yield (f"<p>{html.escape(first['protocol'])}: {first['num_images']:,} images, features of "
+               f"{html.escape(first['extractor'])}.</p>" + html_table(lines, best))
 
 
 def draw_curves(rows):
@@ -92,13 +125,39 @@ def draw_curves(rows):
                 axis.plot(*zip(*points, strict=True), ("-", "--", ":", "-.", "o-")[j], label=name,
                           linewidth=1, markersize=3)
         axis.set_title(stage, fontsize=9)
+        axis.set_xlabel("step", fontsize=7)
+        axis.set_ylabel("loss (log scale)", fontsize=7)
         axis.set_yscale("log")
         axis.legend(fontsize=6)
     return fig
 
 
-@torch.no_grad()
 def report(args):
+    """`visualize.py report RUN`; with --watch again whenever the run has new files, until it is stopped."""
+    seen = None
+    while True:
+        now = news(args.files[0])
+        if now != seen:
+            try:
+                write_report(args)
+            except UserError as error:
+                if not args.watch:
+                    raise
+                print0(f"waiting: {error}")
+            seen = now
+        if not args.watch:
+            return
+        time.sleep(2)
+
+
+def news(run):
+    """What tells that a run went on: the times of its checkpoints and results."""
+    files = [path for pattern in ("*.pt", "metrics*.json*") for path in sorted(run.glob(pattern))]
+    return {path.name: path.stat().st_mtime_ns for path in files if path.is_file()}
+
+
+@torch.no_grad()
+def write_report(args):
     """One self-contained HTML page of a run folder: no network, images inside."""
     run, sections, device = args.files[0], [], setup_device(args.device)
     found = {s: run / f"{s}.pt" for s in ("phase1", "phase2", "ar", "nar") if (run / f"{s}.pt").is_file()}
@@ -120,12 +179,8 @@ def report(args):
         except UserError as error:
             print0(f"note: {error}; it is left out")
     if metrics:
-        lines = [["file", "protocol", "images", "extractor", "results"]]
-        for name, result in metrics.items():
-            values = "; ".join(f"{k} {v:.4g}" for k, v in result["results"].items() if isinstance(v, float))
-            lines.append([name, result["protocol"], result["num_images"], result["extractor"], values])
-        section("Metrics", html_table(lines), '<p class="note">Rows of different protocols or extractors do '
-                "not compare.</p>")
+        section("Metrics", *metric_tables(metrics), '<p class="note">Tables do not compare with each other. '
+                "The best value of a column is bold.</p>")
     rows = read_metrics(run / "metrics.jsonl")
     if rows:
         section("Loss curves", plot(draw_curves(rows), "loss curves of all stages"))
@@ -184,9 +239,10 @@ def report(args):
                 section("NAR decoding, step by step", *strip)
     section("Configuration", html_table([["section", "values"], *(
         [key, ", ".join(f"{k} = {v}" for k, v in value.items()) if isinstance(value, dict) else value]
-        for key, value in config.items())]))
+        for key, value in config.items())], kind="values"))
     title = f"SeQ-GAN run: {run.absolute().name}" + f" ({note})" * bool(note)
-    page = PAGE % dict(title=html.escape(title), shown=shown, body="\n".join(sections))
+    page = PAGE % dict(title=html.escape(title), shown=shown, body="\n".join(sections),
+                       again=AGAIN * bool(args.watch))
     save_atomic(lambda p: p.write_text(page), out)
     print0(f"wrote {out} ({len(page) / 2**20:.1f} MB)")
 

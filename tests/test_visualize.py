@@ -21,7 +21,9 @@ import plumbing.shapes
 import plumbing.slices
 import recipes.ablations
 import recipes.options
+import studies.metrics
 import studies.probe
+import studies.report
 from helpers import ROOT, command, open_run
 from PIL import Image
 
@@ -478,8 +480,51 @@ def test_the_report_is_one_page_that_needs_no_other_file(run):
     for title in ("Metrics", "Loss curves", "Codebook", "Reconstructions", "Teacher-forced view",
                   "Samples of the AR prior", "Samples of the NAR prior", "NAR decoding", "Configuration"):
         assert f"<h2>{title}" in page, title
-    assert "&lt;b&gt;resnet.pt" in page and "fid 3.25" in page and "crescent" in page
+    assert "&lt;b&gt;resnet.pt" in page and "<td>3.25</td>" in page and "crescent" in page
     assert page.count("<img") == page.count('alt="') and "<button" in page and 'type="range"' in page
+
+
+def test_results_measured_alike_share_a_table_in_which_the_best_is_marked():
+    def result(num, **results):
+        how = dict.fromkeys(studies.metrics.HOW, "x")
+        return how | dict(protocol="gfid-train", num_images=num, extractor="r.pt", results=results)
+
+    tables = list(studies.report.metric_tables(dict(
+        a=result(100, fid=3.0, precision=0.5, usage=1.0), b=result(100, fid=2.0, precision=0.25, usage=1.0),
+        c=result(50, fid=1.0))))
+    assert len(tables) == 2 and "50 images" in tables[1] and "best" not in tables[1]
+    assert re.findall('class="best">([^<]*)<', tables[0]) == ["0.5", "2"]  # more precision, less distance
+    assert tables[0].count("<tr>") == 3 and "<th>precision</th>" in tables[0]
+
+
+def test_a_watched_report_is_written_again_when_the_run_has_news_and_reloads_itself(run, monkeypatch):
+    written = []
+
+    class Stopped(Exception):
+        pass
+
+    def nap(seconds):
+        written.append((run / "report.html").read_text())
+        if len(written) == 1:
+            return
+        if len(written) == 2:
+            (run / "metrics_ar.json").write_text("{}")  # news
+            return
+        raise Stopped
+
+    monkeypatch.setattr(studies.report.time, "sleep", nap)
+    made = []
+    real = studies.report.write_report
+    monkeypatch.setattr(studies.report, "write_report", lambda args: made.append(1) or real(args))
+    args = recipes.options.visualize_args(["report", str(run), "--watch", "--device", "cpu", "--num", "4"])
+    with pytest.raises(Stopped):
+        studies.report.report(args)
+    assert len(made) == 2 and all('http-equiv="refresh"' in page for page in written)
+    args = recipes.options.visualize_args(["report", str(run), "--device", "cpu", "--num", "4"])
+    studies.report.report(args)
+    assert "refresh" not in (run / "report.html").read_text()
+    with pytest.raises(SystemExit):
+        recipes.options.visualize_args(["table1", "--watch"])
 
 
 def test_a_report_of_a_run_that_has_only_begun_shows_what_is_there(run):
