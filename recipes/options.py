@@ -205,7 +205,8 @@ def sample_args(words=None):
     add("--lpips", type=expanded, default="imagenet", help="VGG-16 of LPIPS: 'imagenet' (downloaded), a .pth "
         "file or 'none'")
     add("--references", type=as_path, default=Path("runs/references"), help="cache of reference statistics")
-    add("--reference", type=as_path, help="one file of that cache to compare with, without the data")
+    add("--reference", type=as_path, help="one file of that cache to compare with, without the data, or "
+        "an npz with mu and sigma, as ADM's")
     add("--sweep", metavar="NAME=V1,V2,...", help="--metrics for each value of a sampler setting; CSV, plot")
     add("--seed", type=int, default=0, help="seed of the samples (default 0)")
     add("--temperature", type=float, help="AR: softmax temperature, 0 takes the argmax")

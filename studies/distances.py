@@ -48,7 +48,8 @@ def fidelity(features, logits, reference, subset=10_000):
     """FID, IS, KID, precision and recall of generated images, all computed by torch-fidelity.
 
     features:  (n, F) float32 of the generated images, logits (n, C), both on the CPU
-    reference: dict of `reference_statistics`: mu, sigma of all real images, `features` of at most `subset`
+    reference: dict of `reference_statistics`: mu, sigma of all real images, `features` of at most `subset`,
+               without which there are FID and IS alone
     returns:   dict of floats. KID takes 100 subsets of at most 1,000 images, precision and recall take the
                first `subset` generated images, 3 neighbours, and the features of the reference.
     """
@@ -57,16 +58,17 @@ def fidelity(features, logits, reference, subset=10_000):
     from torch_fidelity.metric_kid import kid_features_to_metric
     from torch_fidelity.metric_prc import prc_features_to_metric
 
-    real = reference["features"]
+    real = reference.get("features")
     statistics = {name: reference[name].numpy() for name in ("mu", "sigma")}
     values = fid_statistics_to_metric(fid_features_to_statistics(features), statistics, False)
     values |= isc_features_to_metric(logits)
-    size = min(1000, len(features), len(real))
-    values |= kid_features_to_metric(features, real, kid_subset_size=size, verbose=False)
-    values |= prc_features_to_metric(features[:subset], real, save_cpu_ram=True, verbose=False)
+    if real is not None:
+        size = min(1000, len(features), len(real))
+        values |= kid_features_to_metric(features, real, kid_subset_size=size, verbose=False)
+        values |= prc_features_to_metric(features[:subset], real, save_cpu_ram=True, verbose=False)
     short = dict(fid="frechet_inception_distance", inception_score="inception_score_mean",
                  kid="kernel_inception_distance_mean", precision="precision", recall="recall")
-    return {name: values[key] for name, key in short.items()}
+    return {name: values[key] for name, key in short.items() if key in values}
 
 
 def reference_statistics(features, subset=10_000):

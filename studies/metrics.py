@@ -4,33 +4,31 @@ A number is told together with everything that decides it: HOW it was measured, 
 seed of what was measured. Only numbers of equal HOW may stand in one column.
 """
 
-import hashlib
 import importlib.metadata
 import json
 import os
-import pickle
 import shutil
 import sys
-import time
 from pathlib import Path
 
 import torch
 
 from plumbing.codes import codebook_usage, count_codes
 from plumbing.data import images_of
-from plumbing.errors import InUse, UserError, warn
+from plumbing.errors import UserError, warn
 from plumbing.files import (
-    claim, intact, latent_hash, read_checkpoint, save_atomic, save_torch, weights_hash, writable,
+    latent_hash, read_checkpoint, save_atomic, weights_hash, writable,
 )
 from plumbing.images import psnr, to_float, to_uint8
 from plumbing.models import load_model, load_tokenizer_of
-from plumbing.processes import barrier, mix, on_rank0, print0, rank, world
+from plumbing.processes import mix, on_rank0, print0, world
 from plumbing.slices import decode, reconstructions
 from plumbing.weights import load_lpips
 from sample import sample
-from studies.distances import fidelity, reference_statistics, ssim
+from studies.distances import fidelity, ssim
 from studies.extractors import Extractor
 from studies.perturbed import perturbed_reconstructions
+from studies.references import class_accuracy, collect, joint_hash, load_reference
 
 PROTOCOLS = {
     "rfid-val": "reconstructions of all validation images against these images",
@@ -42,40 +40,6 @@ HOW = ("protocol", "num_images", "image_size", "classes", "extractor_hash", "res
        "reference", "reference_images", "reference_hash")
 
 
-def collect(chunks, parts, what, num):
-    """All rows of chunks (start, dict of tensors (n, ...)), in order, in the first process; None in others.
-
-    Each chunk becomes a file in the folder `parts` at once, and one that is there is not made again: so an
-    interrupted evaluation goes on, and so processes hand over their shares. `seconds` are those of all calls.
-    """
-
-    def place(start):
-        return parts / f"{start:09d}.pt"
-
-    def begin():
-        locks.append(claim(parts))
-        return sum(intact(path) or bool(path.unlink()) for path in parts.glob("*.pt"))
-
-    locks, count = [], 0
-    found, begun, told, last = on_rank0(begin), time.time(), time.time(), time.time()
-    if found:
-        print0(f"{what}: going on, {found} parts are there already")
-    for start, rows in chunks(lambda indices: place(indices[0]).exists()):
-        save_torch(rows | dict(seconds=torch.tensor([(time.time() - last) / world()])), place(start))
-        last, count = time.time(), count + len(rows["digests"])
-        if time.time() > told + 30:
-            told, rate = time.time(), count * world() / (time.time() - begun)
-            print0(f"{what}: {start:,} of {num:,}, {rate:.1f} images/s, {(num - start) / rate:.0f} s left")
-    barrier()
-    if rank() > 0:
-        return None
-    saved = [torch.load(path, weights_only=True) for path in sorted(parts.glob("*.pt"))]
-    rows = {name: torch.cat([part[name] for part in saved]) for name in saved[0]}
-    if len(rows["digests"]) != num:
-        raise UserError(f"{parts} holds {len(rows['digests'])} images and not {num}; delete it")
-    return rows
-
-
 def read_result(path):
     """One JSON of --metrics; raises UserError if it is none."""
     try:
@@ -85,91 +49,6 @@ def read_result(path):
     except (OSError, ValueError, AttributeError):  # no file, no text, no JSON, no object
         pass
     raise UserError(f"{path} is no result of sample.py --metrics")
-
-
-def joint_hash(digests):
-    return hashlib.sha256(digests.numpy().tobytes()).hexdigest()[:16]
-
-
-def load_reference(args, extractor, config, split):
-    """What all images of a split give, made once for each extractor; see `reference_statistics`.
-
-    The cache goes by names, sizes and times of the files; the `reference_hash` of a result is that of all
-    pixels. returns: the dict in the first process, None in others
-    """
-    data = None if args.reference else images_of(args.ckpt, config, args.data)[split == "val"]
-    wanted = dict(reference=split, image_size=config["image_size"], **extractor.info)
-    wanted = {k: v for k, v in wanted.items() if k not in ("extractor", "extractor_note")}
-
-    def name():
-        times = [os.stat(path).st_mtime_ns for path in getattr(data, "files", [])]
-        return args.references / f"{split}_{mix(data.fingerprint, times, sorted(wanted.items())):016x}.pt"
-
-    def chunks(done):
-        for start in range(rank() * args.batch, len(data), world() * args.batch):
-            indices = range(start, min(start + args.batch, len(data)))
-            if not done(indices):
-                rows = extractor(torch.stack([data.view(i) for i in indices]))
-                rows["labels"] = torch.tensor([data.label(i) for i in indices])
-                if extractor.class_names != data.class_names:
-                    del rows["logits"]  # nothing to tell, and large
-                yield start, rows
-
-    path, locks, told = args.reference or on_rank0(name), [], ""
-
-    def look():
-        """made, ours to make, or the reason to wait for another process"""
-        try:
-            if not intact(path):
-                locks.append(claim(args.references))
-            return "made" if intact(path) else "ours"
-        except InUse as error:
-            return str(error)
-
-    while (state := "made" if args.reference else on_rank0(look)) not in ("made", "ours"):
-        if state != told:
-            told = state
-            print0(f"waiting: {told}")
-        time.sleep(2)  # not inside `on_rank0`, where the other processes would give up
-    if state == "ours":
-        parts = path.with_suffix(f".parts{args.batch}")
-        extractor.check_number(len(data), f"{split} images")
-        print0(f"reference: features of {len(data):,} {split} images -> {path}")
-        rows = collect(chunks, parts, "reference", len(data))
-
-        def finish():
-            about = dict(reference_images=len(data), reference_hash=joint_hash(rows["digests"]),
-                         reference_accuracy=class_accuracy(extractor, data.class_names, rows).get("all"))
-            save_torch(reference_statistics(rows["features"]) | about | wanted, path)
-            shutil.rmtree(parts)
-
-        on_rank0(finish)
-    found = []
-
-    def check():
-        try:
-            found.append(torch.load(path, weights_only=True) if intact(path) else {})
-            if "mu" not in found[0]:
-                raise ValueError
-        except (RuntimeError, ValueError, TypeError, EOFError, pickle.UnpicklingError):
-            raise UserError(f"--reference {path} is missing, damaged or no file of reference statistics"
-                            ) from None
-        wrong = [f"{k} {found[0].get(k)}, not {v}" for k, v in wanted.items() if found[0].get(k) != v]
-        if wrong:
-            raise UserError(f"--reference {path} was made with {', '.join(wrong)} as needed here")
-
-    on_rank0(check)
-    return found[0] if found else None
-
-
-def class_accuracy(extractor, class_names, rows):
-    """Shares of images that the extractor puts into the class they should be of; {} for other classes."""
-    if not class_names or extractor.class_names != class_names:
-        return {}
-    hits = (rows["logits"].argmax(1) == rows["labels"]).double()
-    by_class = {name: hits[rows["labels"] == i].mean().item() for i, name in enumerate(class_names)
-                if (rows["labels"] == i).any()}
-    return {"all": hits.mean().item(), **by_class}
 
 
 def evaluate(args, device):
@@ -268,12 +147,12 @@ def results_of(protocol, rows, reference, info, extractor, names):
     numbers = fidelity(rows["features"], rows["logits"], reference)
     if protocol in ("rfid-val", "pfid-val"):
         usage, perplexity = codebook_usage(count_codes(rows["tokens"], info["K"]))
-        numbers = {f"{protocol[0]}{name}": numbers[name] for name in ("fid", "kid")}
+        numbers = {f"{protocol[0]}{name}": numbers[name] for name in ("fid", "kid") if name in numbers}
         numbers |= dict(usage=usage, perplexity=perplexity)
         numbers |= {name: rows[name].double().mean().item()
                     for name in ("psnr", "ssim", "l1", "lpips") if name in rows}
     if protocol == "view-val":
-        numbers = {f"view_{name}": numbers[name] for name in ("fid", "kid")}
+        numbers = {f"view_{name}": numbers[name] for name in ("fid", "kid") if name in numbers}
         numbers |= {name: rows[name].double().mean().item() for name in ("top1", "nats_per_token")}
     accuracy = class_accuracy(extractor, names, rows)
     if accuracy:

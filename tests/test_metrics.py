@@ -25,6 +25,7 @@ import studies.distances
 import studies.extractors
 import studies.fork_table
 import studies.metrics
+import studies.references
 import studies.probe
 import studies.tables
 from helpers import ROOT, call, command, fork, wait_for, wait_until
@@ -294,7 +295,8 @@ def test_a_result_of_reconstructions_holds_the_numbers_and_how_they_were_measure
     assert all(math.isfinite(v) for v in numbers.values() if isinstance(v, float))
 
 
-def test_a_second_extractor_measures_the_same_images_in_the_same_pass(run, scorer, references, monkeypatch):
+def test_a_second_extractor_measures_the_same_images_in_the_same_pass(run, scorer, monkeypatch):
+    references = run / "references"
     words = ("ar.pt", scorer, references, "--num", 40)
     alone, other = measure(run, *words), measure(run, "ar.pt", run / "vgg.pt", references, "--num", 40)
     (run / "result.json").unlink()
@@ -355,6 +357,28 @@ def test_p_fd_measures_images_of_swapped_tokens(run, scorer, references):
     x_hat = plumbing.images.to_uint8(plumbing.slices.decode(model, tokens))
     expected = plumbing.images.psnr(*(plumbing.images.to_float(y, "cpu") for y in (x, x_hat))).mean().item()
     assert swapped["results"]["psnr"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_samples_and_references_are_exchanged_in_the_form_of_adm(run, scorer, references):
+    """arr_0, (n, H, W, 3) uint8, and mu, sigma of an npz: what ADM's evaluator reads and publishes."""
+    words = ["--ckpt", run / "ar.pt", "--num", 40, "--format", "npz", "--device", "cpu",
+             "--out", run / "s.npz"]
+    sample.main(recipes.options.sample_args(list(map(str, words))))
+    with np.load(run / "s.npz") as arrays:
+        drawn = arrays["arr_0"]
+        assert drawn.dtype == np.uint8 and drawn.shape == (40, 32, 32, 3) and arrays.files[0] == "arr_0"
+    extractor = studies.extractors.Extractor(scorer, 32, torch.device("cpu"))
+    rows = extractor(torch.from_numpy(drawn).permute(0, 3, 1, 2).contiguous())
+    rng = np.random.default_rng(0)
+    real = rng.normal(size=(100, 16))
+    np.savez(run / "reference.npz", mu=real.mean(0), sigma=np.cov(real, rowvar=False))
+    result = measure(run, "ar.pt", scorer, references, "--num", 40, "--reference", run / "reference.npz")
+    f = rows["features"].double().numpy()
+    gap, a, b = f.mean(0) - real.mean(0), np.cov(f, rowvar=False), np.cov(real, rowvar=False)
+    expected = gap @ gap + np.trace(a) + np.trace(b) - 2 * np.sqrt(np.linalg.eigvals(a @ b)).real.sum()
+    assert result["results"]["fid"] == pytest.approx(expected, rel=1e-3)
+    assert {"fid", "inception_score"} <= result["results"].keys() and "kid" not in result["results"]
+    assert result["reference"] == "npz reference.npz" and len(result["reference_hash"]) == 16
 
 
 def test_a_second_extractor_is_refused_where_it_would_do_nothing(capsys):
@@ -418,7 +442,7 @@ def test_who_needs_reference_statistics_that_another_process_makes_waits_for_the
     child = fork(other)
     wait_until(begun.exists)
     monkeypatch.setattr(studies.distances, "reference_statistics", None)  # nothing is made twice
-    monkeypatch.setattr(studies.metrics.time, "sleep", lambda seconds: asked.touch())
+    monkeypatch.setattr(studies.references.time, "sleep", lambda seconds: asked.touch())
     (run / "result.json").unlink()
     assert measure(run, "ar.pt", scorer, place.parent, "--num", 30)["reference_images"] == 60
     assert asked.exists() and capsys.readouterr().out.count("waiting: ") == 1 and wait_for(child) == 0
@@ -603,7 +627,12 @@ def test_bad_input_of_metrics_ends_with_one_line_and_exit_code_2(run, scorer, re
         assert (run / name).read_bytes() == content
     assert "no result" in refused(capsys, [*ar, "--num", 30, "--out", run])
     np.savez(run / "stats.npz", mu=np.zeros(3))
-    assert "no file of reference" in refused(capsys, [*ar, "--num", 30, "--reference", run / "stats.npz"])
+    assert "no npz with mu and sigma" in refused(capsys, [*ar, "--num", 30, "--reference", run / "stats.npz"])
+    np.savez(run / "stats.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    error = refused(capsys, [*ar, "--num", 30, "--reference", run / "stats.npz"])
+    assert "this extractor 16 features" in error
+    np.savez(run / "stats.npz", mu=np.array([os.system]), sigma=np.eye(16))  # pickled
+    assert "no npz with mu" in refused(capsys, [*ar, "--num", 30, "--reference", run / "stats.npz"])
     assert "no setting" in refused(capsys, [*ar, "--sweep", "sharpness=1"])
     assert "top_p must be a number between 1e-09 and 1" in refused(capsys, [*ar, "--sweep", "top_p=0.5,2"])
     assert "NUMBER" in refused(capsys, [*ar, "--sweep", "top_p=high"])

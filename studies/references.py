@@ -1,0 +1,158 @@
+"""What samples are compared with: features of real images, measured once for each extractor and kept."""
+
+import hashlib
+import os
+import pickle
+import shutil
+import time
+import zipfile
+
+import numpy as np
+import torch
+
+from plumbing.data import images_of
+from plumbing.errors import InUse, UserError
+from plumbing.files import claim, intact, save_torch
+from plumbing.processes import barrier, mix, on_rank0, print0, rank, world
+from studies.distances import reference_statistics
+
+
+def collect(chunks, parts, what, num):
+    """All rows of chunks (start, dict of tensors (n, ...)), in order, in the first process; None in others.
+
+    Each chunk becomes a file in the folder `parts` at once, and one that is there is not made again: so an
+    interrupted evaluation goes on, and so processes hand over their shares. `seconds` are those of all calls.
+    """
+
+    def place(start):
+        return parts / f"{start:09d}.pt"
+
+    def begin():
+        locks.append(claim(parts))
+        return sum(intact(path) or bool(path.unlink()) for path in parts.glob("*.pt"))
+
+    locks, count = [], 0
+    found, begun, told, last = on_rank0(begin), time.time(), time.time(), time.time()
+    if found:
+        print0(f"{what}: going on, {found} parts are there already")
+    for start, rows in chunks(lambda indices: place(indices[0]).exists()):
+        save_torch(rows | dict(seconds=torch.tensor([(time.time() - last) / world()])), place(start))
+        last, count = time.time(), count + len(rows["digests"])
+        if time.time() > told + 30:
+            told, rate = time.time(), count * world() / (time.time() - begun)
+            print0(f"{what}: {start:,} of {num:,}, {rate:.1f} images/s, {(num - start) / rate:.0f} s left")
+    barrier()
+    if rank() > 0:
+        return None
+    saved = [torch.load(path, weights_only=True) for path in sorted(parts.glob("*.pt"))]
+    rows = {name: torch.cat([part[name] for part in saved]) for name in saved[0]}
+    if len(rows["digests"]) != num:
+        raise UserError(f"{parts} holds {len(rows['digests'])} images and not {num}; delete it")
+    return rows
+
+
+def joint_hash(digests):
+    return hashlib.sha256(digests.numpy().tobytes()).hexdigest()[:16]
+
+
+def load_reference(args, extractor, config, split):
+    """What all images of a split give, made once for each extractor; see `reference_statistics`.
+
+    The cache goes by names, sizes and times of the files; the `reference_hash` of a result is that of all
+    pixels. A --reference in ADM's form, an npz with mu and sigma, tells neither which images nor features it
+    is of: that is the caller's word. returns: the dict in the first process, None in others
+    """
+    if args.reference and args.reference.suffix == ".npz":
+        return on_rank0(lambda: adm_reference(args.reference, extractor.num_features))
+    data = None if args.reference else images_of(args.ckpt, config, args.data)[split == "val"]
+    wanted = dict(reference=split, image_size=config["image_size"], **extractor.info)
+    wanted = {k: v for k, v in wanted.items() if k not in ("extractor", "extractor_note")}
+
+    def name():
+        times = [os.stat(path).st_mtime_ns for path in getattr(data, "files", [])]
+        return args.references / f"{split}_{mix(data.fingerprint, times, sorted(wanted.items())):016x}.pt"
+
+    def chunks(done):
+        for start in range(rank() * args.batch, len(data), world() * args.batch):
+            indices = range(start, min(start + args.batch, len(data)))
+            if not done(indices):
+                rows = extractor(torch.stack([data.view(i) for i in indices]))
+                rows["labels"] = torch.tensor([data.label(i) for i in indices])
+                if extractor.class_names != data.class_names:
+                    del rows["logits"]  # nothing to tell, and large
+                yield start, rows
+
+    path, locks, told = args.reference or on_rank0(name), [], ""
+
+    def look():
+        """made, ours to make, or the reason to wait for another process"""
+        try:
+            if not intact(path):
+                locks.append(claim(args.references))
+            return "made" if intact(path) else "ours"
+        except InUse as error:
+            return str(error)
+
+    while (state := "made" if args.reference else on_rank0(look)) not in ("made", "ours"):
+        if state != told:
+            told = state
+            print0(f"waiting: {told}")
+        time.sleep(2)  # not inside `on_rank0`, where the other processes would give up
+    if state == "ours":
+        parts = path.with_suffix(f".parts{args.batch}")
+        extractor.check_number(len(data), f"{split} images")
+        print0(f"reference: features of {len(data):,} {split} images -> {path}")
+        rows = collect(chunks, parts, "reference", len(data))
+
+        def finish():
+            about = dict(reference_images=len(data), reference_hash=joint_hash(rows["digests"]),
+                         reference_accuracy=class_accuracy(extractor, data.class_names, rows).get("all"))
+            save_torch(reference_statistics(rows["features"]) | about | wanted, path)
+            shutil.rmtree(parts)
+
+        on_rank0(finish)
+    found = []
+
+    def check():
+        try:
+            found.append(torch.load(path, weights_only=True) if intact(path) else {})
+            if "mu" not in found[0]:
+                raise ValueError
+        except (RuntimeError, ValueError, TypeError, EOFError, pickle.UnpicklingError):
+            raise UserError(f"--reference {path} is missing, damaged or no file of reference statistics"
+                            ) from None
+        wrong = [f"{k} {found[0].get(k)}, not {v}" for k, v in wanted.items() if found[0].get(k) != v]
+        if wrong:
+            raise UserError(f"--reference {path} was made with {', '.join(wrong)} as needed here")
+
+    on_rank0(check)
+    return found[0] if found else None
+
+
+def adm_reference(path, width):
+    """mu (F,) and sigma (F, F) of an npz, as ADM publishes them (VIRTUAL_imagenet256_labeled.npz).
+
+    raises: UserError for another file, or of other features than `width`
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            mu, sigma = (torch.from_numpy(arrays[name].astype(np.float64)) for name in ("mu", "sigma"))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        raise UserError(f"--reference {path} is missing or no npz with mu and sigma") from None
+    if mu.shape != (width,) or sigma.shape != (width, width) or not sigma.isfinite().all():
+        raise UserError(f"--reference {path} has mu {tuple(mu.shape)} and sigma {tuple(sigma.shape)}, this "
+                        f"extractor {width} features")
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return dict(mu=mu.float(), sigma=sigma, reference=f"npz {path.name}", reference_images=None,
+                reference_hash=digest, reference_accuracy=None)
+
+
+def class_accuracy(extractor, class_names, rows):
+    """Shares of images that the extractor puts into the class they should be of; {} for other classes."""
+    if not class_names or extractor.class_names != class_names:
+        return {}
+    hits = (rows["logits"].argmax(1) == rows["labels"]).double()
+    by_class = {name: hits[rows["labels"] == i].mean().item() for i, name in enumerate(class_names)
+                if (rows["labels"] == i).any()}
+    return {"all": hits.mean().item(), **by_class}
