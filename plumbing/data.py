@@ -10,6 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from plumbing.archives import is_archive, read_image, scan_archives
 from plumbing.dataset import ImageData
 from plumbing.errors import UserError, warn
 from plumbing.images import BadImage, load_rgb, to_square
@@ -47,6 +48,27 @@ class FolderData(ImageData):
             with contextlib.suppress(OSError):  # a dangling link has no size
                 name = os.sep.join(path.rsplit(os.sep, 2)[1 if self.class_names else 2 :])
                 digest.update(f"{name} {os.stat(path).st_size}\n".encode(errors="surrogateescape"))
+        return [len(self), digest.hexdigest()[:16]]
+
+
+class ArchiveData(FolderData):
+    """The same images inside tar archives: a file is ARCHIVE|OFFSET|SIZE|/CLASS/NAME."""
+
+    def name(self, index):
+        path, _, _, inside = self.files[index].split("|", 3)
+        return path + inside
+
+    def render(self, index):
+        return read_image(self.files[index], self.image_size)
+
+    @functools.cached_property
+    def fingerprint(self):
+        """That of the same images in a folder."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            _, _, size, inside = file.split("|", 3)
+            name = inside.lstrip("/")
+            digest.update(f"{name} {size}\n".encode(errors="surrogateescape"))
         return [len(self), digest.hexdigest()[:16]]
 
 
@@ -131,8 +153,11 @@ def with_data(config, data):
     return dict(config, data=data, val=None if both else data)
 
 
-def load_data(config):
-    """(train, val) ImageData of a run's configuration: 'shapes', 'cifar10' or a folder of images."""
+def load_data(config, keep=None):
+    """(train, val) ImageData of a run's configuration: 'shapes', 'cifar10', a folder of images or archives.
+
+    keep: a folder, that of the run, for the index of archives
+    """
     source, S, seed, limit = config["data"], config["image_size"], config["seed"], config["limit"]
     if source == "shapes":
         return Shapes("train", limit or 20_000, S, seed), Shapes("val", 1_000, S, seed)
@@ -143,9 +168,9 @@ def load_data(config):
     folder, val = as_path(source), config["val"]
     if val is None and (folder / "train").is_dir() and (folder / "val").is_dir():
         folder, val = folder / "train", folder / "val"
-    files, names = scan_folder(folder)
+    files, names = scan(folder, "--data", keep)
     if val is not None:
-        val_files, val_names = scan_folder(val, "--val")
+        val_files, val_names = scan(val, "--val", keep)
         refuse_other_classes(folder, names, val, val_names)
     else:
         held_out = set(random.Random(mix(0, "split")).sample(range(len(files)), max(1, len(files) // 20)))
@@ -158,9 +183,14 @@ def load_data(config):
         print0(f"note: {folder} has no class sub-folders, so its images carry no labels")
     if limit and limit < len(files):
         files = random.Random(mix(seed, "limit")).sample(files, limit)
-    train, val = FolderData(files, names, S, seed), FolderData(val_files, names, S, seed)
+    ours, theirs = (ArchiveData if is_archive(place) else FolderData for place in (folder, val or folder))
+    train, val = ours(files, names, S, seed), theirs(val_files, names, S, seed)
     look_at_some(train)
     return train, val
+
+
+def scan(place, flag, keep):
+    return scan_archives(place, flag, keep) if is_archive(place) else scan_folder(place, flag)
 
 
 def look_at_some(data, num=20):
@@ -236,7 +266,7 @@ def images_of(path, config, data=None):
     raises: UserError that names the checkpoint if the folders of its run are not there
     """
     for source in (config["data"], config["val"]) if data is None else ():
-        if is_folder(source) and not Path(expanded(source)).is_dir():
+        if is_folder(source) and not is_archive(source) and not Path(expanded(source)).is_dir():
             raise UserError(f"the run of {path} had its images in {source}, and from {Path.cwd()} there is "
                             "no such folder; pass --data PATH")
-    return load_data(with_data(config, data))
+    return load_data(with_data(config, data), Path(path).parent)

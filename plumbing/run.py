@@ -53,7 +53,7 @@ class Run:
             print0("note: on a CPU freed memory is kept for the next step (docs/speed.md)")
         if args.workers > 4 * os.cpu_count() and rank() == 0:
             warn(f"--workers {args.workers} on {os.cpu_count()} cores")
-        self.train, self.val = load_data(config)
+        self.train, self.val = load_data(config, self.out)
         self.fingerprint = on_rank0(lambda: [self.train.fingerprint, self.val.fingerprint])
         self.train.bad_list = self.val.bad_list = self.out / "bad_files.txt"
         if self.device.type == "cpu" and config["image_size"] <= 64:

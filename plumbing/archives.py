@@ -1,0 +1,181 @@
+"""Images in tar archives, read where they lie: `--data 'DIR/*.tar'` (docs/data.md).
+
+An archive is looked through once; where each image begins and how long it is goes into an index beside the
+run. From then on an image is one read at a place (`pread`): order, crops and fingerprint are those of the
+same images in a folder.
+"""
+
+import collections
+import glob
+import hashlib
+import io
+import json
+import os
+import tarfile
+
+from plumbing.errors import UserError, warn
+from plumbing.files import save_atomic
+from plumbing.images import load_rgb, to_square
+from plumbing.paths import expanded
+from plumbing.processes import on_rank0, print0, rank
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
+OPEN = 64  # archives that a process holds open at a time
+
+
+def is_archive(source):
+    """Whether `--data` names archives: FILE.tar or a pattern of such."""
+    return isinstance(source, str | os.PathLike) and str(source).lower().endswith((".tar", *PACKED))
+
+
+def archives_of(pattern, flag):
+    """Paths of the archives, sorted.  raises: UserError for none, and for packed ones"""
+    text = expanded(str(pattern))
+    found = sorted(glob.glob(text)) or ([text] if os.path.exists(text) else [])
+    if not found:
+        raise UserError(f"{flag} {pattern}: there is no such archive (quote a pattern, so that the shell "
+                        "leaves it alone)")
+    for path in found:
+        with open_archive(path) as file:
+            start = file.read(6)
+        if start[:2] == b"\x1f\x8b" or start[:3] == b"BZh" or start in (b"\xfd7zXZ\0",) or path.lower(
+                ).endswith(PACKED):
+            raise UserError(f"{path} is compressed, and in such an archive no place can be read by itself; "
+                            "unpack it to a plain .tar (images gain nothing from it)")
+    return found
+
+
+def open_archive(path):
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def look_through(path):
+    """(image name, its class or None, offset, size) of every image of one archive.
+
+    The class is the folder that holds the image, or what `key.cls` says beside `key.jpg` (WebDataset).
+    raises: UserError for a file that is no archive, damaged, or cut off
+    """
+    images, classes, inner, size = [], {}, None, os.path.getsize(path)
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                folder, _, name = member.name.rpartition("/")
+                if not member.isfile() or name.startswith(".") or member.sparse:
+                    continue
+                if member.offset_data + member.size > size:
+                    raise UserError(f"{path} is cut off: {member.name} ends beyond its last byte")
+                lower, key = name.lower(), (folder, name.split(".")[0])
+                if lower.endswith(EXTENSIONS):
+                    images.append((folder, name, key, member.offset_data, member.size))
+                elif lower.endswith(".cls"):
+                    classes[key] = archive.extractfile(member).read(100).decode(errors="replace").strip()
+                elif lower.endswith((".tar", *PACKED)):
+                    inner = inner or member.name
+                archive.members = []  # tarfile would keep a million of them
+            end = archive.offset
+    except tarfile.TarError as error:
+        raise UserError(f"{path} is damaged or no tar archive ({error})") from None
+    if end > size:
+        raise UserError(f"{path} is cut off")
+    if inner and not images:
+        raise UserError(f"{path} holds archives ({inner}) and no images; unpack it, and pass those inside")
+    return [(name, classes.get(key) or folder.rpartition("/")[2] or None, offset, length)
+            for folder, name, key, offset, length in images]
+
+
+def index_of(paths, keep):
+    """{path: look_through(path)}; kept in the folder `keep`, used while size and time are the same."""
+    place = None
+    if keep is not None:
+        digest = hashlib.sha256("\n".join(map(os.path.abspath, paths)).encode()).hexdigest()[:16]
+        place = keep / f"archives-{digest}.json"
+    known = {}
+    if place is not None and place.exists():
+        try:
+            known = json.loads(place.read_text())
+        except (OSError, ValueError):
+            warn(f"{place} is damaged and made anew")
+    found, changed = {}, False
+    for path in paths:
+        state = os.stat(path)
+        about = [state.st_size, state.st_mtime_ns]
+        entry = known.get(os.path.abspath(path))
+        if not entry or entry[0] != about:
+            if not changed and len(paths) > 20:
+                print0(f"looking through {len(paths)} archives, once")
+            entry, changed = [about, look_through(path)], True
+        found[os.path.abspath(path)] = entry
+    if changed and place is not None:
+        text = json.dumps(found)
+        keep.mkdir(parents=True, exist_ok=True)
+        save_atomic(lambda p: p.write_text(text), place)
+    return found
+
+
+def scan_archives(pattern, flag="--data", keep=None):
+    """(files, class names) as `scan_folder`'s; a file is ARCHIVE|OFFSET|SIZE|/CLASS/NAME.
+
+    raises: UserError for what cannot be read, for two images of one name, and where only some have a class
+    """
+    paths = archives_of(pattern, flag)
+    found = {}
+
+    def build():  # the first process makes the index, the others read it
+        found.update(index_of(paths, keep))
+
+    on_rank0(build)
+    if rank() > 0:
+        found.update(index_of(paths, keep))
+    rows = [(kind, name, path, offset, size) for path, (_, images) in found.items()
+            for name, kind, offset, size in images]
+    if not rows:
+        raise UserError(f"no images in {flag} {pattern} (looked for {' '.join(EXTENSIONS)})")
+    kinds = {row[0] for row in rows}
+    if None in kinds and len(kinds) > 1:
+        name = next(row for row in rows if row[0] is None)
+        raise UserError(f"{name[2]} holds images with and without a class, {name[1]} for instance")
+    numbers = all(kind.isdecimal() for kind in kinds - {None})  # of .cls files: label i is class i
+    names = sorted(kinds - {None}, key=lambda kind: (int(kind) if numbers else 0, kind))
+    order = {kind: i for i, kind in enumerate(names)}
+    rows.sort(key=lambda row: (order.get(row[0], 0), row[1], row[2]))
+    return [f"{path}|{offset}|{size}|/{kind or ''}/{name}" for kind, name, path, offset, size in rows], names
+
+
+class Reader:
+    """Bytes at places of archives; each process opens its own, at most `OPEN` at a time."""
+
+    def __init__(self):
+        self.files, self.process = collections.OrderedDict(), os.getpid()
+
+    def __getstate__(self):
+        return {}
+
+    def __setstate__(self, state):
+        self.__init__()
+
+    def read(self, path, offset, size):
+        if self.process != os.getpid():  # a worker: what the parent opened is left alone
+            self.__init__()
+        if path not in self.files:
+            self.files[path] = open(path, "rb", buffering=0)
+            while len(self.files) > OPEN:
+                self.files.popitem(last=False)[1].close()
+        self.files.move_to_end(path)
+        return os.pread(self.files[path].fileno(), size, offset)
+
+
+READER = Reader()
+
+
+def read_image(file, image_size):
+    """Pixels of one `scan_archives` file, (3, h, w) uint8.  raises: BadImage"""
+    path, offset, size, _ = file.split("|", 3)
+    try:
+        content = READER.read(path, int(offset), int(size))
+    except OSError as error:
+        content = str(error).encode()  # no image: it is replaced as any that cannot be read
+    return to_square(load_rgb(io.BytesIO(content), min_side=image_size / 4), image_size)

@@ -1,0 +1,164 @@
+"""Claims about images in tar archives: they are those of the same folder, bit for bit."""
+
+import gzip
+import io
+import os
+import pickle
+import shutil
+import tarfile
+
+import pytest
+import torch
+from helpers import call, differing
+from PIL import Image
+
+import plumbing.archives
+from plumbing.data import load_data
+from plumbing.errors import UserError
+from plumbing.files import read_checkpoint
+
+CONFIG = dict(image_size=32, seed=0, limit=None, val=None)
+
+
+def add(archive, name, content):
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    archive.addfile(info, io.BytesIO(content))
+
+
+@pytest.fixture(scope="module")
+def archives(data, tmp_path_factory):
+    """The pictures of `data` in archives: train-0.tar and train-1.tar, val.tar, class folders inside."""
+    out = tmp_path_factory.mktemp("archives")
+    for split, count in (("train", 2), ("val", 1)):
+        names = [f"{split}-{i}.tar" for i in range(count)] if count > 1 else [f"{split}.tar"]
+        parts = [tarfile.open(out / name, "w") for name in names]
+        for i, path in enumerate(sorted((data / split).rglob("*.png"))):
+            add(parts[i % count], f"some/where/{path.parent.name}/{path.name}", path.read_bytes())
+        add(parts[0], "some/where/README.txt", b"no image")
+        for part in parts:
+            part.close()
+    return out
+
+
+def config(out, **changes):
+    return CONFIG | dict(data=f"{out}/train-*.tar", val=f"{out}/val.tar") | changes
+
+
+def test_archives_hold_the_images_of_the_folder_in_its_order_with_its_crops_and_fingerprint(data, archives):
+    theirs = load_data(CONFIG | dict(data=str(data)))
+    for ours, folder in zip(load_data(config(archives)), theirs, strict=True):
+        assert len(ours) == len(folder) and ours.class_names == folder.class_names
+        assert ours.labels == folder.labels and ours.fingerprint == folder.fingerprint
+        for i in range(len(ours)):
+            assert torch.equal(ours.pixels(i), folder.pixels(i))
+            assert torch.equal(ours.view(i, 7, True), folder.view(i, 7, True))
+    assert load_data(config(archives))[0].name(0).startswith(f"{archives}/train-0.tar/")
+
+
+def test_a_run_goes_on_from_a_folder_in_archives_as_if_nothing_had_changed(data, archives, tmp_path):
+    place, found = (f"{archives}/train-*.tar", "--val", f"{archives}/val.tar"), {}
+    for name, first, then in (("a", (data,), (data,)), ("b", (data,), place), ("c", place, place)):
+        for where, steps in ((first, 2), (then, 4)):
+            call("phase1", tmp_path / name, *where, "--workers", 2 * (name == "c"), phase1__steps=steps,
+                 judge__steps=2, phase1__schedule="constant")
+        found[name] = read_checkpoint(tmp_path / name / "phase1.pt", ("phase1",))
+        del found[name]["config"]  # in which they were
+    assert not differing(found["a"], found["b"]) and not differing(found["a"], found["c"])
+    assert found["a"]["step"] == 4 and list((tmp_path / "c").glob("archives-*.json"))
+
+
+def web(path, count=12, images=".png"):
+    """The WebDataset form: key.png beside key.cls, classes 0, 2, 10 in turn."""
+    with tarfile.open(path, "w") as archive:
+        for i in range(count):
+            file = io.BytesIO()
+            Image.new("RGB", (32, 32), (20 * i, 0, 0)).save(file, "PNG")
+            add(archive, f"{i:04d}{images}", file.getvalue())
+            add(archive, f"{i:04d}.cls", b"%d" % (0, 2, 10)[i % 3])
+            add(archive, f"{i:04d}.json", b"{}")
+
+
+def test_cls_files_name_the_classes_in_the_order_of_their_numbers(tmp_path):
+    web(tmp_path / "a.tar")
+    data, val = load_data(config(tmp_path, data=f"{tmp_path}/a.tar", val=f"{tmp_path}/a.tar"))
+    assert data.class_names == ["0", "2", "10"] and data.labels == [0] * 4 + [1] * 4 + [2] * 4
+    shades = [data.pixels(i)[0, 0, 0].item() for i in range(12)]
+    assert shades == [20 * i for i in (0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11)]
+    assert sorted(val.files) == sorted(data.files)  # the order of validation images is a shuffled one
+
+
+def test_without_val_a_share_is_held_out_and_without_classes_there_are_no_labels(tmp_path, capsys):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for i in range(40):
+            file = io.BytesIO()
+            Image.new("RGB", (32, 32), (i, 0, 0)).save(file, "PNG")
+            add(archive, f"{i}.png", file.getvalue())
+    train, val = load_data(config(tmp_path, data=f"{tmp_path}/*.tar", val=None))
+    assert (len(train), len(val), train.class_names) == (38, 2, []) and not {*train.files} & {*val.files}
+
+
+def test_an_archive_is_looked_through_again_only_when_it_changed(archives, tmp_path, monkeypatch):
+    looked = []
+    real = plumbing.archives.look_through
+    monkeypatch.setattr(plumbing.archives, "look_through", lambda path: looked.append(path) or real(path))
+    for path in archives.iterdir():
+        shutil.copy(path, tmp_path)
+    first = load_data(config(tmp_path), tmp_path / "run")[0]
+    assert len(looked) == 3
+    assert load_data(config(tmp_path), tmp_path / "run")[0].files == first.files and len(looked) == 3
+    os.utime(tmp_path / "train-1.tar")  # written anew, perhaps
+    assert load_data(config(tmp_path), tmp_path / "run")[0].files == first.files
+    assert looked[3:] == [f"{tmp_path}/train-1.tar"]
+    (index,) = [p for p in (tmp_path / "run").iterdir() if "val" not in p.read_text()]
+    index.write_text("{")
+    assert load_data(config(tmp_path), tmp_path / "run")[0].files == first.files and len(looked) == 6
+
+
+def test_few_archives_are_open_at_a_time_and_workers_share_none(archives, monkeypatch):
+    monkeypatch.setattr(plumbing.archives, "OPEN", 1)
+    monkeypatch.setattr(plumbing.archives, "READER", plumbing.archives.Reader())
+    data = load_data(config(archives))[0]
+    pixels = [data.render(i) for i in range(len(data))]
+    reader = plumbing.archives.READER
+    assert len(reader.files) == 1
+    other = pickle.loads(pickle.dumps(reader))
+    assert not other.files and reader.files
+    reader.process = -1  # as a forked child sees it
+    assert torch.equal(data.render(0), pixels[0]) and reader.process == os.getpid()
+
+
+def test_an_image_that_is_none_is_replaced_as_in_a_folder(tmp_path):
+    web(tmp_path / "a.tar")
+    with tarfile.open(tmp_path / "a.tar", "a") as archive:
+        add(archive, "0003x.png", b"no picture")
+        add(archive, "0003x.cls", b"0")
+    data = load_data(config(tmp_path, data=f"{tmp_path}/a.tar", val=f"{tmp_path}/a.tar"))[0]
+    bad = next(i for i in range(13) if "0003x" in data.name(i))
+    assert torch.equal(data.pixels(bad), data.pixels(bad + 1)) and data.readable(bad) == bad + 1
+
+
+def test_archives_that_cannot_be_read_are_refused_in_one_line(archives, tmp_path):
+    good = (archives / "val.tar").read_bytes()
+    (tmp_path / "cut.tar").write_bytes(good[: len(good) // 2 + 100])
+    (tmp_path / "text.tar").write_bytes(b"this is no archive at all" * 100)
+    (tmp_path / "empty.tar").write_bytes(b"")
+    (tmp_path / "packed.tar").write_bytes(gzip.compress(good))
+    shutil.copy(tmp_path / "packed.tar", tmp_path / "packed.tgz")
+    broken = bytearray(good)
+    broken[:100] = b"x" * 100  # the first header
+    (tmp_path / "broken.tar").write_bytes(broken)
+    with tarfile.open(tmp_path / "nested.tar", "w") as archive:
+        add(archive, "inner.tar", good)
+    with tarfile.open(tmp_path / "mixed.tar", "w") as archive:
+        add(archive, "a/1.png", b"1")
+        add(archive, "2.png", b"2")
+    for name, told in (("cut", "cut off|damaged"), ("text", "damaged or no tar"),
+                       ("empty", "damaged or no|no images"), ("packed", "is compressed"),
+                       ("broken", "damaged or no tar"), ("nested", "holds archives"),
+                       ("mixed", "with and without a class"), ("nowhere", "no such archive")):
+        with pytest.raises(UserError, match=told) as caught:
+            load_data(config(tmp_path, data=f"{tmp_path}/{name}.tar"))
+        assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="is compressed"):
+        load_data(config(tmp_path, data=f"{tmp_path}/packed.tgz"))
