@@ -75,7 +75,8 @@ def train_args(words=None):
     add("--stage", choices=(*STAGES, "all"), help="what to train")
     add("--preset", default="demo", help=f"recipe: {', '.join(PRESETS)}, or one of a fork, for instance "
         f"demo-fq ({', '.join(forks.names())}: FORK.NAME) (default: demo)")
-    add("--data", type=expanded, help="folder of images (class sub-folders or none), 'DIR/*.tar', 'cifar10', 'shapes'")
+    add("--data", type=expanded, help="folder of images (with class sub-folders or without), 'DIR/*.tar', "
+        "'cifar10' or 'shapes'")
     add("--val", type=expanded, help="folder of validation images (default: DATA/val beside DATA/train, else "
         "a 5 %% split)")
     add("--out", type=as_path, help="run folder (default: runs/<preset>)")
