@@ -380,7 +380,7 @@ def test_every_path_flag_knows_the_home_folder(script, monkeypatch):
     assert all(config[key] == f"/home/me/{key}" for key in ("data", "val", "vgg") if config)
     source = inspect.getsource(PARSERS[script])
     flags = re.findall(r'add\("(?:--)?(\w+)", type=(?:as_path|expanded)', source)
-    others = {visualize: ("files", "ckpt", "tokenizer", "out", "vgg"), sample: ("second",)}  # the next test
+    others = {visualize: ("files", "ckpt", "tokenizer", "out", "vgg"), sample: ("second", "edit", "mask")}  # next test
     assert set(flags) == {*PATHS[script], *others.get(script, ())} and "type=Path" not in source
 
 
@@ -396,6 +396,8 @@ def test_paths_in_lists_and_in_set_know_the_home_folder(monkeypatch):
     assert str(balance.vgg) == "/home/me/vgg.pth"
     words = ["--ckpt", "a.pt", "--metrics", "--second", "~/vgg.pt"]
     assert recipes.options.sample_args(words).second == "/home/me/vgg.pt"
+    args = recipes.options.sample_args(["--ckpt", "a.pt", "--edit", "~/x.png", "--mask", "~/m.png"])
+    assert (args.edit, args.mask) == (Path("/home/me/x.png"), Path("/home/me/m.png"))
     sets = ["data=~/d", "val=~/v", "vgg=~/vgg.pth", 'phase1.teachers=[null, "~/clip.pt", "judge"]']
     words = [word for item in sets for word in ("--set", item)]
     config = recipes.options.train_args(["--stage", "phase1", "--preset", "demo-fq", *words])[1]
