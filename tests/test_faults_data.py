@@ -380,7 +380,8 @@ def test_every_path_flag_knows_the_home_folder(script, monkeypatch):
     assert all(config[key] == f"/home/me/{key}" for key in ("data", "val", "vgg") if config)
     source = inspect.getsource(PARSERS[script])
     flags = re.findall(r'add\("(?:--)?(\w+)", type=(?:as_path|expanded)', source)
-    others = {visualize: ("files", "ckpt", "tokenizer", "out", "vgg"), sample: ("second", "edit", "mask")}  # next test
+    others = {visualize: ("files", "ckpt", "tokenizer", "out", "vgg"),  # the next test
+              sample: ("second", "edit", "mask")}
     assert set(flags) == {*PATHS[script], *others.get(script, ())} and "type=Path" not in source
 
 
