@@ -87,6 +87,7 @@ class Arm:
     words: flags of train.py, or a function of the preset that gives them;  seeds: how many, from 0
     phases: of the tokenizer;  judge: a --set for a judge of its own;  fork: whose variant of the preset
     priors: the arm whose priors draw, as its tokens are the same;  odd: steps that no other arm has
+    strength: factor on the preset's phase1.per_weight
     """
 
     words: object
@@ -96,6 +97,7 @@ class Arm:
     fork: str = ""
     priors: str = ""
     odd: bool = False
+    strength: float = 1.0
 
 
 def longer(config):
@@ -109,16 +111,18 @@ def fewer_codes(config):
 
 
 BOTH = ("phase1", "phase2")
+STRENGTH = dict.fromkeys((0, 0.2, 0.4, 0.6, 0.8, 1, "D", "E", "five-pools"), 1.0)  # the protocol says
 CLAIMS = {
-    **{f"alpha={alpha}": Arm(["--alpha", str(alpha)], seeds, BOTH)
+    **{f"alpha={alpha}": Arm(["--alpha", str(alpha)], seeds, BOTH, strength=STRENGTH[alpha])
        for alpha, seeds in ((0, 3), (0.4, 3), (1, 3), (0.2, 1), (0.6, 1), (0.8, 1))},
+    "literal": Arm(["--alpha", "0"]),
     "no-attention": Arm(["--alpha", "1"], 1, BOTH, fork="noattention", priors="alpha=1"),
     "longer": Arm(longer, odd=True),
-    "D": Arm(["--ablation", "D"]),
-    "E": Arm(["--ablation", "E"]),
-    "fewer-codes": Arm(fewer_codes),
-    **{f"five-pools,alpha={alpha}": Arm(["--alpha", str(alpha)], judge="judge.skip_pools=0")
-       for alpha in (0, 1)},
+    "D": Arm(["--ablation", "D"], strength=STRENGTH["D"]),
+    "E": Arm(["--ablation", "E"], strength=STRENGTH["E"]),
+    "fewer-codes": Arm(fewer_codes, strength=STRENGTH[0]),
+    "five-pools,alpha=0": Arm(["--alpha", "0"], judge="judge.skip_pools=0", strength=STRENGTH["five-pools"]),
+    "five-pools,alpha=1": Arm(["--alpha", "1"], judge="judge.skip_pools=0"),
 }
 
 

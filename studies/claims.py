@@ -62,6 +62,9 @@ class Claims(Table):
         folder = self.root / f"{name},seed={seed}"
         words = arm.words(self.config) if callable(arm.words) else arm.words
         words = [*words, "--seed", seed, "--vgg", str(self.judge(arm) / "vgg.pt")]
+        if arm.strength != 1:
+            weight = arm.strength * self.config["phase1"]["per_weight"]
+            words += ["--set", f"phase1.per_weight={weight:.4g}"]
         if arm.fork:
             words += ["--preset", f"{arm.fork}.{self.args.preset}"]
         stages = arm.phases if arm.priors else (*arm.phases, "ar", "nar")

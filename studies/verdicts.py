@@ -159,6 +159,7 @@ def judge_claims(spread):
           beside("alpha = 1 minus 0", arms(*ends), [*after, ("view FD", "view_view_fid")]),
           beside("terms of the loss at alpha = 1, alpha = 1 minus 0", arms(*ends),
                  [("relu5_3", "judge_relu5_3"), ("logit", "judge_logit")]),
+          beside("alpha = 1 minus 0 with the literal Eq. 4", arms("alpha=1", "literal"), three),
           beside("judge of five pools, alpha = 1 minus 0",
                  arms("five-pools,alpha=1", "five-pools,alpha=0"), three)]),
         ("(b) the loss of the priors falls with alpha (nats over unigram entropy)",

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+import recipes.ablations
 import recipes.options
 import studies.claims
 from plumbing.errors import UserError
@@ -131,14 +132,14 @@ def test_intervals_are_student_s_of_the_variance_pooled_over_arms():
     assert mean == 2 and half == pytest.approx(3.182446 * math.sqrt(4 / 3) / math.sqrt(3), rel=1e-6)
 
 
-def test_the_arms_are_those_of_the_protocol_and_each_is_trained_and_measured_alike(tmp_path):
+def test_the_arms_are_those_of_the_protocol_and_each_is_trained_and_measured_alike(tmp_path, monkeypatch):
     args = recipes.options.visualize_args(
         ["claims", "--preset", "claims", "--data", "DIR", "--out", str(tmp_path)]
     )
     table = studies.claims.Claims(args)
     assert [row.name for row in table.table["rows"]] == [  # cut short, it has one seed of everything first
         "alpha=0|0", "alpha=0.4|0", "alpha=1|0", "alpha=0.2|0", "alpha=0.6|0", "alpha=0.8|0",
-        "no-attention|0", "longer|0", "D|0", "E|0", "fewer-codes|0", "five-pools,alpha=0|0",
+        "literal|0", "no-attention|0", "longer|0", "D|0", "E|0", "fewer-codes|0", "five-pools,alpha=0|0",
         "five-pools,alpha=1|0", "alpha=0|1", "alpha=0.4|1", "alpha=1|1", "alpha=0|2", "alpha=0.4|2",
         "alpha=1|2"]
     missing = dict(table.missing())
@@ -159,6 +160,10 @@ def test_the_arms_are_those_of_the_protocol_and_each_is_trained_and_measured_ali
     assert (few, config["fewer-codes, seed 0"]["phase1"]["alpha"]) == (all_codes // 4, 0)
     assert config["no-attention, seed 0"]["fork"] == "noattention" and plain["fork"] is None
     assert config["E, seed 0"]["phase1"]["layers"] == "E" and config["alpha=0.4, seed 2"]["seed"] == 2
+    strong = dict(studies.claims.CLAIMS, D=recipes.ablations.Arm(["--ablation", "D"], strength=1.25))
+    monkeypatch.setattr(studies.claims, "CLAIMS", strong)
+    words = recipes.options.train_args(table.row("D|0", "phase1")[0][0][1][1:])[1]["phase1"]
+    assert words["per_weight"] == pytest.approx(1.25 * plain["phase1"]["per_weight"])
     judges = [words for path, words in missing["judge and scorer"] if "judge" in path.parent.name]
     assert [recipes.options.train_args(words[1:])[1]["judge"]["skip_pools"] for words in judges] == [
         plain["judge"]["skip_pools"], 0]
@@ -169,7 +174,7 @@ def test_the_arms_are_those_of_the_protocol_and_each_is_trained_and_measured_ali
         str(tmp_path / "alpha=1,seed=0" / "nar.pt"), str(tmp_path / "no-attention,seed=0" / "phase2.pt")]
     words = ["claims", "--preset", "demo", "--out", str(tmp_path / "b")]
     demo = studies.claims.Claims(recipes.options.visualize_args(words))
-    assert len(demo.table["rows"]) == 13 and "phase1.steps=250" in demo.args.set
+    assert len(demo.table["rows"]) == 14 and "phase1.steps=250" in demo.args.set
     table.show()
     assert (tmp_path / "claims.jsonl").read_text() == ""
 
