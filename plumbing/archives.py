@@ -15,9 +15,9 @@ import tarfile
 
 from plumbing.errors import UserError, warn
 from plumbing.files import save_atomic
-from plumbing.images import load_rgb, to_square
+from plumbing.images import BadImage
 from plumbing.paths import expanded
-from plumbing.processes import on_rank0, print0, rank
+from plumbing.processes import on_rank0, print0
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
@@ -39,8 +39,8 @@ def archives_of(pattern, flag):
     for path in found:
         with open_archive(path) as file:
             start = file.read(6)
-        if start[:2] == b"\x1f\x8b" or start[:3] == b"BZh" or start in (b"\xfd7zXZ\0",) or path.lower(
-                ).endswith(PACKED):
+        if start[:2] == b"\x1f\x8b" or start[:3] == b"BZh" or start == b"\xfd7zXZ\0" or (
+                path.lower().endswith(PACKED)):
             raise UserError(f"{path} is compressed, and in such an archive no place can be read by itself; "
                             "unpack it to a plain .tar (images gain nothing from it)")
     return found
@@ -56,7 +56,8 @@ def open_archive(path):
 def look_through(path):
     """(image name, its class or None, offset, size) of every image of one archive.
 
-    The class is the folder that holds the image, or what `key.cls` says beside `key.jpg` (WebDataset).
+    The class is the folder that holds the image, or what `key.cls` says beside `key.jpg` (WebDataset), there
+    an int if it is a number.
     raises: UserError for a file that is no archive, damaged, or cut off
     """
     images, classes, inner, size = [], {}, None, os.path.getsize(path)
@@ -72,7 +73,8 @@ def look_through(path):
                 if lower.endswith(EXTENSIONS):
                     images.append((folder, name, key, member.offset_data, member.size))
                 elif lower.endswith(".cls"):
-                    classes[key] = archive.extractfile(member).read(100).decode(errors="replace").strip()
+                    text = archive.extractfile(member).read(100).decode(errors="replace").strip()
+                    classes[key] = int(text) if text.isdecimal() else text
                 elif lower.endswith((".tar", *PACKED)):
                     inner = inner or member.name
                 archive.members = []  # tarfile would keep a million of them
@@ -83,7 +85,7 @@ def look_through(path):
         raise UserError(f"{path} is cut off")
     if inner and not images:
         raise UserError(f"{path} holds archives ({inner}) and no images; unpack it, and pass those inside")
-    return [(name, classes.get(key) or folder.rpartition("/")[2] or None, offset, length)
+    return [(name, classes.get(key, folder.rpartition("/")[2] or None), offset, length)
             for folder, name, key, offset, length in images]
 
 
@@ -117,19 +119,13 @@ def index_of(paths, keep):
 
 
 def scan_archives(pattern, flag="--data", keep=None):
-    """(files, class names) as `scan_folder`'s; a file is ARCHIVE|OFFSET|SIZE|/CLASS/NAME.
+    """(files, class names) as `scan_folder`'s; a file is a string of ARCHIVE, OFFSET, SIZE, /CLASS/NAME.
 
-    raises: UserError for what cannot be read, for two images of one name, and where only some have a class
+    Numbers of .cls files are classes in the order of the numbers, folders in that of their names, as ever.
+    raises: UserError for what cannot be read, and where only some images have a class
     """
     paths = archives_of(pattern, flag)
-    found = {}
-
-    def build():  # the first process makes the index, the others read it
-        found.update(index_of(paths, keep))
-
-    on_rank0(build)
-    if rank() > 0:
-        found.update(index_of(paths, keep))
+    found = on_rank0(lambda: index_of(paths, keep))
     rows = [(kind, name, path, offset, size) for path, (_, images) in found.items()
             for name, kind, offset, size in images]
     if not rows:
@@ -138,11 +134,18 @@ def scan_archives(pattern, flag="--data", keep=None):
     if None in kinds and len(kinds) > 1:
         name = next(row for row in rows if row[0] is None)
         raise UserError(f"{name[2]} holds images with and without a class, {name[1]} for instance")
-    numbers = all(kind.isdecimal() for kind in kinds - {None})  # of .cls files: label i is class i
-    names = sorted(kinds - {None}, key=lambda kind: (int(kind) if numbers else 0, kind))
+    names = sorted(kinds - {None}, key=lambda kind: (isinstance(kind, str), kind))
     order = {kind: i for i, kind in enumerate(names)}
     rows.sort(key=lambda row: (order.get(row[0], 0), row[1], row[2]))
-    return [f"{path}|{offset}|{size}|/{kind or ''}/{name}" for kind, name, path, offset, size in rows], names
+    files = ["\0".join((path, str(offset), str(size), f"/{'' if kind is None else kind}/{name}"))
+             for kind, name, path, offset, size in rows]  # no path holds a \0
+    return files, list(map(str, names))
+
+
+def parts_of(file):
+    """(archive, offset, size, /CLASS/NAME) of one `scan_archives` file"""
+    archive, offset, size, inside = file.split("\0")
+    return archive, int(offset), int(size), inside
 
 
 class Reader:
@@ -150,12 +153,6 @@ class Reader:
 
     def __init__(self):
         self.files, self.process = collections.OrderedDict(), os.getpid()
-
-    def __getstate__(self):
-        return {}
-
-    def __setstate__(self, state):
-        self.__init__()
 
     def read(self, path, offset, size):
         if self.process != os.getpid():  # a worker: what the parent opened is left alone
@@ -171,11 +168,9 @@ class Reader:
 READER = Reader()
 
 
-def read_image(file, image_size):
-    """Pixels of one `scan_archives` file, (3, h, w) uint8.  raises: BadImage"""
-    path, offset, size, _ = file.split("|", 3)
+def read(file):
+    """One `scan_archives` file as a file in memory.  raises: BadImage if its archive cannot be read"""
     try:
-        content = READER.read(path, int(offset), int(size))
+        return io.BytesIO(READER.read(*parts_of(file)[:3]))
     except OSError as error:
-        content = str(error).encode()  # no image: it is replaced as any that cannot be read
-    return to_square(load_rgb(io.BytesIO(content), min_side=image_size / 4), image_size)
+        raise BadImage(str(error)) from None

@@ -10,15 +10,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from plumbing.archives import is_archive, read_image, scan_archives
+from plumbing.archives import EXTENSIONS, is_archive, parts_of, read, scan_archives
 from plumbing.dataset import ImageData
 from plumbing.errors import UserError, warn
 from plumbing.images import BadImage, load_rgb, to_square
 from plumbing.paths import as_path, expanded
 from plumbing.processes import mix, on_rank0, print0, rank
 from plumbing.shapes import Shapes
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
 class FolderData(ImageData):
@@ -37,39 +35,46 @@ class FolderData(ImageData):
         return self.files[index]
 
     def render(self, index):  # far too small images would be blown up to a blur
-        return to_square(load_rgb(self.files[index], min_side=self.image_size / 4), self.image_size)
+        return to_square(load_rgb(self.source(index), min_side=self.image_size / 4), self.image_size)
+
+    def source(self, index):
+        """What `load_rgb` opens."""
+        return self.files[index]
+
+    def size(self, index):
+        return os.stat(self.files[index]).st_size
+
+    def times(self):
+        """When each file was written last, in ns."""
+        return [os.stat(path).st_mtime_ns for path in self.files]
 
     @functools.cached_property
     def fingerprint(self):
         """Changes when a file is added, removed, renamed or of another size, and not when the whole folder is
         moved, renamed or copied. [number of images, hash]"""
         digest = hashlib.sha256()
-        for path in self.files:
+        for index, path in enumerate(self.files):
             with contextlib.suppress(OSError):  # a dangling link has no size
                 name = os.sep.join(path.rsplit(os.sep, 2)[1 if self.class_names else 2 :])
-                digest.update(f"{name} {os.stat(path).st_size}\n".encode(errors="surrogateescape"))
+                digest.update(f"{name} {self.size(index)}\n".encode(errors="surrogateescape"))
         return [len(self), digest.hexdigest()[:16]]
 
 
 class ArchiveData(FolderData):
-    """The same images inside tar archives: a file is ARCHIVE|OFFSET|SIZE|/CLASS/NAME."""
+    """The same images inside tar archives: a file is what `scan_archives` says."""
 
     def name(self, index):
-        path, _, _, inside = self.files[index].split("|", 3)
-        return path + inside
+        archive, _, _, inside = parts_of(self.files[index])
+        return archive + inside
 
-    def render(self, index):
-        return read_image(self.files[index], self.image_size)
+    def source(self, index):
+        return read(self.files[index])
 
-    @functools.cached_property
-    def fingerprint(self):
-        """That of the same images in a folder."""
-        digest = hashlib.sha256()
-        for file in self.files:
-            _, _, size, inside = file.split("|", 3)
-            name = inside.lstrip("/")
-            digest.update(f"{name} {size}\n".encode(errors="surrogateescape"))
-        return [len(self), digest.hexdigest()[:16]]
+    def size(self, index):
+        return parts_of(self.files[index])[2]
+
+    def times(self):
+        return [os.stat(path).st_mtime_ns for path in sorted({parts_of(file)[0] for file in self.files})]
 
 
 class Cifar10(ImageData):

@@ -1,7 +1,6 @@
 """What samples are compared with: features of real images, measured once for each extractor and kept."""
 
 import hashlib
-import os
 import pickle
 import shutil
 import time
@@ -10,7 +9,7 @@ import zipfile
 import numpy as np
 import torch
 
-from plumbing.data import images_of
+from plumbing.data import FolderData, images_of
 from plumbing.errors import InUse, UserError
 from plumbing.files import claim, intact, save_torch
 from plumbing.processes import barrier, mix, on_rank0, print0, rank, world
@@ -69,7 +68,7 @@ def load_reference(args, extractor, config, split):
     wanted = {k: v for k, v in wanted.items() if k not in ("extractor", "extractor_note")}
 
     def name():
-        times = [os.stat(path).st_mtime_ns for path in getattr(data, "files", [])]
+        times = data.times() if isinstance(data, FolderData) else []
         return args.references / f"{split}_{mix(data.fingerprint, times, sorted(wanted.items())):016x}.pt"
 
     def chunks(done):

@@ -2,8 +2,8 @@
 
 import gzip
 import io
+import json
 import os
-import pickle
 import shutil
 import tarfile
 
@@ -13,6 +13,8 @@ from helpers import call, differing
 from PIL import Image
 
 import plumbing.archives
+import recipes.options
+import sample
 from plumbing.data import load_data
 from plumbing.errors import UserError
 from plumbing.files import read_checkpoint
@@ -88,6 +90,29 @@ def test_cls_files_name_the_classes_in_the_order_of_their_numbers(tmp_path):
     assert sorted(val.files) == sorted(data.files)  # the order of validation images is a shuffled one
 
 
+def test_folders_that_are_called_by_numbers_are_classes_in_the_order_of_a_folder_of_images(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for kind in ("2", "10"):
+            file = io.BytesIO()
+            Image.new("RGB", (32, 32), (int(kind), 0, 0)).save(file, "PNG")
+            (tmp_path / "folder" / kind).mkdir(parents=True)
+            (tmp_path / "folder" / kind / "x.png").write_bytes(file.getvalue())
+            add(archive, f"{kind}/x.png", file.getvalue())
+    archives, folder = (load_data(config(tmp_path, data=str(place), val=str(place)))[0] for place in (
+        tmp_path / "a.tar", tmp_path / "folder"))
+    assert archives.class_names == folder.class_names == ["10", "2"]
+    assert archives.fingerprint == folder.fingerprint and torch.equal(archives.view(0), folder.view(0))
+
+
+def test_metrics_compare_with_images_of_archives(trained, data, archives, tmp_path):
+    call("vgg", tmp_path, data, "--arch", "resnet", judge__width=2)  # 16 features, for 20 images
+    words = ["--ckpt", trained / "phase1.pt", "--metrics", "--extractor", tmp_path / "resnet.pt",
+             "--lpips", "none", "--data", f"{archives}/val.tar", "--references", tmp_path / "r",
+             "--out", tmp_path / "x.json", "--device", "cpu"]
+    sample.main(recipes.options.sample_args(list(map(str, words))))
+    assert json.loads((tmp_path / "x.json").read_text())["reference_images"] == 20
+
+
 def test_without_val_a_share_is_held_out_and_without_classes_there_are_no_labels(tmp_path, capsys):
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         for i in range(40):
@@ -122,8 +147,6 @@ def test_few_archives_are_open_at_a_time_and_workers_share_none(archives, monkey
     pixels = [data.render(i) for i in range(len(data))]
     reader = plumbing.archives.READER
     assert len(reader.files) == 1
-    other = pickle.loads(pickle.dumps(reader))
-    assert not other.files and reader.files
     reader.process = -1  # as a forked child sees it
     assert torch.equal(data.render(0), pixels[0]) and reader.process == os.getpid()
 
