@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
+from plumbing.codes import nearest_others
 from recipes.small import of_fork
-from tokenizer import KMeansQuantizer, TokenizerConfig, VQTokenizer, code_distances
+from tokenizer import KMeansQuantizer, TokenizerConfig, VQTokenizer
 
 
 @dataclass
@@ -17,17 +18,11 @@ class PerturbConfig(TokenizerConfig):
     perturb_near: int = 8  # delta: how many nearest codes, the code itself not among them
 
 
-def neighbours(codes, count):
-    """(K, n_z) -> (K, count) int64, the nearest other codes of each code."""
-    distances = code_distances(codes, codes) + codes.square().sum(1, keepdim=True)
-    return distances.fill_diagonal_(float("inf")).topk(min(count, len(codes) - 1), largest=False).indices
-
-
 def swap(indices, codes, rate, images, count):
     """(B, h, w) int64 -> the same with a share of the tokens replaced by one of the `count` nearest codes."""
     where = torch.rand(len(indices), 1, 1, device=indices.device) < images
     where = where & (torch.rand(indices.shape, device=indices.device) < rate)
-    near = neighbours(codes, count)
+    near = nearest_others(codes, count)
     pick = torch.randint(near.shape[1], indices.shape, device=indices.device)
     return torch.where(where, near[indices, pick], indices)
 

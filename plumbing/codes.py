@@ -84,6 +84,16 @@ def unigram_entropy(tokens, codebook_size, num=10_000):
     return torch.special.entr(counts / counts.sum(-1, keepdim=True)).sum(-1).mean().item()
 
 
+def nearest_others(codes, count):
+    """(K, n_z) -> (K, count) int64, the nearest other codes of each code; K - 1 of them at most."""
+    found = []
+    for rows in torch.arange(len(codes), device=codes.device).split(1024):
+        far = torch.cdist(codes[rows], codes)
+        far[torch.arange(len(rows)), rows] = math.inf
+        found.append(far.topk(min(count, len(codes) - 1), largest=False).indices)
+    return torch.cat(found)
+
+
 def count_codes(tokens, codebook_size):
     """Histogram of code indices: tokens (B, N) -> (K,), or (B, N, k) -> (k, K), one for each sub-codebook."""
     if tokens.dim() == 2:

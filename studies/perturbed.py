@@ -2,6 +2,7 @@
 
 import torch
 
+from plumbing.codes import nearest_others
 from plumbing.images import to_uint8
 from plumbing.processes import mix, seeded_rand
 from plumbing.slices import decode, reconstructions
@@ -17,19 +18,16 @@ def near_codes(tokenizer, count):
     device = next(tokenizer.parameters()).device
     for part in getattr(tokenizer.quantizer, "parts", [tokenizer.quantizer]):
         codes = part.lookup(torch.arange(K, device=device).view(1, K, 1))[0, :, :, 0].T.float()  # (K, n_z)
-        for rows in torch.arange(K, device=device).split(1024):
-            far = torch.cdist(codes[rows], codes)
-            far[torch.arange(len(rows)), rows] = float("inf")
-            found.append(far.topk(count, largest=False).indices)
-    return torch.cat(found).view(-1, K, count)
+        found.append(nearest_others(codes, count))
+    return torch.stack(found)
 
 
-def perturb(tokens, near, start, seed=0):
+def perturb(tokens, near, start):
     """Tokens (B, N) or (B, N, k), of which a share is swapped for one of the near codes. Image start + i has
     its own random numbers, whatever B is."""
     k, _, count = near.shape
     flat = tokens.reshape(*tokens.shape[:2], k)
-    draws = [seeded_rand(2, *flat.shape[1:], seed=mix(seed, "perturb", start + i)) for i in range(len(flat))]
+    draws = [seeded_rand(2, *flat.shape[1:], seed=mix("perturb", start + i)) for i in range(len(flat))]
     hit, pick = torch.stack(draws, 1).to(tokens.device)
     picked = (pick * count).long().clamp(max=count - 1)
     swapped = torch.stack([near[j][flat[..., j], picked[..., j]] for j in range(k)], -1)

@@ -13,9 +13,10 @@ import train
 from forks.align import AlignedTokenizer
 from forks.crt import CausalPredictor, CRTTokenizer
 from forks.frozen import FrozenTokenizer
-from forks.perturb import PerturbTokenizer, neighbours, swap
+from forks.perturb import PerturbTokenizer, swap
 from forks.phase3 import PostTrainedTokenizer
 from perceptual import VGGTaps
+from plumbing.codes import nearest_others
 from plumbing.errors import UserError
 from plumbing.files import read_checkpoint
 from plumbing.models import load_model
@@ -44,12 +45,12 @@ def judge(width=4, skip_pools=1):
 
 def test_neighbours_are_the_nearest_other_codes():
     codes = torch.randn(20, 5)
-    found = neighbours(codes, 4)
+    found = nearest_others(codes, 4)
     for k in range(20):
         far = (codes - codes[k]).norm(dim=1)
         far[k] = float("inf")
         assert found[k].tolist() == far.argsort()[:4].tolist()
-    assert neighbours(codes[:3], 8).shape == (3, 2)  # no more than there are
+    assert nearest_others(codes[:3], 8).shape == (3, 2)  # no more than there are
 
 
 def test_a_share_of_the_tokens_of_a_share_of_the_images_is_swapped_for_near_ones():
@@ -60,7 +61,7 @@ def test_a_share_of_the_tokens_of_a_share_of_the_images_is_swapped_for_near_ones
     hit = changed.flatten(1).any(1)
     assert hit.float().mean().item() == pytest.approx(0.25, abs=0.03)
     assert changed[hit].float().mean().item() == pytest.approx(0.5, abs=0.03)
-    near = neighbours(codes, 4)
+    near = nearest_others(codes, 4)
     picks = (near[indices[changed]] == swapped[changed][:, None]).float()
     assert (picks.sum(1) == 1).all() and picks.mean(0).min() > 0.2  # each of the four as often
 
@@ -76,7 +77,7 @@ def test_the_decoder_alone_sees_what_was_swapped():
     assert torch.equal(indices, same) and losses == losses_plain
     seen = model.quantizer.quantize(z_st)
     assert (seen != indices).all()
-    near = neighbours(model.quantizer.codes, 8)
+    near = nearest_others(model.quantizer.codes, 8)
     assert (near[indices] == seen[..., None]).any(-1).all()
     upstream = torch.randn_like(z)
     z_st.backward(upstream)
