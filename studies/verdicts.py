@@ -17,9 +17,12 @@ class Spread:
         """(standard deviation between seeds, t), nan and nan while no arm has two seeds."""
         return within([self.values(arm, key) for arm in {row["arm"] for row in self.rows}])
 
-    def difference(self, a, b, key):
-        """(mean of arm a minus mean of arm b, half width of its interval), or None while one is missing."""
-        first, second = self.values(a, key), self.values(b, key)
+    def difference(self, a, b, key, of_a=None):
+        """(mean of arm a minus mean of arm b, half width of its interval), or None while one is missing.
+
+        of_a: the key of arm a, where it is another; the spread is that of `key`
+        """
+        first, second = self.values(a, of_a or key), self.values(b, key)
         if not first or not second:
             return None
         deviation, t = self.pooled(key)
@@ -140,15 +143,7 @@ def judge_claims(spread):
 
     def across(a, b):
         """FD of arm a after both phases minus FD of arm b after its only phase"""
-        def gap(key):
-            first, other = (spread.values(arm, k) for arm, k in ((a, key.replace("phase1", "phase2")),
-                                                                 (b, key)))
-            if not first or not other:
-                return None
-            deviation, t = spread.pooled(key)
-            half = t * deviation * math.sqrt(1 / len(first) + 1 / len(other))
-            return sum(first) / len(first) - sum(other) / len(other), half
-        return gap
+        return lambda key: spread.difference(a, b, key, key.replace("phase1", "phase2"))
 
     claims = [
         ("(a) the FD of samples falls with alpha, and rFD is best between 0 and 1",
