@@ -47,13 +47,16 @@ class Claims(Table):
         return self.root / ",".join(["judge", *([arm.judge] if arm.judge else [])])
 
     def shared(self):
-        """The judges, one for each setting, and two scorers that no tokenizer is trained with: the ResNet of
-        all tables, whose numbers are judged, and a VGG of another seed and all five pools."""
+        """The judges, one for each setting, and two scorers of twice their width that no tokenizer is trained
+        with: a ResNet, whose numbers are judged, and a VGG of another seed and all five pools."""
         judges = {self.judge(arm): ["--set", arm.judge] if arm.judge else [] for arm in CLAIMS.values()}
         found = [self.train("vgg", folder, *words) for folder, words in judges.items()]
-        _, *scorer = super().shared()
-        second = self.train("vgg", Path(self.second).parent, "--seed", "2", "--set", "judge.skip_pools=0")
-        return [*found, *scorer, second]
+        wide = ["--set", f"judge.width={2 * self.config['judge']['width']}"]
+        if not self.args.extractor:
+            path, words = self.train("vgg", self.root / "scorer", "--arch", "resnet", "--seed", "1", *wide)
+            found.append((path.with_name("resnet.pt"), words))
+        return [*found, self.train("vgg", Path(self.second).parent, "--seed", "2", *wide, "--set",
+                                   "judge.skip_pools=0")]
 
     def row(self, name, decoder):
         """All commands of an arm and seed, and its result files."""

@@ -167,6 +167,12 @@ def test_the_arms_are_those_of_the_protocol_and_each_is_trained_and_measured_ali
     judges = [words for path, words in missing["judge and scorer"] if "judge" in path.parent.name]
     assert [recipes.options.train_args(words[1:])[1]["judge"]["skip_pools"] for words in judges] == [
         plain["judge"]["skip_pools"], 0]
+    scorers = {path.name: words for path, words in missing["judge and scorer"] if path.parent.name in (
+        "scorer", "second")}
+    for name in ("resnet.pt", "vgg.pt"):  # as strong as the protocol says
+        judge = recipes.options.train_args(scorers[name][1:])[1]["judge"]
+        assert (judge["width"], judge["steps"]) == (32, 6000)
+        assert name == "resnet.pt" or judge["skip_pools"] == 0
     for arm, judge in (("alpha=1", "judge"), ("five-pools,alpha=1", "judge,judge.skip_pools=0")):
         assert config[f"{arm}, seed 0"]["vgg"] == str(tmp_path / judge / "vgg.pt")
     drawn = {path.name: words for path, words in missing["no-attention, seed 0"]}["metrics_nar_phase2.json"]
