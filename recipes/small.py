@@ -15,7 +15,7 @@ CIFAR10 = variant(
     nar=dict(batch=128, steps=7000, lr=1e-3, lr_start=3000, warmup=400, ema=0.995),
     sample=dict(top_p=0.8, token_temperature=0.7),
 )
-CLAIMS = variant(  # for the experiment on the paper's claims: a run in half an hour of one core
+CLAIMS = variant(  # for the experiment on the paper's claims: a run in an hour and more of one core
     CIFAR10, tokenizer=dict(base_width=24, channel_mult=[1, 2, 4]), discriminator=dict(max_width=24),
     judge=dict(width=16, skip_pools=2, scale_taps=True),
     phase1=dict(steps=1200), phase2=dict(steps=480, per_weight=0.03),
