@@ -16,9 +16,7 @@ import torch
 from plumbing.codes import codebook_usage, count_codes
 from plumbing.data import images_of
 from plumbing.errors import UserError, warn
-from plumbing.files import (
-    latent_hash, read_checkpoint, save_atomic, weights_hash, writable,
-)
+from plumbing.files import latent_hash, read_checkpoint, save_atomic, weights_hash, writable
 from plumbing.images import psnr, to_float, to_uint8
 from plumbing.models import load_model, load_tokenizer_of
 from plumbing.processes import mix, on_rank0, print0, world
@@ -107,8 +105,7 @@ def evaluate(args, device):
             if path.exists():
                 os.utime(path)  # newer than its checkpoint, also where both were copied
         keys = [sorted((k, str(v)) for k, v in mine[tail].items()) for tail in outs]
-        number = mix(*keys) if args.second else mix(keys[0])
-        return [tail for tail, path in outs.items() if path.exists()], f".{out.stem}.{number:016x}"
+        return [tail for tail, path in outs.items() if path.exists()], f".{out.stem}.{mix(*keys):016x}"
 
     there, parts = on_rank0(known)
     parts = out.with_name(parts)
@@ -134,12 +131,12 @@ def evaluate(args, device):
             shutil.rmtree(parts)
 
         on_rank0(finish)
-    for tail, path in outs.items():
-        result = on_rank0(lambda path=path: json.loads(path.read_text()))
+    results = on_rank0(lambda: {tail: json.loads(path.read_text()) for tail, path in outs.items()})
+    for tail, result in results.items():
         print0(f"{protocol}: {PROTOCOLS[protocol]}; {args.num:,} images, features of {sources[tail]}")
         for name, value in result["results"].items():
             print0(f"  {name:28s} {value:.5g}" if isinstance(value, float) else f"  {name:28s} {value}")
-    return on_rank0(lambda: json.loads(out.read_text()))
+    return results[""]
 
 
 def results_of(protocol, rows, reference, info, extractor, names):
