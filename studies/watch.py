@@ -55,9 +55,7 @@ class WandB:
 
     def __init__(self, run):
         self.wandb = package("wandb", "wandb")
-        config = run / "config.json"
-        self.run = self.wandb.init(project="seqgan", name=run.absolute().name, dir=str(run),
-                                   config=json.loads(config.read_text()) if config.exists() else None)
+        self.run = self.wandb.init(project="seqgan", name=run.absolute().name, dir=str(run))
         self.stages = set()
 
     def numbers(self, stage, step, values):
@@ -124,7 +122,7 @@ def main(words=None):
     parser = argparse.ArgumentParser(prog="python -m studies.watch", allow_abbrev=False, description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")
-    parser.add_argument("run", type=as_path, help="the folder of a run, which may begin later")
+    parser.add_argument("run", type=as_path, help="the folder of a run")
     parser.add_argument("--to", choices=TARGETS, default="tensorboard")
     parser.add_argument("--every", type=float, default=5.0, help="seconds between two looks (default 5)")
     parser.add_argument("--once", action="store_true", help="hand on what is there and end")
