@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from helpers import command
 
+import forks
 import plumbing.models
 import recipes.options
 import sample
@@ -165,6 +166,18 @@ def test_images_of_maskgit_are_in_0_to_1_inside_and_ours_outside(published, monk
     with torch.no_grad():
         assert torch.equal(model.encode((x + 1) / 2), tokens)
         torch.testing.assert_close(2 * model.decode(tokens) - 1, x_hat, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family, sizes, count", [
+    ("taming", dict(channel_mult=[1, 1, 2, 2, 4], codebook_size=1024, codebook_dim=256), 72_141_699),
+    ("llamagen", dict(channel_mult=[1, 1, 2, 2, 4], codebook_size=16384, codebook_dim=8), 71_883_403),
+    ("llamagen", dict(channel_mult=[1, 2, 2, 4], codebook_size=16384, codebook_dim=8), 70_109_835),
+    ("maskgit", dict(channel_mult=[1, 1, 2, 2, 4], codebook_size=1024, codebook_dim=256), 54_515_587)])
+def test_the_published_sizes_have_the_published_counts(family, sizes, count):
+    Tokenizer = forks.load(family).parts()["tokenizer"]
+    with torch.device("meta"):
+        model = Tokenizer(Tokenizer.Config(base_width=128, **sizes))
+    assert sum(p.numel() for p in model.parameters()) == count
 
 
 def refused(capsys, path):
