@@ -11,10 +11,6 @@ DECODER = ("decoder.conv_blocks.{}.res.{}", "decoder.conv_blocks.{}.attn.{}",
 NAMES = ENCODER, DECODER, lambda i, L: i
 
 
-class LlamaGenTokenizer(TamingTokenizer):
-    """As VQGAN's, but vectors and codes have unit length: `codebook="fn"`."""
-
-
 def opened(raw):
     """Our checkpoint of a published one, or None if it is none of this family."""
     state = next((raw[key] for key in ("ema", "model") if isinstance(raw.get(key), dict)), raw)
@@ -22,11 +18,11 @@ def opened(raw):
         return None
     sizes = sizes_of(state, ENCODER[0])
     weights = converted(state, sizes, NAMES, "LlamaGen", ("quantize.codebook_used",))
-    return as_checkpoint("llamagen", dict(sizes, codebook="fn"), weights, "LlamaGen")
+    return as_checkpoint("llamagen", dict(sizes, codebook="fn"), weights, "LlamaGen")  # of unit length
 
 
 def parts():
-    return dict(tokenizer=LlamaGenTokenizer)
+    return dict(tokenizer=TamingTokenizer)
 
 
 PRESETS = {}

@@ -174,11 +174,12 @@ def sizes_of(state, block):
         stage += 1
     if not widths:
         raise UserError(f"these are no weights of VQGAN: there is no {block.format(0, 0)}.conv1.weight")
-    shapes = Weights({key: getattr(value, "shape", ()) for key, value in state.items()}, "VQGAN")
-    base, (K, n_z) = shapes.take("encoder.conv_in.weight")[0], shapes.take("quantize.embedding.weight")
+    weights = Weights(state, "VQGAN")
+    base, latent = (weights.take(f"encoder.{name}.weight").shape[0] for name in ("conv_in", "conv_out"))
+    K, n_z = weights.take("quantize.embedding.weight").shape
     number = sum(f"{block.format(0, j)}.conv1.weight" in state for j in range(99))
     return dict(base_width=base, channel_mult=[width // base for width in widths], num_res_blocks=number,
-                codebook_size=K, codebook_dim=n_z, z_channels=shapes.take("encoder.conv_out.weight")[0])
+                codebook_size=K, codebook_dim=n_z, z_channels=latent)
 
 
 def converted(state, sizes, names, family, left_out):

@@ -136,9 +136,7 @@ def as_checkpoint(fork, sizes, weights, family, image_size=256):
         if weights[name].shape != expected[name].shape:
             raise UserError(f"these are no weights of {family}: {name} is {tuple(weights[name].shape)}, not "
                             f"{tuple(expected[name].shape)}")
-    config = paper.variant(
-        paper.IMAGENET, fork=fork, image_size=image_size, data=None, val=None, tokenizer=sizes,
-        phase1=dict(layers="lpips"))
+    config = paper.variant(paper.IMAGENET, fork=fork, image_size=image_size, phase1=dict(layers="lpips"))
     config["tokenizer"] = sizes
     return dict(format=FORMAT, stage="phase1", step=0, config=config, model=weights, ema=None, train={},
                 model_config=dict(sizes, image_size=image_size), class_names=[], tokenizer_hash=None,
