@@ -1,15 +1,20 @@
 """Tokens of a frozen classifier: relu5_3 of the judge is quantized as it is, and only a decoder is trained.
 
-The end of the scale of alpha: no pixel has a say in the tokens. Ours, after tokenizers that quantize features
-of a foundation model.
+The end of the scale of alpha: no pixel has a say in the tokens. Ours.
 """
 
 from torch import nn
 
 from perceptual import normalize_images
+from plumbing.errors import UserError
 from plumbing.weights import build_vgg16
 from recipes.small import of_fork
 from tokenizer import VQTokenizer
+
+
+def left_out(channel_mult):
+    """Pools that the judge does without, so that relu5_3, after four of them, lies on the token grid."""
+    return 5 - len(channel_mult)
 
 
 class JudgeEncoder(nn.Module):
@@ -17,8 +22,7 @@ class JudgeEncoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        pools = config.downsample.bit_length() - 1  # of the four before relu5_3
-        vgg = build_vgg16(config.codebook_dim // 8, hidden=1, skip_pools=4 - pools)
+        vgg = build_vgg16(config.codebook_dim // 8, hidden=1, skip_pools=left_out(config.channel_mult))
         self.features = vgg.features[:30].requires_grad_(False)
 
     def forward(self, x):
@@ -31,16 +35,19 @@ class FrozenTokenizer(VQTokenizer):
     def prepare(self, run):
         """The weights come from the judge of the run, and are in the checkpoint from then on."""
         if not self.frozen:
-            self.encoder.features.load_state_dict(run.judge.vgg.features.state_dict())
+            ours, theirs = self.encoder.features, run.judge.vgg.features[:30]
+            if list(map(type, ours)) != list(map(type, theirs)):  # a file of --vgg
+                raise UserError("this judge's relu5_3 is not on the token grid: it has other pools")
+            ours.load_state_dict(theirs.state_dict())
 
     @staticmethod
     def check(config):
         tokenizer, judge = config["tokenizer"], config["judge"]
         if (config["vgg"], tokenizer["codebook_dim"]) != ("judge", 8 * judge["width"]):
             raise ValueError("frozen quantizes a judge of one's own: vgg=judge, codebook_dim 8 * judge.width")
-        if judge["skip_pools"] != 5 - len(tokenizer["channel_mult"]):
-            raise ValueError("relu5_3 lies on the token grid with one pool for each halving: "
-                             f"judge.skip_pools={5 - len(tokenizer['channel_mult'])}")
+        if judge["skip_pools"] != left_out(tokenizer["channel_mult"]):
+            raise ValueError("relu5_3 lies on the token grid with judge.skip_pools="
+                             f"{left_out(tokenizer['channel_mult'])}")
 
 
 def parts():
@@ -50,4 +57,4 @@ def parts():
 PRESETS = of_fork("frozen")
 for preset in PRESETS.values():
     preset["tokenizer"] |= dict(codebook_dim=8 * preset["judge"]["width"])
-    preset["judge"] |= dict(skip_pools=5 - len(preset["tokenizer"]["channel_mult"]))
+    preset["judge"] |= dict(skip_pools=left_out(preset["tokenizer"]["channel_mult"]))

@@ -196,6 +196,13 @@ def test_the_tokens_of_frozen_are_those_of_the_judge(runs):
     assert trained == {"quantizer", "decoder"}
 
 
+def test_a_judge_with_other_pools_is_refused():
+    model = tokenizer(FrozenTokenizer, codebook_dim=32)
+    model.prepare(types.SimpleNamespace(judge=judge(4, skip_pools=1)))
+    with pytest.raises(UserError, match="not on the token grid"):
+        model.prepare(types.SimpleNamespace(judge=judge(4, skip_pools=0)))
+
+
 def test_the_prior_of_phase_3_draws_the_share_that_is_not_kept(runs):
     out = runs("phase3")
     assert (out / "ar.pt").stat().st_mtime < (out / "phase2.pt").stat().st_mtime
