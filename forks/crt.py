@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from recipes.small import of_fork
-from tokenizer import VQTokenizer
+from tokenizer import KMeansQuantizer, VQTokenizer
 
 
 class CausalPredictor(nn.Module):
@@ -31,22 +31,22 @@ class CausalPredictor(nn.Module):
         return self.head(h)
 
 
-class CRTTokenizer(VQTokenizer):
-    WEIGHTS = VQTokenizer.WEIGHTS | {"loss_causal": 1.0}  # the weight is ours
-    TRAINING_ONLY = "predictor."
-
+class CausalQuantizer(KMeansQuantizer):  # the warm start is the preset's
     def __init__(self, config):
         super().__init__(config)
-        self.predictor = CausalPredictor(self.token_shape[0], config.codebook_dim)
+        self.predictor = CausalPredictor((config.image_size // config.downsample) ** 2, config.codebook_dim)
 
-    def forward(self, x, global_probs=None):
-        if self.frozen:
-            return super().forward(x)
-        self._check(x)
-        z_st, indices, losses = self.quantizer(self.encoder(x), global_probs)
+    def forward(self, z_hat, global_probs=None):
+        z_st, indices, losses = super().forward(z_hat, global_probs)
         z = z_st.flatten(2).transpose(1, 2)
         losses["loss_causal"] = F.mse_loss(self.predictor(z).float(), z[:, 1:])
-        return self.decoder(z_st), indices.flatten(1, 2), losses
+        return z_st, indices, losses
+
+
+class CRTTokenizer(VQTokenizer):
+    Quantizer = CausalQuantizer
+    WEIGHTS = VQTokenizer.WEIGHTS | {"loss_causal": 1.0}  # the weight is ours
+    TRAINING_ONLY = "quantizer.predictor."
 
 
 def parts():
