@@ -185,13 +185,12 @@ def safetensors():
 
 def read_export(folder):
     """The checkpoint dict of a folder that `python -m studies.export` wrote."""
+    load_file = safetensors().load_file
     try:
         about = json.loads((folder / "config.json").read_text())
-        about |= dict(model=safetensors().load_file(folder / "model.safetensors"), ema=None, train={})
+        about |= dict(model=load_file(folder / "model.safetensors"), ema=None, train={})
         if not {*EXPORTED} <= about.keys() or weights_hash(about["model"]) != about["weights_hash"]:
             raise ValueError
-    except UserError:
-        raise
     except Exception:  # safetensors has errors of its own
         raise UserError(f"{folder} is damaged or no exported model: config.json, model.safetensors"
                         ) from None
