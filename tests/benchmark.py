@@ -4,6 +4,7 @@
     PYTHONPATH=. python tests/benchmark.py speed --out speed.jsonl    # every case beside its floor
     PYTHONPATH=. python tests/benchmark.py speed --only quantizer,sample
     PYTHONPATH=. python tests/benchmark.py growth     # time and memory against sizes
+    PYTHONPATH=. python tests/benchmark.py archives --data DIR   # a tar of DIR beside DIR, and a large one
 
 `speed` measures the ceilings of this machine (matrix products and 3x3 convolutions in float32 and bf16,
 reading memory) and our own work in turns, so that a noisy moment hits both. Each case is told as a share of
@@ -16,10 +17,12 @@ import argparse
 import copy
 import itertools
 import json
+import random
 import shutil
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -36,6 +39,8 @@ import recipes.options
 import recipes.small
 import train
 from perceptual import StyleDiscriminator, VGGTaps, adv_loss, disc_loss, layer_weights, perceptual_loss
+from plumbing.archives import scan_archives
+from plumbing.data import load_data
 from plumbing.weights import build_vgg16
 from prior_ar import ARPrior, PriorConfig
 from prior_nar import NARPrior, mask_tokens
@@ -359,6 +364,36 @@ def growth(args):
 # What safety costs ---------------------------------------------------------------------------------------
 
 
+def archives(args, members=1_300_000, count=8000):
+    """Opening and reading the folder --data and a tar of it, in random order, in turns; opening a made-up
+    tar of many members. One line of JSON each."""
+    with tempfile.TemporaryDirectory() as folder:
+        places, keep = {"folder": args.data, "tar": f"{folder}/a.tar"}, Path(folder) / "keep"
+        with tarfile.open(places["tar"], "w") as archive:
+            archive.add(args.data, ".")
+        config, sets = dict(image_size=32, seed=0, limit=None, val=None), {}
+        for name, place in [*places.items(), ("tar again", places["tar"])]:
+            begin = time.perf_counter()
+            sets[name] = load_data(dict(config, data=place), keep)[0]
+            seconds = time.perf_counter() - begin
+            print(json.dumps(dict(opened=name, images=len(sets[name]), seconds=round(seconds, 2))))
+        order = random.Random(0).sample(range(len(sets["tar"])), min(count, len(sets["tar"])))
+        for _, name in itertools.product(range(args.repeats), places):
+            seconds = timed(lambda data=sets[name]: [data.render(i) for i in order])
+            print(json.dumps(dict(read=name, images_per_s=round(len(order) / seconds))))
+        big, header = f"{folder}/big.tar", tarfile.TarInfo()
+        header.size = 200
+        with open(big, "wb") as file:
+            for i in range(members):
+                header.name = f"n{i % 1000:04d}/{i:07d}.jpg"
+                file.write(header.tobuf(tarfile.USTAR_FORMAT) + bytes(512))
+            file.write(bytes(1024))
+        for name in ("looked through", "again"):
+            seconds = timed(lambda: scan_archives(big, keep=keep))
+            print(json.dumps(dict(opened=f"{members:,} members, {name}", seconds=round(seconds, 1),
+                                  peak_mb=round(peak_mb()))))
+
+
 def safety(stage, folder):
     """Times of the added work beside the time of a step, at the scale of preset cifar10.
 
@@ -391,7 +426,8 @@ def safety(stage, folder):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["safety", "speed", "growth", "point"])
+    parser.add_argument("what", choices=["safety", "speed", "growth", "point", "archives"])
+    parser.add_argument("--data", help="of archives: a folder of images, class folders inside")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", help="of quantizer,autoencoder,phase,prior,sample,start,load; of growth: "
@@ -406,4 +442,4 @@ if __name__ == "__main__":
     elif arguments.what == "point":
         growth_point(arguments.only.split(",")[0], int(arguments.only.split(",")[1]))
     else:
-        dict(speed=speed, growth=growth)[arguments.what](arguments)
+        dict(speed=speed, growth=growth, archives=archives)[arguments.what](arguments)
