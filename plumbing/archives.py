@@ -16,7 +16,7 @@ import tarfile
 from plumbing.errors import UserError, warn
 from plumbing.files import save_atomic
 from plumbing.images import BadImage
-from plumbing.paths import expanded
+from plumbing.paths import expanded, split_of
 from plumbing.processes import on_rank0, print0
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -54,7 +54,7 @@ def open_archive(path):
 
 
 def look_through(path):
-    """(image name, its class or None, offset, size) of every image of one archive.
+    """([(image name, its class or None, offset, size)], names of folders above the classes) of one archive.
 
     The class is the folder that holds the image, or what `key.cls` says beside `key.jpg` (WebDataset), there
     an int if it is a number.
@@ -85,12 +85,13 @@ def look_through(path):
         raise UserError(f"{path} is cut off")
     if inner and not images:
         raise UserError(f"{path} holds archives ({inner}) and no images; unpack it, and pass those inside")
+    folders = sorted({part for one in {image[0] for image in images} for part in one.split("/")[:-1]})
     return [(name, classes.get(key, folder.rpartition("/")[2] or None), offset, length)
-            for folder, name, key, offset, length in images]
+            for folder, name, key, offset, length in images], folders
 
 
 def index_of(paths, keep):
-    """{path: look_through(path)}; kept in the folder `keep`, used while size and time are the same."""
+    """{path: [[size, time], *look_through(path)]}; kept in the folder `keep`, used while these two stay."""
     place = None
     if keep is not None:
         digest = hashlib.sha256("\n".join(map(os.path.abspath, paths)).encode()).hexdigest()[:16]
@@ -109,7 +110,7 @@ def index_of(paths, keep):
         if not entry or entry[0] != about:
             if not changed and len(paths) > 20:
                 print0(f"looking through {len(paths)} archives, once")
-            entry, changed = [about, look_through(path)], True
+            entry, changed = [about, *look_through(path)], True
         found[os.path.abspath(path)] = entry
     if changed and place is not None:
         text = json.dumps(found)
@@ -126,7 +127,8 @@ def scan_archives(pattern, flag="--data", keep=None):
     """
     paths = archives_of(pattern, flag)
     found = on_rank0(lambda: index_of(paths, keep))
-    rows = [(kind, name, path, offset, size) for path, (_, images) in found.items()
+    refuse_splits(flag, found)
+    rows = [(kind, name, path, offset, size) for path, (_, images, _) in found.items()
             for name, kind, offset, size in images]
     if not rows:
         raise UserError(f"no images in {flag} {pattern} (looked for {' '.join(EXTENSIONS)})")
@@ -140,6 +142,18 @@ def scan_archives(pattern, flag="--data", keep=None):
     files = ["\0".join((path, str(offset), str(size), f"/{'' if kind is None else kind}/{name}"))
              for kind, name, path, offset, size in rows]  # no path holds a \0
     return files, list(map(str, names))
+
+
+def refuse_splits(flag, found):
+    """raises: UserError for archives, or folders in them, that are several splits of a data set"""
+    names = {os.path.basename(path).removesuffix(".tar") for path in found}
+    names |= {name for _, _, folders in found.values() for name in folders}
+    kinds = {str(image[1]) for _, images, _ in found.values() for image in images}
+    names |= kinds if all(map(split_of, kinds)) else set()
+    splits = sorted({split_of(name) for name in names} - {None})
+    if len(splits) > 1:
+        raise UserError(f"{flag} names archives with several splits of a data set ({', '.join(splits)}), "
+                        "which would become one; pass those of one split, the others with --val")
 
 
 def parts_of(file):

@@ -5,7 +5,6 @@ import functools
 import hashlib
 import os
 import random
-import re
 from pathlib import Path
 
 from PIL import Image
@@ -14,7 +13,7 @@ from plumbing.archives import EXTENSIONS, is_archive, parts_of, read, scan_archi
 from plumbing.dataset import ImageData
 from plumbing.errors import UserError, warn
 from plumbing.images import BadImage, load_rgb, to_square
-from plumbing.paths import as_path, expanded
+from plumbing.paths import SPLITS, as_path, expanded, split_of
 from plumbing.processes import mix, on_rank0, print0, rank
 from plumbing.shapes import Shapes
 
@@ -208,18 +207,6 @@ def look_at_some(data, num=20):
             bad.append(f"{data.name(index)} ({error})")
     if len(bad) > len(chosen) / 4:
         raise UserError(f"{len(bad)} of {len(chosen)} images looked at cannot be read, for instance {bad[0]}")
-
-
-SPLITS = ("train", "training", "val", "valid", "validation", "dev", "eval", "evaluation", "test", "testing")
-
-
-ABOUT = "(images?|imgs?|pictures|data|set|split)?"
-
-
-def split_of(name):
-    """The split that a folder is named after ("test" of "Images_test2017"), or None."""
-    found = re.fullmatch(rf"{ABOUT}[\W_]*({'|'.join(SPLITS)})[\W_]*{ABOUT}[\W_]*\d*", name, re.I)
-    return found and found[2].lower()
 
 
 def refuse_splits(folder, flag, classes):

@@ -1,6 +1,7 @@
-"""The types of flags that name files and folders. No torch here, so that a wrong flag answers at once."""
+"""Flags that name files and folders, and what a name tells. No torch here: a wrong flag answers at once."""
 
 import os
+import re
 from pathlib import Path
 
 
@@ -14,3 +15,13 @@ def expanded(value):
 def as_path(text):
     """The type of a flag that takes a path."""
     return Path(expanded(text))
+
+
+SPLITS = ("train", "training", "val", "valid", "validation", "dev", "eval", "evaluation", "test", "testing")
+ABOUT = "(images?|imgs?|pictures|data|set|split)?"
+
+
+def split_of(name):
+    """The split that a folder is named after ("test" of "Images_test2017"), or None."""
+    found = re.fullmatch(rf"{ABOUT}[\W_]*({'|'.join(SPLITS)})[\W_]*{ABOUT}[\W_]*\d*", name, re.I)
+    return found and found[2].lower()

@@ -161,6 +161,17 @@ def test_an_image_that_is_none_is_replaced_as_in_a_folder(tmp_path):
     assert torch.equal(data.pixels(bad), data.pixels(bad + 1)) and data.readable(bad) == bad + 1
 
 
+def test_splits_that_would_become_one_are_refused(archives, tmp_path):
+    with pytest.raises(UserError, match=r"several splits of a data set \(train, val\)"):
+        load_data(config(archives, data=f"{archives}/*.tar"))
+    for form in ("set/{}/cat/1.png", "set/{}/1.png"):
+        with tarfile.open(tmp_path / "all.tar", "w") as archive:
+            for split in ("train", "val"):
+                add(archive, form.format(split), b"1")
+        with pytest.raises(UserError, match="several splits"):
+            load_data(config(tmp_path, data=f"{tmp_path}/all.tar"))
+
+
 def test_archives_that_cannot_be_read_are_refused_in_one_line(archives, tmp_path):
     good = (archives / "val.tar").read_bytes()
     (tmp_path / "cut.tar").write_bytes(good[: len(good) // 2 + 100])
