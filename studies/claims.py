@@ -31,6 +31,7 @@ class Claims(Table):
     assets/claims_protocol.md for what is measured and what counts as holding."""
 
     KIND = "claims"
+    WIDER = 3
     SHORT = ["phase1.steps=250", "phase2.steps=50", "ar.steps=250", "nar.steps=300", "ar.lr_start=100",
              "nar.lr_start=120", "ar.warmup=50", "nar.warmup=50", "code_variants=1"]  # for `demo`: one seed
 
@@ -47,11 +48,11 @@ class Claims(Table):
         return self.root / ",".join(["judge", *([arm.judge] if arm.judge else [])])
 
     def shared(self):
-        """The judges, one for each setting, and two scorers of twice their width that no tokenizer is trained
-        with: a ResNet, whose numbers are judged, and a VGG of another seed and all five pools."""
+        """The judges, one for each setting, and two scorers of `WIDER` times their width that no tokenizer is
+        trained with: a ResNet, whose numbers are judged, and a VGG of another seed and all five pools."""
         judges = {self.judge(arm): ["--set", arm.judge] if arm.judge else [] for arm in CLAIMS.values()}
         found = [self.train("vgg", folder, *words) for folder, words in judges.items()]
-        wide = ["--set", f"judge.width={2 * self.config['judge']['width']}"]
+        wide = ["--set", f"judge.width={self.WIDER * self.config['judge']['width']}"]
         if not self.args.extractor:
             path, words = self.train("vgg", self.root / "scorer", "--arch", "resnet", "--seed", "1", *wide)
             found.append((path.with_name("resnet.pt"), words))
