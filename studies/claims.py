@@ -22,8 +22,10 @@ from studies.tables import Table, finished, print_table, refuse_unlike, row_seco
 from studies.verdicts import Spread, judge_claims
 from visualize import draw, stability
 
-ROWS = [Row(f"{name}, seed {seed}", f"{name}|{seed}", {}, ())  # the first seeds first
-        for seed in range(3) for name, arm in CLAIMS.items() if seed < arm.seeds]
+ENDS = ("alpha=0", "alpha=1")
+ROWS = [Row(f"{name}, seed {seed}", f"{name}|{seed}", {}, ())  # all seeds of the ends first
+        for names in (ENDS, [name for name in CLAIMS if name not in ENDS])
+        for seed in range(3) for name in names if seed < CLAIMS[name].seeds]
 
 
 class Claims(Table):
@@ -71,9 +73,10 @@ class Claims(Table):
             words += ["--set", f"phase1.per_weight={weight:.4g}"]
         if arm.fork:
             words += ["--preset", f"{arm.fork}.{self.args.preset}"]
-        stages = arm.phases if arm.priors else (*arm.phases, "ar", "nar")
+        priors = ("ar", "nar") if arm.draws else ()
+        stages = arm.phases if arm.priors else (*arm.phases, *priors)
         commands = [self.train(stage, folder, *words) for stage in stages]
-        priors = self.root / f"{arm.priors},seed={seed}" if arm.priors else folder
+        drawer = self.root / f"{arm.priors},seed={seed}" if arm.priors else folder
 
         def measure(key, checkpoint, *more):
             path = result[key] = folder / f"metrics_{key}.json"
@@ -85,10 +88,10 @@ class Claims(Table):
 
         for phase in arm.phases:
             measure(f"rec_{phase}", folder / f"{phase}.pt", "--lpips", "none")
-            for stage in ("ar", "nar"):
-                measure(f"{stage}_{phase}", priors / f"{stage}.pt", "--tokenizer",
+            for stage in priors:
+                measure(f"{stage}_{phase}", drawer / f"{stage}.pt", "--tokenizer",
                         str(folder / f"{phase}.pt"), "--num", str(self.samples))
-        if not arm.priors:
+        if arm.draws and not arm.priors:
             measure("view", folder / "ar.pt", "--predict", "--tokenizer", str(folder / "phase1.pt"))
         return commands, result
 
@@ -109,7 +112,7 @@ class Claims(Table):
         logged = read_metrics(folder / "metrics.jsonl")
         for stage, key in (("phase1", "val_l1"), ("ar", "val_loss"), ("nar", "val_loss")):
             seen = [r for r in logged if r["stage"] == stage and key in r]
-            if not seen:  # the priors of another arm
+            if not seen:  # no priors, or those of another arm
                 continue
             last = seen[-1]  # is the curve flat? The validations are a fifth of the run apart
             row[f"{stage}_last_fifth"] = last[key] - seen[-2][key] if len(seen) > 1 else None
@@ -214,17 +217,17 @@ def draw_claims(spread, path):
     """Fig. 5b with intervals: rFD, and FD of both priors' samples, over alpha."""
     fig = new_figure(8, 3)
     axes = fig.subplots(1, 3)
-    arms = [arm for arm in CLAIMS if arm.startswith("alpha=") and spread.values(arm, "rec_phase1_rfid")]
-    arms.sort(key=lambda arm: float(arm.removeprefix("alpha=")))
-    alphas, numbers = [float(arm.removeprefix("alpha=")) for arm in arms], []
+    level = {arm: float(arm.removeprefix("alpha=")) for arm in CLAIMS if arm.startswith("alpha=")}
+    numbers = []
     titles = {"rec_{}_rfid": "rFD", "ar_{}_fid": "AR samples, FD", "nar_{}_fid": "NAR samples, FD"}
     for axis, (form, name) in zip(axes, titles.items(), strict=True):
         for phase, style, label in (("phase1", "ko-", "phase 1"), ("phase2", "C0s--", "phase 1 + 2")):
             key = form.format(phase)
             deviation, t = spread.pooled(key)
-            values = [spread.values(arm, key) for arm in arms]
-            means = [sum(v) / len(v) if v else math.nan for v in values]
-            half = [t * deviation / math.sqrt(len(v)) if v else math.nan for v in values]
+            alphas = sorted(alpha for arm, alpha in level.items() if spread.values(arm, key))
+            values = [spread.values(f"alpha={alpha:g}", key) for alpha in alphas]
+            means = [sum(v) / len(v) for v in values]
+            half = [t * deviation / math.sqrt(len(v)) for v in values]
             bars = None if math.isnan(deviation) else half
             axis.errorbar(alphas, means, bars, fmt=style, capsize=3, markersize=4, label=label)
             numbers.append(dict(metric=key, alpha=alphas, values=values, half_width=bars))

@@ -30,8 +30,8 @@ def as_the_paper_says():
                 row[key] -= 0.5 + 0.01 * seed
             if name == "longer":
                 row = {key: value - 0.2 for key, value in row.items()}
-            if len(arm.phases) < 2:
-                row = {key: value for key, value in row.items() if "phase2" not in key}
+            row = {key: value for key, value in row.items()
+                   if (len(arm.phases) == 2 or "phase2" not in key) and (arm.draws or "rfid" in key)}
             row |= {f"{key}_2": 3 * row[key] for key in FDS if key in row}
             rows.append(row | dict(arm=name, seed=seed))
     return rows
@@ -67,7 +67,7 @@ def test_one_number_on_the_other_side_refutes_a_statement(claim, key, arm, chang
 def test_a_wide_spread_or_a_missing_arm_decides_nothing():
     rows = as_the_paper_says()
     for row in rows:
-        row["ar_relative"] += 40 * (row["seed"] - 1)
+        row["ar_relative"] = row.get("ar_relative", 0) + 40 * (row["seed"] - 1)
     assert verdicts(rows)["(b)"] == "not decided"
     rows = shifted("alpha=0.4", "rec_phase1_rfid", 100)  # the best rFD may lie elsewhere between the ends
     assert verdicts(rows)["(a)"] == "not decided"
@@ -94,14 +94,13 @@ def test_scorers_that_disagree_on_a_sign_decide_nothing(claim, key, arm):
 def test_the_limits_are_those_of_the_protocol():
     assert verdicts(shifted("alpha=1", "nar_relative", 4.1))["(b)"] == "does not hold"  # +0.1, ± 0.03
     assert verdicts(shifted("alpha=1", "nar_relative", 4.0))["(b)"] == "not decided"
-    assert verdicts(shifted("alpha=0", "ar_phase2_fid", 300))["(d)"] == "holds"  # asked at alpha = 1
 
 
 def test_what_is_told_beside_the_verdicts_has_the_sign_that_its_words_say():
     spread = Spread(as_the_paper_says())
     told = "\n".join(part for *_, parts in judge_claims(spread) for part in parts)
-    for words in ("AR FD, alpha = 1 minus 0: -4 ± 0.04 (second scorer -12 ± 0.12)",
-                  "alpha = 1 minus 0: AR FD, phase 1 + 2: -4 ±", "all alphas: rFD: ",
+    for words in ("AR FD, alpha = 1 minus 0: -4 ± 0.045 (second scorer -12 ± 0.14)",
+                  "beside, phase 1 + 2 minus phase 1: rFD: ",
                   "alpha = 0.4 minus 0, paired by seed: rFD: -1.92",
                   "a quarter of the codes at alpha = 0: rFD: +0.02 ±",
                   "longer phase 1 minus phase 1: rFD: -0.22 ±",
@@ -111,6 +110,7 @@ def test_what_is_told_beside_the_verdicts_has_the_sign_that_its_words_say():
         assert words in told, f"{words}\n{told}"
     deviation, t = spread.pooled("ar_relative")
     assert spread.told("alpha=0", "ar_relative") == f"10 ± {t * deviation / math.sqrt(3):.2g}"
+    assert spread.told("alpha=0.4", "ar_relative") == "-"  # no priors there
 
 
 def test_intervals_are_student_s_of_the_variance_pooled_over_arms():
@@ -137,14 +137,13 @@ def test_the_arms_are_those_of_the_protocol_and_each_is_trained_and_measured_ali
         ["claims", "--preset", "claims", "--data", "DIR", "--out", str(tmp_path)]
     )
     table = studies.claims.Claims(args)
-    assert [row.name for row in table.table["rows"]] == [  # cut short, it has one seed of everything first
-        "alpha=0|0", "alpha=0.4|0", "alpha=1|0", "alpha=0.2|0", "alpha=0.6|0", "alpha=0.8|0",
-        "literal|0", "no-attention|0", "longer|0", "D|0", "E|0", "fewer-codes|0", "five-pools,alpha=0|0",
-        "five-pools,alpha=1|0", "alpha=0|1", "alpha=0.4|1", "alpha=1|1", "alpha=0|2", "alpha=0.4|2",
-        "alpha=1|2"]
+    assert [row.name for row in table.table["rows"]] == [  # cut short, it has the ends of alpha and all seeds
+        "alpha=0|0", "alpha=1|0", "alpha=0|1", "alpha=1|1", "alpha=0|2", "alpha=1|2", "alpha=0.4|0",
+        "alpha=0.2|0", "alpha=0.6|0", "alpha=0.8|0", "literal|0", "no-attention|0", "longer|0", "D|0", "E|0",
+        "fewer-codes|0", "five-pools,alpha=0|0", "five-pools,alpha=1|0", "alpha=0.4|1", "alpha=0.4|2"]
     missing = dict(table.missing())
-    counts = {"judge and scorer": 4, "alpha=0, seed 1": 4 + 7, "D, seed 0": 3 + 4,
-              "no-attention, seed 0": 2 + 6}
+    counts = {"judge and scorer": 4, "alpha=1, seed 1": 4 + 7, "alpha=0, seed 2": 3 + 4,
+              "alpha=0.4, seed 1": 1 + 1, "no-attention, seed 0": 2 + 6}
     assert {label: len(missing[label]) for label in counts} == counts
     for _, words in (command for commands in missing.values() for command in commands):
         parse = recipes.options.train_args if words[0] == "train.py" else recipes.options.sample_args
@@ -171,7 +170,7 @@ def test_the_arms_are_those_of_the_protocol_and_each_is_trained_and_measured_ali
         "scorer", "second")}
     for name in ("resnet.pt", "vgg.pt"):  # as strong as the protocol says
         judge = recipes.options.train_args(scorers[name][1:])[1]["judge"]
-        assert (judge["width"], judge["steps"]) == (32, 6000)
+        assert (judge["width"], judge["steps"]) == (24, 3000)
         assert name == "resnet.pt" or judge["skip_pools"] == 0
     for arm, judge in (("alpha=1", "judge"), ("five-pools,alpha=1", "judge,judge.skip_pools=0")):
         assert config[f"{arm}, seed 0"]["vgg"] == str(tmp_path / judge / "vgg.pt")

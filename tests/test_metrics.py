@@ -825,14 +825,15 @@ def test_fig_5b_is_drawn_over_alpha_and_fig_7b_decodes_with_both_phases(data, tm
 
 def test_the_claims_are_told_from_the_measured_numbers_of_each_run(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
-        studies.claims, "ROWS", [recipes.ablations.Row("alpha=0, seed 0", "alpha=0|0", {}, ())]
+        studies.claims, "ROWS", [recipes.ablations.Row("alpha=1, seed 0", "alpha=1|0", {}, ())]
     )
+    monkeypatch.setattr(studies.claims.Claims, "WIDER", 1)  # so few images allow few features
     ran = in_process(monkeypatch)
     visualize.main(table("claims", tmp_path, data, "--run"))
     assert len(ran) == 4 + 4 + 7
     (row,) = [json.loads(line) for line in (tmp_path / "claims.jsonl").read_text().splitlines()]
-    assert (row["arm"], row["seed"], row["alpha"], len(row["commands"])) == ("alpha=0", 0, 0, 4 + 7)
-    folder = tmp_path / "alpha=0,seed=0"
+    assert (row["arm"], row["seed"], row["alpha"], len(row["commands"])) == ("alpha=1", 0, 1, 4 + 7)
+    folder = tmp_path / "alpha=1,seed=0"
     for name, key in dict(rec_phase1="rfid", ar_phase2="fid", nar_phase1="recall", view="view_fid").items():
         measured = json.loads((folder / f"metrics_{name}.json").read_text())["results"]
         assert row[f"{name}_{key}"] == measured[key]
