@@ -39,8 +39,9 @@ class PriorConfig:
 class KVCache:
     """Keys and values of one layer for the positions seen so far (ours: only the speed of sampling changes).
 
-    The full (B, n_head, N, head_dim) buffers are allocated once, at the first append, in the dtype the keys
-    arrive in (bfloat16 under autocast). `append` returns the filled prefix only, so no mask is needed.
+    The full (B, n_head, N, head_dim) buffers are allocated once, at the first append, in the dtype they are
+    multiplied in: the one the keys arrive in (bfloat16 under autocast), float32 on a CPU. `append` returns
+    the filled prefix only, so no mask is needed.
     """
 
     def __init__(self, num_tokens):
@@ -55,7 +56,8 @@ class KVCache:
             full = f"{self.length} of {self.num_tokens} positions"
             raise ValueError(f"KVCache takes one position at a time: it holds {full}, got {length} more")
         if self.keys is None:
-            self.keys = k.new_empty(batch, heads, self.num_tokens, head_dim)
+            dtype = torch.float32 if k.device.type == "cpu" else k.dtype
+            self.keys = k.new_empty(batch, heads, self.num_tokens, head_dim, dtype=dtype)
             self.values = torch.empty_like(self.keys)
         self.keys[:, :, self.length] = k[:, :, 0]
         self.values[:, :, self.length] = v[:, :, 0]
@@ -84,8 +86,8 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
         if cache is not None and q.device.type == "cpu":  # plain products: four times as fast for one query
-            scores = q.float() @ k.float().transpose(2, 3) / q.shape[3] ** 0.5  # (B, n_head, 1, T)
-            out = (scores.softmax(dim=3) @ v.float()).to(q.dtype)
+            scores = q.float() @ k.transpose(2, 3) / q.shape[3] ** 0.5  # (B, n_head, 1, T)
+            out = (scores.softmax(dim=3) @ v).to(q.dtype)
         else:
             out = F.scaled_dot_product_attention(
                 q, k, v, dropout_p=self.dropout if self.training else 0.0,
