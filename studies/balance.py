@@ -65,7 +65,9 @@ def balance_of(path, args, device):
     total = sum(w * found[name][0] for name, w in weights.items())
     rows = {name: ratio(found, {name: 1.0}) | dict(share=weights.get(name, 0) * found[name][0] / total)
             for name in NAMES}
-    rows |= {f"L_{name}": ratio(found, LAYER_SETS[name]) for name in ("low", "sem")}
+    sums = {f"L_{name}": layers for name, layers in LAYER_SETS.items()}  # what strengths are matched by
+    sums |= {f"L_per({alpha:g})": layer_weights(alpha) for alpha in (0.2, 0.4, 0.6, 0.8)}
+    rows |= {name: ratio(found, layers) for name, layers in sums.items()}
     loss = ratio(found, {name: w * c["per_weight"] for name, w in weights.items()})
     note = ckpt["note"] or "the perceptual network has random weights" * judge.random_weights
     print0(f"\n{path}, {ckpt['stage']}, step {ckpt['step']}; {len(drawn)} validation images; ratios to L1"
