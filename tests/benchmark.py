@@ -5,6 +5,7 @@
     PYTHONPATH=. python tests/benchmark.py speed --only quantizer,sample
     PYTHONPATH=. python tests/benchmark.py growth     # time and memory against sizes
     PYTHONPATH=. python tests/benchmark.py archives --data DIR   # a tar of DIR beside DIR, and a large one
+    PYTHONPATH=. python tests/benchmark.py gpu --out gpu.jsonl   # benchmark_gpu.py, ten minutes of a GPU
 
 `speed` measures the ceilings of this machine (matrix products and 3x3 convolutions in float32 and bf16,
 reading memory) and our own work in turns, so that a noisy moment hits both. Each case is told as a share of
@@ -426,7 +427,10 @@ def safety(stage, folder):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["safety", "speed", "growth", "point", "archives"])
+    parser.add_argument("what", choices=["safety", "speed", "growth", "point", "archives", "gpu"])
+    parser.add_argument("--device", default="cuda", help="of gpu: cpu only shows that it runs")
+    parser.add_argument("--preset", default="imagenet", help="of gpu")
+    parser.add_argument("--steps", type=int, default=40, help="of gpu: a training case's steps")
     parser.add_argument("--data", help="of archives: a folder of images, class folders inside")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
@@ -441,5 +445,9 @@ if __name__ == "__main__":
             safety("ar", Path(name))
     elif arguments.what == "point":
         growth_point(arguments.only.split(",")[0], int(arguments.only.split(",")[1]))
+    elif arguments.what == "gpu":
+        from benchmark_gpu import gpu
+
+        gpu(arguments)
     else:
         dict(speed=speed, growth=growth, archives=archives)[arguments.what](arguments)
