@@ -21,8 +21,9 @@ CLAIMS = variant(  # for the experiment on the paper's claims: a run in half an 
     judge=dict(width=8, steps=3000, skip_pools=2, scale_taps=True),
     phase1=dict(steps=1000, per_weight=0.1, r1_gamma=0.1),
     phase2=dict(steps=400, per_weight=0.1, r1_gamma=0.1),
-    prior=dict(n_layer=4, n_embd=160),
-    ar=dict(steps=1200, lr_start=500), nar=dict(steps=1600, lr_start=700),
+    prior=dict(n_layer=4, n_head=4, n_embd=128),
+    ar=dict(batch=64, steps=800, lr_start=300, warmup=100),
+    nar=dict(batch=64, steps=1200, lr_start=500, warmup=150),
     sample=dict(top_p=0.92, token_temperature=1.0))  # the paper's sampler: cifar10's was chosen at alpha = 1
 DEMO = variant(  # minutes on a CPU
     CIFAR10, data="shapes",
