@@ -95,14 +95,22 @@ class Claims(Table):
             measure("view", folder / "ar.pt", "--predict", "--tokenizer", str(folder / "phase1.pt"))
         return commands, result
 
-    def measured(self, name):
-        """One line of the results: all numbers of an arm and seed, or None while something is missing."""
+    def done(self, name):
+        """The finished commands of an arm and seed, and {name: result file} of them."""
         commands, files = self.row(name, "phase1")
-        if not all(finished(path, words) for path, words in commands):
+        commands = [(path, words) for path, words in commands if finished(path, words)]
+        made = [path for path, _ in commands]
+        return commands, {key: path for key, path in files.items() if files[key.removesuffix("_2")] in made}
+
+    def measured(self, name):
+        """One line of the results: an arm's and seed's numbers so far, None before its reconstructions'."""
+        commands, files = self.done(name)
+        if "rec_phase1" not in files:
             return None
         name, seed = name.split("|")
-        folder, results = commands[0][0].parent, {key: read_result(path) for key, path in files.items()}
-        settings = read_checkpoint(folder / "phase1.pt", ["phase1"])["config"]["phase1"]
+        folder, results = files["rec_phase1"].parent, {key: read_result(path) for key, path in files.items()}
+        trained = {path.stem: path for path, _ in commands if path.suffix == ".pt"}
+        settings = read_checkpoint(trained["phase1"], ["phase1"])["config"]["phase1"]
         row = dict(arm=name, seed=int(seed), alpha=settings["alpha"], layers=settings["layers"],
                    per_weight=settings["per_weight"], odd=CLAIMS[name].odd)
         for key, result in results.items():
@@ -112,7 +120,7 @@ class Claims(Table):
         logged = read_metrics(folder / "metrics.jsonl")
         for stage, key in (("phase1", "val_l1"), ("ar", "val_loss"), ("nar", "val_loss")):
             seen = [r for r in logged if r["stage"] == stage and key in r]
-            if not seen:  # no priors, or those of another arm
+            if stage not in trained:  # not yet, or the priors are another arm's
                 continue
             last = seen[-1]  # is the curve flat? The validations are a fifth of the run apart
             row[f"{stage}_last_fifth"] = last[key] - seen[-2][key] if len(seen) > 1 else None
@@ -121,9 +129,8 @@ class Claims(Table):
                         f"{stage}_relative": last["val_loss"] / last["unigram_entropy"],
                         "unigram_entropy": last["unigram_entropy"]}
         row |= self.further(folder, results["rec_phase1"])
-        trained = [path for path, _ in commands if path.suffix == ".pt"]
         return row | dict(
-            steps={path.stem: header(path)["step"] for path in trained},
+            steps={stage: header(path)["step"] for stage, path in trained.items()},
             seconds=round(sum(row_seconds(path) for path, _ in commands)),
             commands=[self.shown(words) for _, words in commands])
 
@@ -148,13 +155,15 @@ class Claims(Table):
     def show(self):
         """Prints the table and the verdicts; writes claims.jsonl, claims.json, claims.md and Fig. 5b, 10 and
         11 (the latter two of the first seeds at alpha = 0 and 1)."""
-        names = [row.name for row in self.table["rows"]]
-        found = [row for row in map(self.measured, names) if row]
-        done = [name for name in names if (name.split("|")[0], int(name.split("|")[1])) in
-                [(row["arm"], row["seed"]) for row in found]]
-        for key in self.row(names[0], "phase1")[1] if done else ():
-            files = {name: self.row(name, "phase1")[1].get(key) for name in done}
-            refuse_unlike({name: read_result(path) for name, path in files.items() if path})
+        rows = {row.name: self.measured(row.name) for row in self.table["rows"]}
+        found = [row for row in rows.values() if row]
+        files = {name: self.done(name)[1] for name, row in rows.items() if row}
+        measures = {}  # {what is measured: {run: result}}
+        for name, paths in files.items():
+            for key, path in paths.items():
+                measures.setdefault(key, {})[name] = read_result(path)
+        for results in measures.values():
+            refuse_unlike(results)
         refuse_unequal(found, self.root)
         self.root.mkdir(parents=True, exist_ok=True)
         lines = "".join(json.dumps(row) + "\n" for row in found)
@@ -186,15 +195,14 @@ class Claims(Table):
         print0("\n".join(text[3:]))
         accuracy = {stage: [row["val_accuracy"] for row in read_metrics(self.root / stage / "metrics.jsonl")
                             if "val_accuracy" in row][-1:] for stage in ("judge", "scorer", "second")}
-        measures = {key: read_result(path) for key, path in self.row(done[0], "phase1")[1].items()}
         about = dict(preset=self.args.preset, set=self.args.set, runs=len(found), torch=torch.__version__,
                      seconds=sum(row["seconds"] for row in found), val_accuracy=accuracy,
-                     how={key: {k: result[k] for k in HOW} for key, result in measures.items()},
+                     how={key: {k: next(iter(r.values()))[k] for k in HOW} for key, r in measures.items()},
                      verdicts=[dict(claim=c, verdict=v, parts=p) for c, v, p in verdicts])
         for suffix, content in (("json", json.dumps(about, indent=1)), ("md", "\n".join(text))):
             save_atomic(lambda p, c=content: p.write_text(c + "\n"), self.root / f"claims.{suffix}")
         draw_claims(spread, self.root / "claims_fig5b.png")
-        ends = [self.root / f"alpha={alpha},seed=0" for alpha in (0, 1) if f"alpha={alpha}|0" in done]
+        ends = [self.root / f"{arm},seed=0" for arm in ENDS if "nar_phase1" in files.get(f"{arm}|0", ())]
         if ends:
             ar, nar, first = ([end / f"{stage}.pt" for end in ends] for stage in ("ar", "nar", "phase1"))
             for figure, words in dict(fig10=[*ar, *nar], fig11=[*ar, "--tokenizer", *first]).items():

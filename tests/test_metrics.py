@@ -865,6 +865,13 @@ def test_the_claims_are_told_from_the_measured_numbers_of_each_run(data, tmp_pat
     visualize.main(table("claims", tmp_path, data, "--run"))
     assert not ran and "missing" not in capsys.readouterr().out
     assert json.loads((tmp_path / "claims.jsonl").read_text()) == row
+    (folder / "metrics_nar_phase1.json").unlink()  # a run that was cut short is told as far as it went
+    visualize.main(table("claims", tmp_path, data))
+    assert "missing for alpha=1, seed 0: 1 commands" in capsys.readouterr().out
+    short = json.loads((tmp_path / "claims.jsonl").read_text())
+    left_out = {key for key in row if key.startswith("nar_phase1_")}
+    assert "nar_phase1_fid_2" in left_out and set(row) - set(short) == left_out
+    assert short["ar_phase1_fid"] == row["ar_phase1_fid"] and len(short["commands"]) == 10
 
 
 def test_the_table_of_forks_trains_and_measures_its_rows_and_ranks_them(data, tmp_path, monkeypatch, capsys):
