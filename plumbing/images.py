@@ -21,23 +21,23 @@ def load_rgb(path, min_side=1):
             (89 million) or a side below `min_side`
     """
     try:
-        with quiet_decoders():
-            with Image.open(path) as image:
-                if image.format == "PNG":
-                    image.verify()  # the checksums, which decoding leaves out
-            with Image.open(path) as image:
-                image = ImageOps.exif_transpose(image)
-                if image.mode == "F":
-                    raise BadImage("float pixels of unknown range")
-                if min(image.size) < min_side:
-                    raise BadImage(f"{image.width}x{image.height} pixels are too few")
-                if image.mode.startswith("I"):
-                    pixels = np.asarray(image, dtype=np.float64) / 257
-                    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-                if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                    image = image.convert("RGBA")
-                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-                return image.convert("RGB")
+        with quiet_decoders(), contextlib.ExitStack() as opened:
+            image = opened.enter_context(Image.open(path))
+            if image.format == "PNG":
+                image.verify()  # the checksums, which decoding leaves out; it has to be opened anew then
+                image = opened.enter_context(Image.open(path))
+            image = ImageOps.exif_transpose(image)
+            if image.mode == "F":
+                raise BadImage("float pixels of unknown range")
+            if min(image.size) < min_side:
+                raise BadImage(f"{image.width}x{image.height} pixels are too few")
+            if image.mode.startswith("I"):
+                pixels = np.asarray(image, dtype=np.float64) / 257
+                image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
     except BadImage:
         raise
     except Exception as error:  # decoders raise errors of many kinds on damaged files
