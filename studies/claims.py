@@ -233,6 +233,8 @@ def draw_claims(spread, path):
             key = form.format(phase)
             deviation, t = spread.pooled(key)
             alphas = sorted(alpha for arm, alpha in level.items() if spread.values(arm, key))
+            if not alphas:
+                continue
             values = [spread.values(f"alpha={alpha:g}", key) for alpha in alphas]
             means = [sum(v) / len(v) for v in values]
             half = [t * deviation / math.sqrt(len(v)) for v in values]
