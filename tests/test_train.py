@@ -282,7 +282,7 @@ def test_micro_batches_of_the_tokenizer_equal_one_batch(trained, data, tmp_path,
     """With the GAN too: groups of four neighbours share the minibatch statistics."""
     for name, micro in (("one", 8), ("four", 4)):
         out = earlier(trained, tmp_path / name, "phase1")
-        call("phase1", out, data, "--micro-batch", micro, phase1__adv_start=adv_start, phase1__lr=1e-6)
+        call("phase1", out, data, "--micro-batch", micro, phase1__adv_start=adv_start, **STILL["phase1"])
     assert ("loss_disc" in rows(out)[0]) == (adv_start == 0)
     one, four = (load_model(tmp_path / name / "phase1.pt", ["phase1"])[0] for name in ("one", "four"))
     for a, b in zip(one.parameters(), four.parameters(), strict=True):
