@@ -320,7 +320,6 @@ def adv_loss(logits_fake, kind="logistic"):
     raise ValueError(f"kind must be 'logistic' or 'hinge', got {kind!r}")
 
 
-@torch.compiler.set_stance("force_eager")  # torch.compile has no second backward
 def r1_penalty(discriminator, x, gamma=10.0):
     """R1 = gamma/2 * mean_b ||grad_x D(x)||^2 on real images (ours; not in the paper).
 
@@ -328,7 +327,8 @@ def r1_penalty(discriminator, x, gamma=10.0):
     returns: float32 scalar, with a graph for the second backward; computed in float32 outside autocast.
     The caller applies it every 16th step and multiplies by 16 (lazy regularisation).
     """
-    with torch.autocast(x.device.type, enabled=False):
+    eager = torch.compiler.set_stance("force_eager")  # torch.compile has no second backward
+    with eager, torch.autocast(x.device.type, enabled=False):
         x = x.detach().float().requires_grad_(True)
         (grad,) = torch.autograd.grad(discriminator(x).sum(), x, create_graph=True)  # (B, 3, H, W)
         return gamma / 2 * grad.square().sum(dim=(1, 2, 3)).mean()

@@ -6,16 +6,20 @@
 import contextlib
 import json
 import os
+import runpy
 import shutil
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo  # as optimizers do: here once, not in every child of `script`
 from PIL import Image
 
+import forks
 import plumbing.run
 import recipes.options
 import train
@@ -117,6 +121,27 @@ CHILDREN = set()  # of the test that runs; conftest.py ends those that it leaves
 def forked(function, *arguments, patience=60):
     """The exit code of a child process that calls `function`; minus the signal's number if one ended it."""
     return wait_for(fork(function, *arguments), patience)
+
+
+def script(*words, path=None):
+    """A command of the repository, with the folder `path` on PYTHONPATH: (exit code, stdout, stderr).
+
+    The process is forked from this one, so that it need not import PyTorch again.
+    """
+    def run():
+        for number, file in enumerate(files, 1):
+            os.dup2(file.fileno(), number)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+        os.chdir(ROOT)
+        sys.argv = [str(word) for word in words]
+        if path:
+            forks.__path__.append(f"{path}/forks")
+        runpy.run_path(sys.argv[0], run_name="__main__")
+
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as error:
+        files = out, error
+        code = forked(run, patience=240)
+        return code, *(file.seek(0) or file.read() for file in files)
 
 
 def fork(function, *arguments):

@@ -1,7 +1,7 @@
 """Claims about forks: one file of at most 15 lines goes through every command, and nothing else is touched.
 
-`forks/mine.py` is the example of docs/forking.md, written to a folder on PYTHONPATH; the commands are real
-processes, tiny and on one thread.
+`forks/mine.py` is the example of docs/forking.md, written to a folder on PYTHONPATH; the commands are tiny
+processes on one thread.
 """
 
 import os
@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, TINY, command, contents, differing, rows
+from helpers import ROOT, TINY, command, contents, differing, rows, script
 from torch import nn
 
 import forks
@@ -25,15 +25,13 @@ from tokenizer import TokenizerConfig, VQTokenizer
 BLOCK = re.compile(r"^```python\n(# forks/mine\.py.*?)^```", re.M | re.S)
 EXAMPLE, SHORT = (BLOCK.search((ROOT / page).read_text())[1] for page in ("docs/forking.md", "README.md"))
 SETS = {key: value for key, value in TINY.items() if "codebook" not in key and "warm_start" not in key}
-OWN = dict(PATH=os.environ["PATH"], HOME=os.environ.get("HOME", "/"), OMP_NUM_THREADS="1")
 
 
-def script(*words, path=None, **how):
-    """A command of the repository with the folder `path` on PYTHONPATH: (exit code, stdout, stderr)."""
-    env = OWN | ({"PYTHONPATH": str(path)} if path else {})
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=env, capture_output=True,
-                          text=True, timeout=240, **how)
-    return done.returncode, done.stdout, done.stderr
+def python(code, *words, path):
+    """A program in a process of its own: its exit code."""
+    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=path)
+    return subprocess.run([sys.executable, "-c", code, *map(str, words)], cwd=ROOT, env=env,
+                          capture_output=True, timeout=240).returncode
 
 
 def train_words(stage, out, data, preset, *more):
@@ -113,7 +111,7 @@ def test_it_goes_on_after_a_kill_and_ends_as_an_unbroken_run(mine, folder, data,
             "    if what == 'log' and step == 3: os.kill(os.getpid(), 9)\n"
             "    return real(run, what, stage, step)\n"
             "train.Run.due = due\ntrain.main(*train_args(sys.argv[1:]))")
-    assert script("-c", kill, *words, path=f"{folder}:{ROOT}")[0] == -9
+    assert python(kill, *words, path=f"{folder}:{ROOT}") == -9
     assert read_checkpoint(out / "phase1.pt", ["phase1"])["step"] == 2
     code, _, error = script("train.py", *words, path=folder)
     assert code == 0, error

@@ -35,7 +35,20 @@ import recipes.paper
 import recipes.small
 import studies.cost
 import studies.summary
-from helpers import ROOT, SCRIPTS, STEPS, call, command, contents, differing, earlier, open_run, refusal, rows
+from helpers import (
+    ROOT,
+    SCRIPTS,
+    STEPS,
+    call,
+    command,
+    contents,
+    differing,
+    earlier,
+    open_run,
+    refusal,
+    rows,
+    script,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
@@ -800,11 +813,9 @@ def test_phase_1_trains_the_judge_it_needs(trained, data, tmp_path):
 
 def test_explain_prints_the_parameter_counts_of_the_paper():
     def explain(*words):
-        words = [sys.executable, ROOT / "train.py", "--explain", "--preset", "imagenet", *words]
-        env = dict(os.environ, OMP_NUM_THREADS="1")
-        done = subprocess.run(words, capture_output=True, text=True, env=env)
-        assert done.returncode == 0 and not done.stderr, done.stderr
-        return done.stdout
+        code, out, error = script("train.py", "--explain", "--preset", "imagenet", *words)
+        assert code == 0 and not error, error
+        return out
 
     base = explain()
     tokenizers = ("54,532,867", "57,948,419", "61,363,971", "69,878,531")
