@@ -36,18 +36,17 @@ class FrozenTokenizer(VQTokenizer):
         """The weights come from the judge of the run, and are in the checkpoint from then on."""
         if not self.frozen:
             ours, theirs = self.encoder.features, run.judge.vgg.features[:30]
-            if list(map(type, ours)) != list(map(type, theirs)):  # a file of --vgg
-                raise UserError("this judge's relu5_3 is not on the token grid: it has other pools")
+            if str(ours) != str(theirs):  # layers and their widths, of a file of --vgg
+                raise UserError("this judge's relu5_3 is not on the token grid, or not codebook_dim wide")
             ours.load_state_dict(theirs.state_dict())
 
     @staticmethod
     def check(config):
-        tokenizer, judge = config["tokenizer"], config["judge"]
-        if (config["vgg"], tokenizer["codebook_dim"]) != ("judge", 8 * judge["width"]):
-            raise ValueError("frozen quantizes a judge of one's own: vgg=judge, codebook_dim 8 * judge.width")
-        if judge["skip_pools"] != left_out(tokenizer["channel_mult"]):
-            raise ValueError("relu5_3 lies on the token grid with judge.skip_pools="
-                             f"{left_out(tokenizer['channel_mult'])}")
+        tokenizer = config["tokenizer"]
+        wanted = dict(width=tokenizer["codebook_dim"] / 8, skip_pools=left_out(tokenizer["channel_mult"]))
+        for key, value in wanted.items() if config["vgg"] == "judge" else ():  # a file: prepare looks
+            if config["judge"][key] != value:
+                raise ValueError(f"this latent is the judge's relu5_3 with judge.{key}={value:g}")
 
 
 def parts():

@@ -879,26 +879,27 @@ def test_the_table_of_forks_trains_and_measures_its_rows_and_ranks_them(data, tm
         return real(train, val, K, device, 2, **more)
 
     real = studies.probe.probe
-    rows = [row for row in studies.fork_table.ROWS if row.label in ("plain", "plain, phase 1 + 2", "crt")]
+    rows = [row for row in studies.fork_table.ROWS if row.label in ("plain", "plain, phase 1 + 2", "frozen")]
     monkeypatch.setattr(studies.fork_table, "ROWS", rows)
     monkeypatch.setattr(studies.probe, "probe", few_steps)
     ran = in_process(monkeypatch)
-    visualize.main(table("forks", tmp_path, data, "--run"))
+    words = ("--set", "tokenizer.codebook_dim=16", "--run")  # frozen wants 8 times the judge's width
+    visualize.main(table("forks", tmp_path, data, *words))
     assert len(ran) == 2 + (3 + 4) + (1 + 4) + (3 + 4)  # phase 2 goes on from the plain phase 1
     found = json.loads((tmp_path / "forks.json").read_text())["rows"]
     assert [(row["label"], row["decoder"]) for row in found] == [
-        ("plain", "phase1"), ("plain, phase 1 + 2", "phase2"), ("crt", "phase1")]
-    for row, folder in zip(found, ("plain", "plain", "crt"), strict=True):
+        ("plain", "phase1"), ("plain, phase 1 + 2", "phase2"), ("frozen", "phase1")]
+    for row, folder in zip(found, ("plain", "plain", "frozen"), strict=True):
         for key, name in dict(rfid="rfid", pfid="pfid", ar="fid", nar="fid").items():
             path = tmp_path / folder / f"metrics_{key}_{row['decoder']}.json"
             column = key if key == name else f"{key}_fid"
             assert row[column] == json.loads(path.read_text())["results"][name]
         assert row["relative"] == json.loads((tmp_path / folder / "compare.json").read_text())[0]["relative"]
-    ckpt = plumbing.files.read_checkpoint(tmp_path / "crt" / "phase1.pt", ("phase1",))
-    assert ckpt["config"]["fork"] == "crt" and found[0]["pfid"] != found[0]["rfid"]
+    ckpt = plumbing.files.read_checkpoint(tmp_path / "frozen" / "phase1.pt", ("phase1",))
+    assert ckpt["config"]["fork"] == "frozen" and found[0]["pfid"] != found[0]["rfid"]
     ran.clear()
     monkeypatch.setattr(studies.fork_table, "compare", None)  # what is there is not made again
-    visualize.main(table("forks", tmp_path, data, "--run"))
+    visualize.main(table("forks", tmp_path, data, *words))
     assert not ran and "missing" not in capsys.readouterr().out
 
 
