@@ -882,20 +882,28 @@ def test_the_table_of_forks_trains_and_measures_its_rows_and_ranks_them(data, tm
     rows = [row for row in studies.fork_table.ROWS if row.label in ("plain", "plain, phase 1 + 2", "frozen")]
     monkeypatch.setattr(studies.fork_table, "ROWS", rows)
     monkeypatch.setattr(studies.probe, "probe", few_steps)
+    monkeypatch.setattr(studies.fork_table, "SEEDS", (1,))
+    monkeypatch.setattr(studies.fork_table, "disagreeing", lambda rows: ["plain"])
     ran = in_process(monkeypatch)
     words = ("--set", "tokenizer.codebook_dim=16", "--run")  # frozen wants 8 times the judge's width
     visualize.main(table("forks", tmp_path, data, *words))
-    assert len(ran) == 2 + (3 + 4) + (1 + 4) + (3 + 4)  # phase 2 goes on from the plain phase 1
+    assert len(ran) == 2 + (3 + 4) + (1 + 4) + (3 + 4) + (3 + 4)  # phase 2 goes on from the plain phase 1
     found = json.loads((tmp_path / "forks.json").read_text())["rows"]
     assert [(row["label"], row["decoder"]) for row in found] == [
-        ("plain", "phase1"), ("plain, phase 1 + 2", "phase2"), ("frozen", "phase1")]
-    for row, folder in zip(found, ("plain", "plain", "frozen"), strict=True):
+        ("plain", "phase1"), ("plain, phase 1 + 2", "phase2"), ("frozen", "phase1"),
+        ("plain, seed 1", "phase1")]
+    for row, folder in zip(found, ("plain", "plain", "frozen", "plain,seed=1"), strict=True):
         for key, name in dict(rfid="rfid", pfid="pfid", ar="fid", nar="fid").items():
             path = tmp_path / folder / f"metrics_{key}_{row['decoder']}.json"
             column = key if key == name else f"{key}_fid"
             assert row[column] == json.loads(path.read_text())["results"][name]
         assert row["relative"] == json.loads((tmp_path / folder / "compare.json").read_text())[0]["relative"]
     ckpt = plumbing.files.read_checkpoint(tmp_path / "frozen" / "phase1.pt", ("phase1",))
+    told = [[cell.strip() for cell in line.split("|")] for line in (tmp_path / "forks.md").open()]
+    rfd = [found[i]["rfid"] for i in (0, 3)]
+    assert found[3]["seed"] == 1 and rfd[0] != rfd[1]
+    wanted = f"{sum(rfd) / 2:.4g} ± {abs(rfd[0] - rfd[1]) / 2**0.5:.2g}"
+    assert ["plain, 2 seeds", wanted] in [line[1:3] for line in told]
     assert ckpt["config"]["fork"] == "frozen" and found[0]["pfid"] != found[0]["rfid"]
     ran.clear()
     monkeypatch.setattr(studies.fork_table, "compare", None)  # what is there is not made again
@@ -904,11 +912,16 @@ def test_the_table_of_forks_trains_and_measures_its_rows_and_ranks_them(data, tm
 
 
 def test_the_rank_correlations_are_spearman_s_of_the_rows_after_phase_1():
-    row = dict(decoder="phase1", pfid=1.0, relative=0.5, nar_fid=3.0)
-    rows = [dict(row, rfid=rfid, ar_fid=fid) for rfid, fid in ((1, 10), (2, 30), (3, 20), (4, 40))]
-    rows += [dict(row, rfid=9, ar_fid=0, decoder="phase2")]
+    row = dict(decoder="phase1")
+    rows = [dict(row, rfid=a, ar_fid=fid, pfid=-a, relative=a, nar_fid=fid, fork=f"fork {a}")
+            for a, fid in ((1, 10), (2, 30), (3, 20), (4, 40))]
+    rows += [dict(rows[0], rfid=9, ar_fid=0, decoder="phase2")]
     found = studies.fork_table.correlations(rows)
     assert found["rfid, ar_fid"] == (pytest.approx(0.8), 4)  # 1 - 6 * 2 / (4 * 15)
+    assert found["pfid, nar_fid"] == (pytest.approx(-0.8), 4)
+    # mean ranks of rFD, p-FD, probe: 2, 7/3, 8/3, 3; of the samples: 1, 3, 2, 4
+    assert studies.fork_table.disagreeing(rows, 1) == ["fork 1"]
+    assert studies.fork_table.disagreeing([dict(r, pfid=r["rfid"]) for r in rows]) == ["fork 2", "fork 3"]
     assert studies.fork_table.correlations(rows[:2]) == {}
     assert "rank correlation of rFD: +0.80 with AR FD" in "\n".join(studies.fork_table.orders(rows))
 
