@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from plumbing.files import header
 from recipes.small import of_fork
 from tokenizer import TokenizerConfig, VQTokenizer
 
@@ -17,9 +18,7 @@ class AlignConfig(TokenizerConfig):
 
 class AlignedTokenizer(VQTokenizer):
     """Each latent, before it is quantized, learns to point where relu5_3 of the judge points at its place.
-
-    The article has a VAE, DINOv2 or MAE, margins, and a weight set by gradients; VGG and weight are ours.
-    """
+    The article has a VAE, DINOv2 or MAE, margins, a weight set by gradients; VGG and weight are ours."""
 
     Config, WEIGHTS = AlignConfig, VQTokenizer.WEIGHTS | {"loss_align": 0.5}
     TRAINING_ONLY = "to_features."
@@ -35,7 +34,6 @@ class AlignedTokenizer(VQTokenizer):
     def forward(self, x, global_probs=None):
         if self.frozen:
             return super().forward(x)
-        self._check(x)
         z_hat = self.encoder(x)
         z_st, indices, losses = self.quantizer(z_hat, global_probs)
         for judge in self.judges:
@@ -46,7 +44,9 @@ class AlignedTokenizer(VQTokenizer):
 
     @staticmethod
     def check(config):
-        width = 8 * config["judge"]["width"] if config["vgg"] == "judge" else 512
+        vgg = str(config["vgg"])
+        own = header(vgg)["config"] if vgg.endswith(".pt") else config if vgg == "judge" else None
+        width = 8 * own["judge"]["width"] if own else 512  # of torchvision's VGG-16
         if config["tokenizer"].get("feature_width", 512) != width:
             raise ValueError(f"relu5_3 has {width} channels: set tokenizer.feature_width={width}")
 

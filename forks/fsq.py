@@ -11,14 +11,14 @@ from tokenizer import TokenizerConfig, VQTokenizer
 
 @dataclass
 class FSQConfig(TokenizerConfig):
-    """raises: ValueError unless n_z is the number of levels and K their product"""
     levels: tuple = (8, 5, 5, 5)  # of each channel; the article's for K = 2^10 (its Table 1)
 
     def __post_init__(self):
         super().__post_init__()
         self.levels = tuple(self.levels)
-        if (self.codebook_dim, self.codebook_size) != (len(self.levels), math.prod(self.levels)):
-            raise ValueError(f"{self.levels} need as many codebook_dim, and codebook_size their product")
+        sizes = len(self.levels), math.prod(self.levels)
+        if sizes != (self.codebook_dim, self.codebook_size) or min(self.levels) < 3:
+            raise ValueError(f"{self.levels}: codebook_dim levels above 2, codebook_size is their product")
 
 
 class FiniteScalarQuantizer(torch.nn.Module):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from plumbing.errors import UserError
 from prior_ar import ARPrior, PriorConfig, Transformer
 from prior_nar import NARPrior
 from recipes.small import DEMO, variant
@@ -67,7 +68,7 @@ class Guidance:
     @contextlib.contextmanager
     def guided(self, scale):
         if not self.config.class_dropout:
-            raise ValueError(f"guidance {scale:g}, but the prior was trained without prior.class_dropout and "
+            raise UserError(f"guidance {scale:g}, but the prior was trained without prior.class_dropout and "
                              "knows no null class; pass --guidance 1")
         inner = self.transformer
         self.transformer = self.Wrapped(inner, scale)

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from plumbing.codes import soft, sure_and_even
 from recipes.small import of_fork
 from tokenizer import VectorQuantizer, VQTokenizer
 
@@ -20,7 +21,8 @@ class IndexBackpropagationQuantizer(VectorQuantizer):
     def forward(self, z_hat, global_probs=None):
         B, n_z, h, w = z_hat.shape
         with torch.autocast(z_hat.device.type, enabled=False):
-            z, probs = self.flatten(z_hat), self.logits(z_hat).softmax(1)
+            z, logits = self.flatten(z_hat), self.logits(z_hat)
+            probs = logits.softmax(1)
             hard = F.one_hot(probs.argmax(1), probs.shape[1]).float()
             z_st = (hard + probs - probs.detach()) @ self.codes  # one-hot forwards, softmax backwards
             z_q = hard @ self.codes
@@ -28,13 +30,13 @@ class IndexBackpropagationQuantizer(VectorQuantizer):
                 "loss_double": F.mse_loss(z_st, z),  # "double quantization": latent and all codes
                 "loss_commit": F.mse_loss(z, z_q.detach()),
                 "loss_codebook": F.mse_loss(z_q, z.detach()),
-                "loss_entropy": self.entropy(probs).mean() - self.entropy(probs.mean(0)),  # sure, and even
+                "loss_entropy": sure_and_even(logits, global_probs),
             }
         return z_st.view(B, h, w, n_z).permute(0, 3, 1, 2).contiguous(), probs.argmax(1).view(B, h, w), losses
 
-    @staticmethod
-    def entropy(p):
-        return -(p * p.clamp(min=1e-9).log()).sum(-1)
+    def probs(self, z_hat):  # of one micro-batch, (K,)
+        with torch.no_grad(), torch.autocast(z_hat.device.type, enabled=False):
+            return soft(self.logits(z_hat)).mean(0)
 
 
 class IBQTokenizer(VQTokenizer):
@@ -46,4 +48,4 @@ def parts():
     return dict(tokenizer=IBQTokenizer)
 
 
-PRESETS = of_fork("ibq", tokenizer=dict(codebook="plain"), phase1=dict(gamma=0.05))
+PRESETS = of_fork("ibq", phase1=dict(gamma=0.05))

@@ -4,12 +4,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from plumbing.codes import soft, sure_and_even
 from recipes.small import of_fork
 from tokenizer import VQTokenizer
 
 
 class LookupFreeQuantizer(nn.Module):
-    """The sign of each channel is one bit of the token; none of the 2^n_z codes is stored."""
+    """The sign of each channel is one bit of the token; none of the 2^n_z codes is stored.
+
+    The entropy is that over all codes; the article's split into groups of bits, for K = 2^18, is left out.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -23,19 +27,21 @@ class LookupFreeQuantizer(nn.Module):
     def lookup(self, indices):  # (B, h, w) -> (B, n_z, h, w), -1 or 1
         return torch.where((indices[:, None] & self.powers) > 0, 1.0, -1.0)
 
-    def forward(self, z_hat, global_probs=None, sharpness=4.0):
-        z = z_hat.float()
-        indices = self.quantize(z)
-        z_q = self.lookup(indices)
-        bits = torch.sigmoid(sharpness * z)  # P(bit = 1), independent given the vector
-        each = self.entropy(bits).sum(1).mean()  # sure about each vector ...
-        mean = self.entropy(bits.mean((0, 2, 3))).sum()  # ... and even over all of them
-        losses = {"loss_commit": F.mse_loss(z, z_q), "loss_entropy": each - mean}
-        return z + (z_q - z).detach(), indices, losses
+    def logits(self, z_hat):  # (B, n_z, h, w) -> (M, K), -||z - code||^2 but for what all codes share
+        codes = self.lookup(torch.arange(2 ** len(self.powers), device=z_hat.device).view(1, 1, -1))
+        return 2 * z_hat.float().movedim(1, -1).flatten(0, 2) @ codes[0, :, 0]
 
-    @staticmethod
-    def entropy(p):
-        return -(p * p.clamp(min=1e-9).log() + (1 - p) * (1 - p).clamp(min=1e-9).log())
+    def probs(self, z_hat):  # of one micro-batch, (K,)
+        with torch.no_grad(), torch.autocast(z_hat.device.type, enabled=False):
+            return soft(self.logits(z_hat)).mean(0)
+
+    def forward(self, z_hat, global_probs=None):
+        with torch.autocast(z_hat.device.type, enabled=False):
+            z, indices = z_hat.float(), self.quantize(z_hat)
+            z_q = self.lookup(indices)
+            losses = {"loss_commit": F.mse_loss(z, z_q),
+                      "loss_entropy": sure_and_even(self.logits(z), global_probs)}
+        return z + (z_q - z).detach(), indices, losses
 
 
 class LFQTokenizer(VQTokenizer):

@@ -17,6 +17,11 @@ class PerturbConfig(TokenizerConfig):
     perturb_images: float = 0.1  # beta: share of the images of a batch
     perturb_near: int = 8  # delta: how many nearest codes, the code itself not among them
 
+    def __post_init__(self):
+        super().__post_init__()
+        if not (0 <= self.perturb_rate <= 1 and 0 <= self.perturb_images <= 1 and self.perturb_near >= 1):
+            raise ValueError("perturb_rate, perturb_images are shares from 0 to 1, perturb_near at least 1")
+
 
 def swap(indices, codes, rate, images, count):
     """(B, h, w) int64 -> the same with a share of the tokens replaced by one of the `count` nearest codes."""

@@ -24,7 +24,8 @@ class OfflineKMeans:
             raise ValueError(f"kmeans_every must be at least 1, got {config.kmeans_every}")
         if config.codebook == "kmeans":
             self.reestimations = range(config.kmeans_warmup, config.kmeans_last + 1, config.kmeans_every)
-        if config.codebook_size > self.RESERVOIR:
+        used = config.warm_start or config.codebook == "kmeans"
+        if used and config.codebook_size > self.RESERVOIR:
             raise ValueError(f"K-means takes its centres from {self.RESERVOIR:,} vectors, so not "
                              f"{config.codebook_size:,} of them; set warm_start=0 or fewer codes")
         self.register_buffer("reservoir", torch.zeros(self.RESERVOIR, config.codebook_dim))

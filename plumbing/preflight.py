@@ -78,6 +78,7 @@ def check_tokenizer_values(values, Config):
                              + (f"; did you mean tokenizer.{close[0]}?" if close else ""))
         numbers = value if types[key] is tuple and isinstance(value, list | tuple) else [value]
         right = isinstance(value, types[key]) or types[key] is tuple and isinstance(value, list)
+        right = right or types[key] is float and type(value) is int
         if types[key] in (int, tuple):
             right = right and all(type(n) is int and n >= 0 for n in numbers)
         if not right:

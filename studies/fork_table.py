@@ -8,10 +8,11 @@ import statistics
 
 import torch
 
+import forks
 from plumbing.files import header, save_atomic
 from plumbing.processes import print0
 from recipes.ablations import Row
-from recipes.options import visualize_args
+from recipes.options import find_preset, visualize_args
 from studies.metrics import read_result
 from studies.probe import compare
 from studies.tables import Table, finished, number, print_table, refuse_unlike, row_seconds, table
@@ -48,6 +49,12 @@ class ForkTable(Table):
                                      for fork in again for seed in SEEDS]
         return rows
 
+    def shared(self):
+        """The judge's relu5_3 is on the token grid, also where the preset's is not: `frozen` quantizes it."""
+        (path, words), *scorer = super().shared()
+        pools = forks.load("frozen").left_out(find_preset(self.args.preset)["tokenizer"]["channel_mult"])
+        return [(path, [*words, "--set", f"judge.skip_pools={pools}"]), *scorer]
+
     def row(self, name, decoder):
         fork, seed = name.split("|")
         folder, result = self.root / (fork if seed == "0" else f"{fork},seed={seed}"), {}
@@ -78,7 +85,7 @@ class ForkTable(Table):
         if not all(finished(path, words) for path, words in commands):
             return None
         results = {key: read_result(path)["results"] for key, path in files.items()}
-        numbers = {k: results["rfid"][k] for k in ("rfid", "psnr", "usage", "class_accuracy")}
+        numbers = {k: results["rfid"].get(k) for k in ("rfid", "psnr", "usage", "class_accuracy")}
         numbers |= dict(pfid=results["pfid"]["pfid"], **self.probe(files["rfid"].parent))
         for stage in ("ar", "nar"):
             numbers |= {f"{stage}_{k}": results[stage][k] for k in ("fid", "precision", "recall")}

@@ -1,14 +1,17 @@
 """Claims about the forks that quantize in other ways: each has the property that its article is about."""
 
 import itertools
+import math
 
 import pytest
 import torch
 
 from forks.fsq import FSQTokenizer
 from forks.ibq import IBQTokenizer
+from forks.lfq import LFQTokenizer
 from forks.rotation import RotationTokenizer, rotate
 from forks.simvq import SimVQTokenizer
+from plumbing.codes import sure_and_even
 
 SIZES = dict(codebook_size=24, codebook_dim=8, codebook="plain")
 
@@ -58,8 +61,9 @@ def test_the_gradient_passes_the_rounding_of_fsq_as_that_of_the_bound():
 
 
 def test_levels_that_do_not_fit_the_codebook_are_refused():
-    with pytest.raises(ValueError, match="need as many codebook_dim"):
-        FSQTokenizer.Config(codebook_size=64, codebook_dim=2, levels=[4, 6])
+    for levels in ([4, 6], [2, 32], [4, 4, 4]):  # of two levels, the upper one is hardly ever reached
+        with pytest.raises(ValueError, match="codebook_dim levels above 2, codebook_size is their product"):
+            FSQTokenizer.Config(codebook_size=64, codebook_dim=2, levels=levels)
 
 
 def test_the_table_of_simvq_stays_and_one_step_moves_every_code():
@@ -113,13 +117,33 @@ def test_the_gradient_of_ibq_reaches_every_code_and_that_of_nearest_codes_does_n
     assert reached.nonzero().flatten().tolist() == indices.unique().tolist()
 
 
-def test_the_entropy_of_ibq_falls_for_sure_tokens_and_for_even_use():
-    def loss(logits):
-        probs = logits.softmax(1)
-        return (q.entropy(probs).mean() - q.entropy(probs.mean(0))).item()
+def test_the_entropy_falls_for_sure_vectors_and_for_even_use_of_whole_codes():
+    sure, one = torch.eye(24), torch.zeros(24, 24)
+    one[:, 0] = 1
+    assert sure_and_even(sure).item() == pytest.approx(-math.log(24), abs=1e-3)
+    assert sure_and_even(one).item() == pytest.approx(0, abs=1e-3)
+    assert sure_and_even(torch.zeros(24, 24)).item() == pytest.approx(0, abs=1e-3)
+    lfq = LFQTokenizer.Quantizer(LFQTokenizer.Config(codebook_size=64, codebook_dim=6))
+    z = torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1).expand(2, 6, 1, 1)  # every bit even, but 2 codes of 64
+    assert lfq(z)[2]["loss_entropy"].item() == pytest.approx(-math.log(2), abs=1e-3)
+    every = lfq.lookup(torch.arange(64).view(1, 8, 8))
+    assert lfq(every)[2]["loss_entropy"].item() == pytest.approx(-math.log(64), abs=1e-3)
 
-    q = quantizer(IBQTokenizer)
-    sure, one = 50 * torch.eye(24), torch.zeros(24, 24)
-    one[:, 0] = 50
-    assert loss(sure) == pytest.approx(-torch.tensor(24.0).log().item(), abs=1e-3)
-    assert loss(one) == pytest.approx(0, abs=1e-3) and loss(torch.zeros(24, 24)) == pytest.approx(0, abs=1e-3)
+
+@pytest.mark.parametrize("kind, sizes", [
+    (LFQTokenizer, dict(codebook_size=16, codebook_dim=4)), (IBQTokenizer, dict(codebook_size=24))])
+def test_the_entropy_of_micro_batches_is_that_of_the_whole_batch(kind, sizes):
+    q = quantizer(kind, **dict(sizes, codebook="entropy"))
+    parts = [q.lookup(q.quantize(latents(q_dim(q)))).detach() * 0.01 * i for i in (1, 2)]
+    whole = torch.cat(parts).requires_grad_()
+    q(whole)[2]["loss_entropy"].backward()
+    probs = sum(q.probs(part) for part in parts) / 2
+    for i, part in enumerate(parts):
+        part = part.clone().requires_grad_()
+        (q(part, probs)[2]["loss_entropy"] / 2).backward()
+        torch.testing.assert_close(part.grad, whole.grad[3 * i : 3 * i + 3], rtol=1e-3, atol=1e-7)
+    assert whole.grad.abs().max() > 1e-4
+
+
+def q_dim(q):
+    return len(q.powers) if hasattr(q, "powers") else q.config.codebook_dim

@@ -236,6 +236,22 @@ def test_phase_3_wants_its_prior_first(data, tmp_path, capsys):
         model.prepare(types.SimpleNamespace(out=tmp_path))
 
 
+def test_phase_3_refuses_a_prior_of_other_tokens_and_a_judge_of_other_classes(runs):
+    out = runs("phase3")
+    model = load_model(out / "phase2.pt", ("phase2",))[0].freeze_latent_space()
+    prior, _ = load_model(out / "ar.pt", ("ar",))
+    run = types.SimpleNamespace(out=out, device="cpu", judge=judge())
+    model.prepare(run)
+    assert prior.config.num_classes == 10 and len(model.helpers) == 1
+    run.judge = VGGTaps(build_vgg16(4, 9, 16, skip_pools=1))
+    with pytest.raises(UserError, match="does not know the classes"):
+        model.prepare(run)
+    with torch.no_grad():
+        model.quantizer.codebook.weight[0] += 1
+    with pytest.raises(UserError, match="tokens of another tokenizer"):
+        model.prepare(run)
+
+
 @pytest.mark.parametrize("fork, item, told", [
     ("frozen", "judge.width=3", "judge.width=16"),
     ("frozen", "judge.skip_pools=0", "skip_pools=1"),
@@ -245,3 +261,17 @@ def test_presets_that_do_not_fit_are_refused(fork, item, told):
     with pytest.raises(ValueError, match=told):
         forks.load(fork).parts()["tokenizer"].check(config)
     forks.load(fork).parts()["tokenizer"].check(recipes.options.find_preset(f"{fork}.demo"))
+
+
+def test_the_width_of_a_judge_in_a_file_is_that_of_the_file(runs):
+    config = recipes.options.find_preset("align.demo") | dict(vgg=str(runs("frozen") / "vgg.pt"))
+    with pytest.raises(ValueError, match="relu5_3 has 32 channels"):
+        AlignedTokenizer.check(config)
+    AlignedTokenizer.check(config | dict(tokenizer=dict(feature_width=32)))
+
+
+def test_perturbations_out_of_bounds_are_refused():
+    for wrong in (dict(perturb_near=0), dict(perturb_rate=1.5), dict(perturb_images=-0.1)):
+        with pytest.raises(ValueError, match="shares from 0 to 1, perturb_near at least 1"):
+            PerturbTokenizer.Config(**wrong)
+    PerturbTokenizer.Config(perturb_rate=1, perturb_images=0)

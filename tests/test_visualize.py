@@ -332,10 +332,15 @@ def test_nats_by_position_are_the_prior_s_own_and_their_mean_its_loss(run):
         loss = prior.loss(prior(tokens, labels), tokens)[0].item()
     assert len(row["nats"]) == 16 == len(row["entropy"])
     assert sum(row["nats"]) / 16 == pytest.approx(loss, rel=1e-4)
+    codes = torch.load(run / "codes.pt", weights_only=True)["train"][0]
     for i in (0, 15):
-        p = torch.bincount(tokens[:, i]).float() / 12
+        p = torch.bincount(codes[:, i].long()).float() / len(codes)
         assert row["entropy"][i] == pytest.approx(-(p * p.clamp(min=1e-9).log()).sum().item(), rel=1e-4)
     assert (run / "x.png").stat().st_size > 5000
+    (run / "codes.pt").unlink()  # of the images of the view each has nearly its own token
+    draw("positions", "--ckpt", run / "ar.pt", "--tokenizer", run / "elsewhere" / "phase2.pt", "--num", 12,
+         "--out", run / "x.png")
+    assert json.loads((run / "x.json").read_text())[0]["entropy"] is None
 
 
 @pytest.mark.parametrize("figure, name", [("fig7a", "nar.pt"), ("fig9", "ar.pt")])
