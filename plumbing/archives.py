@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tarfile
 
 from plumbing.errors import UserError, warn
@@ -57,37 +58,53 @@ def look_through(path):
     """([(image name, its class or None, offset, size)], names of folders above the classes) of one archive.
 
     The class is the folder that holds the image, or what `key.cls` says beside `key.jpg` (WebDataset), there
-    an int if it is a number.
-    raises: UserError for a file that is no archive, damaged, or cut off
+    an int if it is a number, with "_" for "/". What is hidden is left out, as in a folder.
+    raises: UserError for a file that is no archive, damaged, cut off, or with links for images
     """
     images, classes, inner, size = [], {}, None, os.path.getsize(path)
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
-                folder, _, name = member.name.rpartition("/")
-                if not member.isfile() or name.startswith(".") or member.sparse:
+                *above, name = [part for part in member.name.split("/") if part not in ("", ".")] or [""]
+                folder, lower = "/".join(above), name.lower()
+                if name.startswith(".") or any(part.startswith((".", "__")) for part in above):
+                    continue
+                if (member.islnk() or member.issym()) and lower.endswith(EXTENSIONS):
+                    raise UserError(f"{path}: {member.name} is a link; pack the images themselves, with "
+                                    "tar --dereference --hard-dereference")
+                if not member.isfile() or member.sparse:
                     continue
                 if member.offset_data + member.size > size:
                     raise UserError(f"{path} is cut off: {member.name} ends beyond its last byte")
-                lower, key = name.lower(), (folder, name.split(".")[0])
+                key = folder, name.split(".")[0]
                 if lower.endswith(EXTENSIONS):
                     images.append((folder, name, key, member.offset_data, member.size))
                 elif lower.endswith(".cls"):
                     text = archive.extractfile(member).read(100).decode(errors="replace").strip()
-                    classes[key] = int(text) if text.isdecimal() else text
+                    classes[key] = int(text) if text.isdecimal() else re.sub(r"[/\0]", "_", text)
                 elif lower.endswith((".tar", *PACKED)):
                     inner = inner or member.name
                 archive.members = []  # tarfile would keep a million of them
             end = archive.offset
     except tarfile.TarError as error:
         raise UserError(f"{path} is damaged or no tar archive ({error})") from None
-    if end > size:
-        raise UserError(f"{path} is cut off")
+    if end > size or not ends(path, end):  # tarfile takes a damaged header for the end
+        raise UserError(f"{path} is cut off or damaged after {len(images):,} images, or another archive was "
+                        "appended to it: at its end are no zeros")
     if inner and not images:
         raise UserError(f"{path} holds archives ({inner}) and no images; unpack it, and pass those inside")
     folders = sorted({part for one in {image[0] for image in images} for part in one.split("/")[:-1]})
     return [(name, classes.get(key, folder.rpartition("/")[2] or None), offset, length)
             for folder, name, key, offset, length in images], folders
+
+
+def ends(path, place):
+    """Whether an archive ends at a place: with a block of zeros, and nothing but zeros after it."""
+    with open(path, "rb") as file:
+        file.seek(place)
+        blocks = iter(lambda: file.read(2**20), b"")
+        first = next(blocks, b"")
+        return len(first) >= 512 and not first.strip(b"\0") and not any(b.strip(b"\0") for b in blocks)
 
 
 def index_of(paths, keep):
@@ -114,8 +131,11 @@ def index_of(paths, keep):
         found[os.path.abspath(path)] = entry
     if changed and place is not None:
         text = json.dumps(found)
-        keep.mkdir(parents=True, exist_ok=True)
-        save_atomic(lambda p: p.write_text(text), place)
+        try:
+            keep.mkdir(parents=True, exist_ok=True)
+            save_atomic(lambda p: p.write_text(text), place)
+        except (OSError, UserError) as error:  # a folder that may only be read
+            warn(f"the index of the archives is not kept, and made again each time: {error}")
     return found
 
 

@@ -95,7 +95,7 @@ def label_of(args, ckpt, prior, x):
     """The classes to draw in turn; without --classes the one that the run's judge sees in the image."""
     names = ckpt["class_names"] if prior.config.num_classes else []
     if names and not args.classes:
-        judge = find_judge(args.ckpt, ckpt, x.device)
+        judge = find_judge(args.ckpt, ckpt, x.device, names)
         if judge is None:
             raise UserError(f"{args.ckpt} is conditional: name what is to be seen with --classes, one of "
                             f"{', '.join(names[:20])}")
@@ -112,6 +112,9 @@ def edit(args, device):
 
     raises: UserError for another prior, an image or mask that cannot be read, and a mask that hides nothing
     """
+    many = args.format == "files"
+    out = args.out or args.ckpt.with_name("edit" if many else "edit.png")
+    on_rank0(lambda: writable(out / "info.json" if many else out))
     prior, ckpt = load_model(args.ckpt, ("nar",), device)
     tokenizer, decoder_ckpt = load_tokenizer_of(args.ckpt, ckpt, args.tokenizer, device)
     S, side, num = ckpt["config"]["image_size"], tokenizer.grid_size, args.num or 8
@@ -126,6 +129,14 @@ def edit(args, device):
     given = tokens.clone()
     given[:, cells.flatten()] = prior.mask_id
     settings, classes = sample_settings(args, ckpt["config"], prior), label_of(args, ckpt, prior, x)
+    note, names = ckpt["note"] or decoder_ckpt["note"], ckpt["class_names"]
+    about = dict(
+        image=str(args.edit), box=args.box, mask=args.mask and str(args.mask), onto=args.onto, seed=args.seed,
+        classes=classes and [names[c] for c in classes], prior=weights_hash(prior), note=note,
+        decoder=weights_hash(tokenizer), tokenizer=ckpt["tokenizer_hash"], **settings,
+        redrawn=cells.int().tolist(), input_tokens=tokens[0].tolist())
+    if many:
+        on_rank0(lambda: refuse_other(out / "info.json", about))
     drawn, steps = [], []
     for start in range(0, num, args.batch):
         indices = range(start, min(start + args.batch, num))
@@ -140,22 +151,20 @@ def edit(args, device):
     composites = blend(pixels.float(), images.float(), redrawn, f).round().byte()
     shown = pixels.clone()
     shown[:, hidden] = (shown[:, hidden] // 2 + 64).byte()  # greyed where it is redrawn
-    note = ckpt["note"] or decoder_ckpt["note"]
-    names = ckpt["class_names"]
-    info = dict(
-        image=str(args.edit), box=args.box, mask=args.mask and str(args.mask), onto=args.onto, seed=args.seed,
-        classes=classes and [names[c] for c in classes], prior=weights_hash(prior), note=note,
-        decoder=weights_hash(tokenizer), tokenizer=ckpt["tokenizer_hash"], **settings,
-        redrawn=cells.int().tolist(), input_tokens=tokens[0].tolist(), tokens=drawn.tolist(),
-        steps=steps.view(num, side, side).tolist())
-    write(args, pixels, shown, images, composites, info)
+    info = about | dict(tokens=drawn.tolist(), steps=steps.view(num, side, side).tolist())
+    write(out, many, pixels, shown, images, composites, info)
 
 
-def write(args, pixels, shown, images, composites, info):
-    many = args.format == "files"
-    out = args.out or args.ckpt.with_name("edit" if many else "edit.png")
+def refuse_other(note, about):
+    """raises: UserError if a folder of pictures holds those of another edit"""
+    old = json.loads(note.read_text()) if note.exists() else about
+    other = [key for key in about if old.get(key) != about[key]]
+    if other:
+        raise UserError(f"{note} tells of another edit ({other[0]} differs); pass another --out")
+
+
+def write(out, many, pixels, shown, images, composites, info):
     text = json.dumps(info, indent=None) + "\n"
-    on_rank0(lambda: writable(out / "info.json" if many else out))
     if rank() > 0:
         return
     if many:

@@ -85,9 +85,9 @@ def export(run, out, decoder=False):
     if not {"phase1", "phase2"} & {*names}:
         raise UserError(f"{run} holds no phase1.pt or phase2.pt; name the folder of a run")
     names = [name for name in names if name != "phase1" or "phase2" not in names]
+    writable(out / "README.md")
     if out.exists() and any(p.name not in {*names, "README.md"} for p in out.iterdir()):
         raise UserError(f"--out {out} holds other files; name another folder")
-    writable(out / "README.md")
     models = {name: write_model(run / f"{name}.pt", out / name) for name in names}
     if decoder:
         write_decoder(run / f"{names[0]}.pt", out / names[0] / "decoder.pt2")

@@ -116,7 +116,7 @@ def evaluate(args, device):
 
         def finish():
             seconds = rows["seconds"].sum().item()
-            for tail, path in outs.items():
+            for tail, path in reversed(outs.items()):  # the first last: where it is, all are
                 own = rows | {name: rows[name + tail] for name in ("features", "logits")}
                 numbers = results_of(protocol, own, references[tail], info, extractors[tail], names)
                 about = dict(

@@ -147,7 +147,10 @@ def report(args):
             seen = now
         if not args.watch:
             return
-        time.sleep(2)
+        try:
+            time.sleep(2)
+        except KeyboardInterrupt:
+            return
 
 
 def news(run):

@@ -8,6 +8,7 @@ and a watcher that is stopped or fails disturbs nothing. Both packages are insta
 """
 
 import argparse
+import contextlib
 import importlib
 import json
 import sys
@@ -55,7 +56,10 @@ class WandB:
 
     def __init__(self, run):
         self.wandb = package("wandb", "wandb")
-        self.run = self.wandb.init(project="seqgan", name=run.absolute().name, dir=str(run))
+        try:
+            self.run = self.wandb.init(project="seqgan", name=run.absolute().name, dir=str(run))
+        except self.wandb.errors.Error as error:
+            raise UserError(f"wandb does not start ({error}); wandb login, or WANDB_MODE=offline") from None
         self.stages = set()
 
     def numbers(self, stage, step, values):
@@ -78,21 +82,21 @@ class Follower:
     """What is new in a run folder since it was last asked."""
 
     def __init__(self, run, target):
-        self.run, self.target, self.place, self.times, self.step = run, target, 0, {}, 0
+        self.run, self.target, self.seen, self.times, self.step = run, target, set(), {}, 0
 
     def rows(self):
-        """The lines that were finished since; a line that is being written waits for the next time."""
+        """The lines that were finished since; a line that is being written waits for the next time.
+
+        The whole file is read, as a run that is resumed shortens it first; lines that stayed are not new.
+        """
         path = self.run / "metrics.jsonl"
         if not path.exists():
             return
-        if path.stat().st_size < self.place:  # begun anew
-            self.place = 0
-        with open(path, "rb") as file:
-            file.seek(self.place)
-            new = file.read()
-        whole = new[: new.rfind(b"\n") + 1]
-        self.place += len(whole)
-        for line in whole.splitlines():
+        whole = path.read_bytes()
+        for line in whole[: whole.rfind(b"\n") + 1].splitlines():
+            if hash(line) in self.seen:
+                continue
+            self.seen.add(hash(line))
             try:
                 yield json.loads(line)
             except json.JSONDecodeError:  # torn by a kill
@@ -105,15 +109,16 @@ class Follower:
             values = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
             self.target.numbers(row["stage"], row["step"], values)
             self.step, count = row["step"], count + 1
-        for path in sorted(self.run.glob("*.png")):
-            changed = path.stat().st_mtime_ns
-            if self.times.get(path) != changed:
-                try:
-                    pixels = np.asarray(Image.open(path).convert("RGB"))
-                except (OSError, SyntaxError):  # being written by something else than train.py
+        for path in sorted(self.run.glob("[!.]*.png")):  # not those that are being written
+            try:
+                changed = path.stat().st_mtime_ns
+                if self.times.get(path) == changed:
                     continue
-                self.target.picture(path.stem, pixels, self.step)
-                self.times[path], count = changed, count + 1
+                pixels = np.asarray(Image.open(path).convert("RGB"))
+            except (OSError, SyntaxError):  # being written by something else than train.py
+                continue
+            self.target.picture(path.stem, pixels, self.step)
+            self.times[path], count = changed, count + 1
         self.target.flush()
         return count
 
@@ -135,9 +140,10 @@ def main(words=None):
         follower = Follower(args.run, TARGETS[args.to](args.run))
         print0(f"{follower.follow()} rows and pictures of {args.run} handed on to {args.to}"
                + ("" if args.once else "; Ctrl-C ends watching"))
-        while not args.once:
-            time.sleep(args.every)
-            follower.follow()
+        with contextlib.suppress(KeyboardInterrupt):
+            while not args.once:
+                time.sleep(args.every)
+                follower.follow()
 
 
 if __name__ == "__main__":

@@ -172,6 +172,55 @@ def test_splits_that_would_become_one_are_refused(archives, tmp_path):
             load_data(config(tmp_path, data=f"{tmp_path}/all.tar"))
 
 
+@pytest.mark.parametrize("harm", ["bit", "cut in a header", "cut before a header", "two"])
+def test_no_image_of_a_damaged_archive_vanishes_without_a_word(archives, tmp_path, harm):
+    whole = (archives / "val.tar").read_bytes()
+    with tarfile.open(archives / "val.tar") as archive:
+        place = archive.getmembers()[10].offset
+    (tmp_path / "x.tar").write_bytes({
+        "bit": whole[: place + 3] + bytes([whole[place + 3] ^ 1]) + whole[place + 4 :],
+        "cut in a header": whole[: place + 200], "cut before a header": whole[:place],
+        "two": whole + whole}[harm])
+    with pytest.raises(UserError, match=f"{tmp_path}/x.tar is (cut off or )?damaged after"):
+        load_data(config(tmp_path, data=f"{tmp_path}/x.tar"))
+
+
+def test_an_archive_of_a_flat_folder_has_no_classes_and_hidden_folders_none(data, flat, tmp_path):
+    with tarfile.open(tmp_path / "flat.tar", "w") as archive:
+        archive.add(flat, ".")
+    theirs, ours = load_data(CONFIG | dict(data=str(flat)))[0], load_data(config(
+        tmp_path, data=f"{tmp_path}/flat.tar", val=None))[0]
+    assert ours.class_names == [] and ours.fingerprint == theirs.fingerprint
+    with tarfile.open(tmp_path / "hidden.tar", "w") as archive:
+        for name in ("./cat/1.png", "./dog/1.png", "./.thumbs/1.png", "cat/.ipynb_checkpoints/1.png",
+                     "__MACOSX/cat/1.png"):
+            add(archive, name, next((data / "val").rglob("*.png")).read_bytes())
+    files, names = plumbing.archives.scan_archives(tmp_path / "hidden.tar")
+    assert names == ["cat", "dog"] and len(files) == 2
+
+
+def test_a_link_for_an_image_is_refused_and_a_class_with_a_slash_is_one_folder(data, tmp_path):
+    image = next((data / "val").rglob("*.png")).read_bytes()
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        add(archive, "1.png", image)
+        add(archive, "1.cls", b"b/balcony")
+    (found,) = load_data(config(tmp_path, data=f"{tmp_path}/x.tar", val=f"{tmp_path}/x.tar"))[:1]
+    assert found.class_names == ["b_balcony"] and found.labels == [0]
+    with tarfile.open(tmp_path / "link.tar", "w") as archive:
+        add(archive, "a/1.png", image)
+        info = tarfile.TarInfo("a/2.png")
+        info.type, info.linkname = tarfile.LNKTYPE, "a/1.png"
+        archive.addfile(info)
+    with pytest.raises(UserError, match="a/2.png is a link; pack the images themselves"):
+        load_data(config(tmp_path, data=f"{tmp_path}/link.tar"))
+
+
+def test_where_no_index_can_be_kept_the_images_are_still_read(archives, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    files, _ = plumbing.archives.scan_archives(archives / "val.tar", keep=tmp_path / "file" / "below")
+    assert len(files) == 20 and "is not kept" in capsys.readouterr().err
+
+
 def test_archives_that_cannot_be_read_are_refused_in_one_line(archives, tmp_path):
     good = (archives / "val.tar").read_bytes()
     (tmp_path / "cut.tar").write_bytes(good[: len(good) // 2 + 100])

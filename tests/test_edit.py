@@ -1,12 +1,14 @@
 """Claims about sample.py --edit: what is not redrawn stays, token for token and pixel for pixel."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import plumbing.files
 import plumbing.images
 import recipes.options
 import sample
@@ -96,6 +98,28 @@ def test_without_classes_the_judge_of_the_run_says_what_is_seen(trained, picture
     x = plumbing.images.to_square(plumbing.images.load_rgb(picture), 32)[None, :, :, 8:40]
     seen = judge(plumbing.images.to_float(x, "cpu"), ["logit"])["logit"].argmax().item()
     assert info["classes"] == [ckpt["class_names"][seen]] and "the judge sees" in capsys.readouterr().out
+
+
+def test_a_judge_of_other_classes_names_none(trained, picture, tmp_path, capsys):
+    for name in ("nar", "phase2"):
+        shutil.copy(trained / f"{name}.pt", tmp_path)
+    ckpt = torch.load(trained / "vgg.pt", weights_only=True)
+    plumbing.files.save_checkpoint(ckpt | dict(class_names=ckpt["class_names"][::-1]), tmp_path / "vgg.pt")
+    with pytest.raises(SystemExit):
+        edit(tmp_path, picture, tmp_path / "x.png", "--box", "40,0,8,8")
+    assert "name what is to be seen with --classes" in capsys.readouterr().err
+
+
+def test_a_folder_of_another_edit_is_refused_and_the_same_one_goes_on(trained, picture, tmp_path, capsys):
+    words = ["--box", "40,0,8,8", "--format", "files", "--classes", "star", "--num"]
+    edit(trained, picture, tmp_path / "out", *words, 1)
+    before = (tmp_path / "out" / "candidate_000.png").read_bytes()
+    with pytest.raises(SystemExit):
+        edit(trained, picture, tmp_path / "out", *words, 2, "--seed", 1)
+    assert "tells of another edit (seed differs)" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "candidate_001.png").exists()
+    assert len(edit(trained, picture, tmp_path / "out", *words, 2)["tokens"]) == 2
+    assert (tmp_path / "out" / "candidate_000.png").read_bytes() == before
 
 
 def test_what_cannot_be_edited_is_refused_in_one_line(trained, picture, tmp_path, capsys):

@@ -105,6 +105,8 @@ def test_what_cannot_be_exported_or_opened_is_refused_in_one_line(trained, packa
     (tmp_path / "mine" / "thesis.tex").write_text("do not touch")
     error = refused(capsys, studies.export.main, trained, "--out", tmp_path / "mine")
     assert "holds other files" in error and (tmp_path / "mine" / "thesis.tex").read_text() == "do not touch"
+    error = refused(capsys, studies.export.main, trained, "--out", tmp_path / "mine" / "thesis.tex")
+    assert "cannot be written" in error
     studies.export.main([str(trained), "--out", str(tmp_path / "out")])
     weights = tmp_path / "out" / "ar" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")  # a bit of a weight
@@ -159,6 +161,10 @@ def test_a_watcher_hands_on_every_line_and_picture_once_and_waits_for_half_lines
     path.write_text(text + "{torn\n" + json.dumps(dict(stage="nar", step=1, loss=2.0)) + "\n")
     assert follower.follow() == 2 and follower.target.seen[2:] == [
         ("ar", 3, {"loss": 1 / 3}), ("nar", 1, {"loss": 2.0})]
+    path.write_text("".join(text.splitlines(True)[:2]))  # resumed: what stays is not handed on again
+    assert follower.follow() == 0
+    Image.new("RGB", (8, 6)).save(tmp_path / ".tmp1.samples.png")  # being written
+    assert follower.follow() == 0
     path.write_text(json.dumps(dict(stage="ar", step=1, loss=9.0)) + "\n")  # begun anew
     assert follower.follow() == 1 and follower.target.seen[-1] == ("ar", 1, {"loss": 9.0})
 
@@ -171,3 +177,10 @@ def test_the_command_looks_at_a_run_once(trained, monkeypatch, capsys):
     assert len(loggers[0].seen) == len(rows) and loggers[0].pictures
     assert {(stage, step) for stage, step, _ in loggers[0].seen} == {(r["stage"], r["step"]) for r in rows}
     assert "handed on to tensorboard" in capsys.readouterr().out
+
+    def interrupted(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(studies.watch.time, "sleep", interrupted)
+    studies.watch.main([str(trained)])  # Ctrl-C ends it without a traceback
+    assert "Ctrl-C ends watching" in capsys.readouterr().out

@@ -564,7 +564,8 @@ def test_flags_are_written_over_the_sampler_of_the_preset_and_zero_counts():
         sample.sample_settings(flags("--guidance", "2"), CONFIG, tiny_prior(NARPrior))
     assert sample.sample_settings(flags("--guidance", "2"), CONFIG, GuidedNAR)["guidance"] == 2
     with pytest.raises(UserError, match="without prior.class_dropout and knows no null class"):
-        tiny_prior(GuidedNAR).generate(torch.tensor([0]), torch.rand(1, 1), guidance=2.0)
+        prior = GuidedNAR(GuidedNAR.Config(**PRIOR, class_dropout=0.0))
+        prior.generate(torch.tensor([0]), None, guidance=2.0)
 
 
 @pytest.mark.parametrize("kind", [ARPrior, NARPrior, GuidedAR, GuidedNAR])
