@@ -23,9 +23,10 @@ from studies.verdicts import Spread, judge_claims
 from visualize import draw, stability
 
 ENDS = ("alpha=0", "alpha=1")
-ROWS = [Row(f"{name}, seed {seed}", f"{name}|{seed}", {}, ())  # all seeds of the ends first
-        for names in (ENDS, [name for name in CLAIMS if name not in ENDS])
-        for seed in range(3) for name in names if seed < CLAIMS[name].seeds]
+ORDER = (ENDS, ("alpha=0.4",), ("literal", "longer", "no-attention", "fewer-codes"),
+         ("alpha=0.2", "alpha=0.6", "alpha=0.8"), ("D", "E"), ("five-pools,alpha=0", "five-pools,alpha=1"))
+ROWS = [Row(f"{name}, seed {seed}", f"{name}|{seed}", {}, ())  # the protocol's order, all seeds of a group
+        for names in ORDER for seed in range(3) for name in names if seed < CLAIMS[name].seeds]
 
 
 class Claims(Table):
