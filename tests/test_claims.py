@@ -139,8 +139,10 @@ def test_the_arms_are_those_of_the_protocol_and_each_is_trained_and_measured_ali
     table = studies.claims.Claims(args)
     assert [row.name for row in table.table["rows"]] == [  # cut short, it has the ends of alpha and all seeds
         "alpha=0|0", "alpha=1|0", "alpha=0|1", "alpha=1|1", "alpha=0|2", "alpha=1|2", "alpha=0.4|0",
-        "alpha=0.2|0", "alpha=0.6|0", "alpha=0.8|0", "literal|0", "no-attention|0", "longer|0", "D|0", "E|0",
-        "fewer-codes|0", "five-pools,alpha=0|0", "five-pools,alpha=1|0", "alpha=0.4|1", "alpha=0.4|2"]
+        "alpha=0.4|1", "alpha=0.4|2", "literal|0", "longer|0", "no-attention|0", "fewer-codes|0",
+        "alpha=0.2|0", "alpha=0.6|0", "alpha=0.8|0", "D|0", "E|0", "five-pools,alpha=0|0",
+        "five-pools,alpha=1|0"]
+    assert {row.name.split("|")[0] for row in table.table["rows"]} == set(recipes.ablations.CLAIMS)
     missing = dict(table.missing())
     counts = {"judge and scorer": 4, "alpha=1, seed 1": 4 + 7, "alpha=0, seed 2": 3 + 4,
               "alpha=0.4, seed 1": 1 + 1, "no-attention, seed 0": 2 + 6}
