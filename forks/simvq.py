@@ -1,5 +1,6 @@
 """SimVQ (arXiv 2411.02038): the codes are a frozen random table times one learned matrix."""
 
+import torch
 from torch import nn
 
 from recipes.small import of_fork
@@ -17,7 +18,8 @@ class LinearlyMovedQuantizer(VectorQuantizer):
 
     @property
     def codes(self):  # (K, n_z) float32
-        return self.normalize(self.basis(self.codebook.weight.float()))
+        with torch.autocast(self.codebook.weight.device.type, enabled=False):
+            return self.normalize(self.basis(self.codebook.weight.float()))
 
 
 class SimVQTokenizer(VQTokenizer):

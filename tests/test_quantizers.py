@@ -35,6 +35,8 @@ def test_training_and_encoding_give_the_same_tokens_and_decoding_the_same_codes(
     z_st, indices, losses = q(z)
     assert torch.equal(indices, q.quantize(z)) and indices.min() >= 0 and indices.max() < 24
     torch.testing.assert_close(z_st, q.lookup(indices), rtol=0, atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):  # codes stay float32
+        torch.testing.assert_close(z_st, q.lookup(indices), rtol=0, atol=1e-6)
     assert set(losses) <= set(kind.WEIGHTS) and all(loss.dim() == 0 for loss in losses.values())
     (z_st.square().sum() + sum(losses.values())).backward()
     assert z.grad.isfinite().all() and (z.grad != 0).any()
