@@ -213,6 +213,12 @@ def test_help_is_told_without_torch(script):
     assert "usage" in done.stdout and done.stderr.strip() == "False", done.stderr
 
 
+def test_the_scripts_start_without_the_compiler():
+    code = "import sys, train, sample, visualize; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "False", done.stderr  # it takes as long to import as all the rest of torch
+
+
 def test_every_folder_is_told_in_the_readme():
     text = Path(ROOT / "README.md").read_text()
     assert all(f"`{folder}/`" in text for folder in (*FOLDERS, "docs"))
