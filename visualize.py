@@ -241,18 +241,20 @@ def figure_phases(figure, args, device):
         files = args.tokenizer or [Path(path).with_name(f"{phase}.pt") for phase in ("phase1", "phase2")]
         if len(files) != 2:
             raise UserError("--tokenizer takes two files here, of phase 1 and of phase 2")
-        first, second = (load_tokenizer_of(path, ckpt, file, device)[0] for file in files)
-        num = min(args.num or 64, 6 if figure == "fig7a" else 3)
+        (first, one), (second, two) = (load_tokenizer_of(path, ckpt, file, device) for file in files)
+        if (one["stage"], two["stage"]) != ("phase1", "phase2"):
+            raise UserError(f"--tokenizer takes phase 1 first, then phase 2; {files[0]} is {one['stage']}")
+        num = args.num or 64
         classes = prior.config.num_classes
         labels = torch.arange(num, device=device) % classes if classes else None
         tokens = generate_tokens(prior, labels, ckpt["config"]["seed"], range(num), ckpt["config"]["sample"])
         one, two = decode(first, tokens), decode(second, tokens)
         change = (one - two).abs()
         numbers.append(dict(
-            ckpt=str(path), stage=ckpt["stage"], tokens=tokens.tolist(), note=ckpt["note"],
+            ckpt=str(path), stage=ckpt["stage"], num_images=num, tokens=tokens.tolist(), note=ckpt["note"],
             mean_difference=change.mean().item(), largest_difference=change.max().item(),
             psnr_between=psnr(one, two).mean().item()))
-        for i in range(num):
+        for i in range(min(num, 6 if figure == "fig7a" else 3)):
             row = [("phase 1", one[i], ""), ("phase 1 + 2", two[i], "")]
             if figure == "fig7a":
                 row.append(("difference × 4", (change[i].mean(0) * 2).clamp(0, 1), ""))
@@ -318,12 +320,13 @@ def figure_losses(args, device):
     for i, path in enumerate(args.ckpt):
         ckpt = read_checkpoint(path, ("ar", "nar"))
         rows = [row for row in read_metrics(Path(path).with_name("metrics.jsonl"))
-                if row["stage"] == ckpt["stage"] and "val_loss" in row]
+                if row["stage"] == ckpt["stage"] and row.get("val_loss") is not None]
         if not rows:
             raise UserError(f"no validation losses of {path} in {Path(path).with_name('metrics.jsonl')}")
         entropy, name = rows[-1]["unigram_entropy"], Path(path).absolute().parent.name
         steps, losses = [row["step"] for row in rows], [row["val_loss"] for row in rows]
-        for axis, values in zip(axes, (losses, [loss / entropy for loss in losses]), strict=True):
+        relative = [loss / (entropy or math.nan) for loss in losses]  # one code has no entropy
+        for axis, values in zip(axes, (losses, relative), strict=True):
             axis.plot(steps, values, "osD^vPX"[i % 7] + "-", markersize=3, color=f"C{i}",
                       label=f"{name} {ckpt['stage'].upper()} ({told_loss(ckpt['config']['phase1'])})")
         numbers.append(dict(ckpt=str(path), stage=ckpt["stage"], **alpha_of(ckpt["config"]), steps=steps,

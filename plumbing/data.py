@@ -25,7 +25,7 @@ class FolderData(ImageData):
         super().__init__(image_size, seed, class_names)
         self.files = files
         number = {name: label for label, name in enumerate(class_names)}
-        self.labels = [number[path.rsplit(os.sep, 2)[1]] if class_names else 0 for path in files]
+        self.labels = [number[path.rsplit(os.sep, 2)[-2]] if class_names else 0 for path in files]
 
     def __len__(self):
         return len(self.files)
@@ -54,7 +54,7 @@ class FolderData(ImageData):
         digest = hashlib.sha256()
         for index, path in enumerate(self.files):
             with contextlib.suppress(OSError):  # a dangling link has no size
-                name = os.sep.join(path.rsplit(os.sep, 2)[1 if self.class_names else 2 :])
+                name = os.sep.join(path.rsplit(os.sep, 2)[-2 if self.class_names else -1 :])
                 digest.update(f"{name} {self.size(index)}\n".encode(errors="surrogateescape"))
         return [len(self), digest.hexdigest()[:16]]
 
@@ -97,10 +97,11 @@ class Cifar10(ImageData):
         data = TorchvisionCifar10(folder, train=train)
         super().__init__(image_size, seed, data.classes)
         self.images, self.labels = data.data, data.targets
+        self.fingerprint = [len(data), "cifar10"]
         if limit and limit < len(data):
+            self.fingerprint = [limit, f"cifar10, seed {seed}"]
             chosen = random.Random(mix(seed, "limit")).sample(range(len(data)), limit)
             self.images, self.labels = self.images[chosen], [self.labels[i] for i in chosen]
-        self.fingerprint = [len(self), "cifar10"]
 
     def __len__(self):
         return len(self.images)
@@ -163,6 +164,8 @@ def load_data(config, keep=None):
     keep: a folder, that of the run, for the index of archives
     """
     source, S, seed, limit = config["data"], config["image_size"], config["seed"], config["limit"]
+    if source in ("shapes", "cifar10") and config["val"] is not None:
+        raise UserError(f"{source} has validation images of its own: leave --val out")
     if source == "shapes":
         return Shapes("train", limit or 20_000, S, seed), Shapes("val", 1_000, S, seed)
     if source is None:

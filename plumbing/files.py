@@ -133,15 +133,16 @@ def newest_intact(path):
         warn(f"{name} is damaged and now called {name.with_suffix('.damaged').name}; going on from {good}")
     if good == names[0]:
         promote(path)
-        return path
-    return good
+    elif good == names[2]:  # the next command looks for X.pt
+        os.replace(good, path)
+    return path if good else None
 
 
 def read_checkpoint(path, stages):
     """The checkpoint dict in `path`, which must be of one of `stages`. Pickled code is never executed.
 
     Keys: format, stage, step, config (the run's preset), model_config, model (weights), ema (weights or
-    None), class_names, tokenizer_hash, fingerprint (of the data), note; to go on with: train (optimizers),
+    None), class_names, tokenizer_hash, fingerprint (of the data), judge (hash of that in a phase's loss), note; to go on with: train (optimizers),
     world (processes), seconds, skips (updates left out).
     """
     path = Path(path)

@@ -56,7 +56,7 @@ def train_judge(run, stage):
             logits = net(normalize_images(x))
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=c["label_smoothing"])
         loss.backward()
-        run.update(optimizer, "judge")
+        run.update(optimizer, "judge", c["clip"])
         if ema:
             ema.update_parameters(judge)
         if run.due("log", stage, step):

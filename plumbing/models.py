@@ -91,7 +91,7 @@ def earlier_tokenizer(run, stages, *also):
     With --stage all FILE gave phase 1 its first weights, and later stages build on what became of them.
     """
     given = run.args.tokenizer if run.args.stage != "all" else None
-    found = [run.out / f"{s}.pt" for s in stages if (run.out / f"{s}.pt").exists()]
+    found = on_rank0(lambda: [run.out / f"{s}.pt" for s in stages if (run.out / f"{s}.pt").exists()])
     if not given and not found:
         raise UserError(f"no {run.out / 'phase1.pt'}: run --stage phase1 first, or pass --tokenizer FILE")
     tokenizer, ckpt = load_model(given or on_rank0(lambda: newest_intact(found[-1])), stages, run.device)
@@ -103,6 +103,9 @@ def earlier_tokenizer(run, stages, *also):
             warn(f"stage {ckpt['stage']} ended at step {ckpt['step']} of {run.steps(ckpt['stage'])}")
     if tokenizer.config.image_size != run.config["image_size"]:
         raise UserError(f"{given} is for {tokenizer.config.image_size}-pixel images, this preset for others")
+    alpha = ckpt["config"]["phase1"]["alpha"]
+    if run.args.alpha not in (None, alpha) and run.args.stage != "all" and rank() == 0:
+        warn(f"--alpha {run.args.alpha:g} changes nothing here: the tokenizer was trained with {alpha:g}")
     run.config = dict(run.config, phase1=ckpt["config"]["phase1"])
     return tokenizer, ckpt
 

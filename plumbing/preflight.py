@@ -122,6 +122,8 @@ def check_batch(run, stage):
     """raises: UserError for a batch that the processes cannot share; a note tells of odd micro-batches"""
     c, count = run.config[SECTION[stage]], world()
     batch = c["batch"]
+    if stage == run.args.stage and SECTION[stage] == "judge" and run.args.micro_batch:
+        raise UserError(f"{stage} takes no --micro-batch: its BatchNorm needs the whole batch; pass --batch")
     if batch % count:
         nearest = " or ".join(str(n) for n in (batch // count * count, (batch // count + 1) * count) if n)
         raise UserError(f"batch {batch} cannot be split over {count} processes; use {nearest}")

@@ -99,7 +99,7 @@ def one_line_errors():
             print("error: out of GPU memory; pass a smaller --batch (visualize.py: --num)", file=sys.stderr)
             sys.exit(1)
         except (UserError, OSError) as error:
-            if speaks() or not getattr(error, "shared", False):
+            if launched()[1] == 0 or not getattr(error, "shared", False):  # one voice a machine
                 print(f"error: {error}", file=sys.stderr)
             sys.exit(getattr(error, "code", 1))
         finally:
@@ -123,7 +123,8 @@ def setup_device(name, timeout=1800):
         warn("RANK or LOCAL_RANK is set without WORLD_SIZE, so neither is heeded: this is the only process")
     if name == "cuda" and local_rank >= torch.cuda.device_count():
         raise UserError(
-            f"more processes than the {torch.cuda.device_count()} visible GPUs; lower --nproc_per_node")
+            f"more processes than the {torch.cuda.device_count()} visible GPUs; lower --nproc_per_node",
+            shared=False)
     device = torch.device(name, local_rank) if name == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)

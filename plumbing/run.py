@@ -127,6 +127,8 @@ class Run:
         """
         path, c, self.made_from = self.out / f"{stage}.pt", self.config[SECTION[stage]], made_from
         on_rank0(self.claim)
+        seen = stage in ("phase1", "phase2") and "judge" in self.__dict__  # loaded, so in the loss
+        self.seen_by = weights_hash(self.judge) if seen else None
         step, seconds, self.skips, self.skips_told = 0, 0.0, {}, {}
         file = on_rank0(lambda: newest_intact(path))
         if file:
@@ -135,6 +137,9 @@ class Run:
             if made_from not in (None, ckpt["tokenizer_hash"]):
                 raise UserError(f"{file} was made with tokenizer {ckpt['tokenizer_hash']}, not with "
                                 f"{made_from} as here; move it away or use another --out")
+            if self.seen_by not in (None, ckpt.get("judge", self.seen_by)):
+                raise UserError(f"{file} was trained with another judge than that of here (more steps, or "
+                                "another --vgg); use that one, or another --out")
             refuse_other_images(file, ckpt, self)
             if ckpt["world"] != world():
                 print0(f"note: {ckpt['world']} processes wrote {file} and {world()} go on: the batches are "
@@ -314,7 +319,7 @@ class Run:
             format=FORMAT, stage=stage, step=step + 1, config=self.config, model_config=config,
             model=model.state_dict(), ema=ema and ema.module.state_dict(),
             class_names=self.train.class_names, fingerprint=self.fingerprint, tokenizer_hash=tokenizer_hash,
-            note=self.note, world=world(), seconds=time.time() - self.clock,
+            judge=self.seen_by, note=self.note, world=world(), seconds=time.time() - self.clock,
             skips={name: pair.tolist() for name, pair in self.skips.items()},
             train={name: thing.state_dict() for name, thing in dict(train, ema=ema).items() if thing})
         bad = not_finite(ckpt)

@@ -2,7 +2,8 @@
 
 from plumbing.data import is_folder
 from plumbing.errors import UserError
-from plumbing.files import read_checkpoint
+from plumbing.files import newest_intact, read_checkpoint
+from plumbing.processes import on_rank0
 
 SECTION = dict(  # stage -> preset section
     vgg="judge", resnet="judge", phase1="phase1", phase2="phase2", ar="ar", nar="nar")
@@ -45,6 +46,7 @@ def refuse_other_images(path, ckpt, run):
 
 def needs_judge(run):
     """Whether a phase would train the run's judge first."""
-    own = run.out / "vgg.pt"
-    return run.config["vgg"] == "judge" and not (
-        own.exists() and read_checkpoint(own, ["vgg"])["step"] >= run.steps("vgg"))
+    if run.config["vgg"] != "judge":
+        return False
+    own = on_rank0(lambda: newest_intact(run.out / "vgg.pt"))
+    return not (own and read_checkpoint(own, ["vgg"])["step"] >= run.steps("vgg"))

@@ -28,12 +28,14 @@ def ratio(run, sums):
 def evaluate_tokenizer(run, stage, step, tokenizer, limit=1000):
     """PSNR, L1 and hard codebook usage on validation images; a sheet of inputs above reconstructions."""
     tokenizer.eval()
-    sums, counts = [0.0, 0.0, 0], 0
+    none = torch.zeros(1, *tokenizer.token_shape, dtype=torch.int64, device=run.device)
+    counts = torch.zeros_like(count_codes(none, tokenizer.codebook_size), dtype=torch.float32)
+    sums = [0.0, 0.0, 0]  # a process may have no image
     for _, x in val_batches(run, limit):
         with run.autocast:
             tokens = tokenizer.encode(x)
             x_hat = tokenizer.decode(tokens).float()
-        counts = counts + count_codes(tokens, tokenizer.codebook_size).float()
+        counts += count_codes(tokens, tokenizer.codebook_size)
         values = psnr(x, x_hat).sum().item(), (x - x_hat).abs().mean((1, 2, 3)).sum().item(), len(x)
         sums = [a + b for a, b in zip(sums, values, strict=True)]
     val_psnr, val_l1 = ratio(run, sums)

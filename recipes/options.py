@@ -128,7 +128,8 @@ def put(config, item):
     *section, key = place.split(".")
     target = config[section[0]] if section and isinstance(config.get(section[0]), dict) else config
     known = key in target or section == ["tokenizer"]
-    if not text or len(section) > 1 or (section and target is config) or not known or key == "fork":
+    wrong = not known or key == "fork" or isinstance(target.get(key), dict)  # a section as a whole
+    if not text or len(section) > 1 or (section and target is config) or wrong:
         raise ValueError(f"--set {item}: expected SECTION.KEY=VALUE with a key of the preset")
     try:
         value = json.loads(text)
@@ -309,6 +310,12 @@ def visualize_args(words=None):
         parser.error(str(error))
     if args.figure in ("claims", "forks") and args.preset not in small.PRESETS:
         parser.error(f"{args.figure} trains its own judge: --preset claims, demo or cifar10")
+    if args.figure == "report" and len(args.files) > 1:
+        parser.error(f"report is of one run, got {len(args.files)}")
+    if args.tokenizer and args.figure in ("fig8", "fig10", "fq_alone", "fq_map"):
+        parser.error(f"{args.figure} reads no --tokenizer")
+    if len(args.ckpt) > 1 and args.figure in ("fig3", "fq_alone", "fq_map"):
+        parser.error(f"{args.figure} is of one --ckpt, got {len(args.ckpt)}")
     if args.watch and args.figure != "report":
         parser.error(f"--watch is of report, not of {args.figure}")
     if args.vgg and args.figure != "balance":

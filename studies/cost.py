@@ -85,18 +85,19 @@ def explain(config, networks, processes=8):
     first, second, disc, judge = networks["phase1"], networks["phase2"], networks["disc"], config["judge"]
     N, *k = first.token_shape
     sizes = dict(config["tokenizer"], image_size=config["image_size"])
-    own = (judge["width"], 10, judge["hidden"]) if config["vgg"] == "judge" else ()
+    own = dict(width=judge["width"], num_classes=10, hidden=judge["hidden"], skip_pools=judge["skip_pools"])
     with torch.device("meta"):
-        table1 = {name: VQTokenizer(TokenizerConfig(**sizes, **{name: 2})) for name in (
+        table1 = {name: VQTokenizer(TokenizerConfig(**sizes | {name: 2})) for name in (
             "num_attention", "decoder_extra_blocks")} if config["fork"] is None else {}
-        prior = {n: type(networks["ar"])(replace(networks["ar"].config, num_classes=n)) for n in (0, 1000)}
-        taps = VGGTaps(build_vgg16(*own))
+        prior = {(name, n): type(networks[name])(replace(networks[name].config, num_classes=n))
+                 for name in ("ar", "nar") for n in (0, 1000)}
+        taps = VGGTaps(build_vgg16(**own if config["vgg"] == "judge" else {}))
     vgg = networks.get("vgg", taps)
     with FakeTensorMode():  # as "meta", but autocast and attention believe to be on a CPU
         for network in (vgg, taps, first, second, disc, *prior.values()):
             to_fake(network)
         x, tokens = torch.zeros(1, 3, *[config["image_size"]] * 2), torch.zeros(1, N, *k, dtype=torch.int64)
-        label = torch.zeros(1, dtype=torch.int64)
+        label, noise = torch.zeros(1, dtype=torch.int64), torch.zeros(1, N + 1)
         if config["vgg"] == "judge":
             stage("vgg (10 classes assumed)", judge)
             row("judge, a narrow VGG-16", vgg, "trainable", judge)
@@ -142,7 +143,9 @@ def explain(config, networks, processes=8):
                                           for label, name in names.items()))
         for name in ("ar", "nar"):
             stage(f"{name}, {first.grid_size}^2 tokens of {first.codebook_size} codes", config[name])
-            row("prior, unconditional", prior[0], "trainable", config[name])
-            row("prior, 1000 classes", prior[1000], "trainable", config[name])  # one network, so one cost
-            flops, kept = cost([lambda: prior[1000](tokens, label).sum().backward()], prior[1000])
-            print_cost(name, config[name], flops, kept, count(prior[1000]), 0, processes)
+            free, told = prior[name, 0], prior[name, 1000]
+            row("prior, unconditional", free, "trainable", config[name])
+            row("prior, 1000 classes", told, "trainable", config[name])
+            shown = told.inputs(tokens, noise)[0]
+            flops, kept = cost([lambda told=told, shown=shown: told(shown, label).sum().backward()], told)
+            print_cost(name, config[name], flops, kept, count(told), 0, processes)

@@ -99,7 +99,9 @@ def evaluate(args, device):
             mine[tail] |= {key: references[tail][key] for key in HOW if key.startswith("reference")}
             old = read_result(path) if path.exists() else {}
             if any(old.get(k) != v for k, v in mine[tail].items() if old and k != "extractor"):
-                aside = path.with_name(f"{path.stem}.previous.{old['images_hash']}.json")
+                name, n = f"{path.stem}.previous.{old['images_hash']}", 1
+                while (aside := path.with_name(f"{name}.json" if n == 1 else f"{name}.{n}.json")).exists():
+                    n += 1  # the same images, measured in another way
                 os.replace(path, aside)
                 print0(f"note: {path} held another result, now {aside.name}")
             if path.exists():

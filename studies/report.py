@@ -1,6 +1,7 @@
 """The report of a run: one HTML file that needs nothing else."""
 
 import base64
+import contextlib
 import html
 import io
 import math
@@ -12,7 +13,7 @@ from plumbing.codes import codebook_usage, count_codes
 from plumbing.data import images_of, with_data
 from plumbing.drawing import new_figure, pyplot
 from plumbing.errors import UserError
-from plumbing.files import latent_hash, read_checkpoint, read_metrics, save_atomic, writable
+from plumbing.files import intact, latent_hash, read_checkpoint, read_metrics, save_atomic, writable
 from plumbing.images import make_sheet, to_float, to_uint8
 from plumbing.models import load_model, load_tokenizer_of
 from plumbing.processes import print0, setup_device
@@ -134,23 +135,21 @@ def draw_curves(rows):
 
 def report(args):
     """`visualize.py report RUN`; with --watch again whenever the run has new files, until it is stopped."""
-    seen = None
-    while True:
-        now = news(args.files[0])
-        if now != seen:
-            try:
-                write_report(args)
-            except UserError as error:
-                if not args.watch:
-                    raise
-                print0(f"waiting: {error}")
-            seen = now
-        if not args.watch:
-            return
-        try:
+    with contextlib.suppress(*[KeyboardInterrupt] * args.watch):
+        seen = None
+        while True:
+            now = news(args.files[0])
+            if now != seen:
+                try:
+                    write_report(args)
+                except UserError as error:
+                    if not args.watch:
+                        raise
+                    print0(f"waiting: {error}")
+                seen = now
+            if not args.watch:
+                return
             time.sleep(2)
-        except KeyboardInterrupt:
-            return
 
 
 def news(run):
@@ -194,7 +193,7 @@ def write_report(args):
     config = with_data(config, args.data)
     x, shown = to_float(x, device), min(8, len(x))
     tokens = torch.cat([last.encode(part) for part in x.split(50)])
-    codes = torch.load(run / "codes.pt", weights_only=True, mmap=True) if (run / "codes.pt").is_file() else {}
+    codes = torch.load(run / "codes.pt", weights_only=True, mmap=True) if intact(run / "codes.pt") else {}
     known = codes["val"].long() if codes.get("key", [""])[0] == latent_hash(last) else tokens.cpu()
     counts = count_codes(known, last.codebook_size)
     usage, perplexity = codebook_usage(counts)

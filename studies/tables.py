@@ -179,15 +179,12 @@ class Table:
                 launch, nproc = [sys.executable], self.args.nproc
                 if nproc > 1:
                     launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
-                with open(path.parent / "log.txt", "a") as log:
-                    done = subprocess.run([*launch, script, *words[1:]], stdout=log, text=True,
-                                          stderr=subprocess.PIPE)
-                    log.write(done.stderr)
-                if done.returncode:
-                    lines = done.stderr.strip().splitlines() or ["no message"]
+                code, told = finish([*launch, script, *words[1:]], path.parent / "log.txt")
+                if code:
+                    lines = told.strip().splitlines() or ["no message"]
                     reason = [line for line in lines if line.startswith("error: ")][-1:] or lines[-1:]
                     reason = reason[0].removeprefix("error: ")
-                    failed.append(f"{label}: {words[0]} ended with {done.returncode}: {reason}")
+                    failed.append(f"{label}: {words[0]} ended with {code}: {reason}")
                     print0(f"failed ({reason}); the next row goes on")
                     break
                 spent.setdefault(kind(words), []).append(time.time() - start)
@@ -236,9 +233,11 @@ class Table:
                           *(number(row["ours"].get(c)) for c in (*columns, *extra))])
         text = print_table(lines)
         sets = "".join(f" --set {item}" for item in self.args.set)
+        more = "".join(f" --{key} {getattr(self.args, key)}" for key in ("data", "stages", "samples", "extractor")
+                       if getattr(self.args, key))
         about = dict(
             title=self.table["title"], preset=self.args.preset, paper_scale=self.table["scale"],
-            command=f"python visualize.py {self.name} --preset {self.args.preset}{sets} --run",
+            command=f"python visualize.py {self.name} --preset {self.args.preset}{sets}{more} --run",
             how={stage: {key: result[key] for key in ("extractor", *HOW)} for stage, result in first.items()},
             threads=torch.get_num_threads(), torch=torch.__version__, rows=rows)
         self.root.mkdir(parents=True, exist_ok=True)
@@ -251,6 +250,24 @@ class Table:
             for _, words in commands:
                 print0(f"  {self.shown(words)}")
         print0(f"\nwrote {self.root / self.name}.json and .md")
+
+
+def finish(words, log):
+    """(exit code, standard error) of a command, whose output goes to a file.
+
+    Ctrl-C reaches the command too, which saves and ends; a second one ends it at once.
+    raises: UserError after Ctrl-C
+    """
+    with open(log, "a") as file:
+        with subprocess.Popen(words, stdout=file, stderr=subprocess.PIPE, text=True) as child:
+            try:
+                told, stopped = child.communicate()[1], False
+            except KeyboardInterrupt:
+                told, stopped = child.communicate()[1], True
+        file.write(told)
+    if stopped:
+        raise UserError("stopped; the same command with --run goes on from there", code=130)
+    return child.returncode, told
 
 
 def kind(words):

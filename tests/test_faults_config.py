@@ -319,3 +319,29 @@ def test_the_note_on_groups_comes_once_and_only_with_the_style_discriminator(
     out = earlier(trained, tmp_path / "out", "phase1")
     call("phase1", out, data, "--micro-batch", 3, **sets, **{"phase1.steps": 1})
     assert capsys.readouterr().out.count("note: phase1: in micro-batches of 2 and 3 images") == notes
+
+
+@pytest.mark.parametrize("item", ['phase1={"lr": 1}', "discriminator={}", "judge={}", "sample={}"])
+def test_a_section_as_a_whole_is_no_value(item, capsys):
+    with pytest.raises(SystemExit) as stop:
+        recipes.options.train_args(["--stage", "phase1", "--preset", "demo", "--set", item])
+    assert stop.value.code == 2 and "expected SECTION.KEY=VALUE" in capsys.readouterr().err
+
+
+def test_a_flag_that_changes_nothing_is_refused_or_told(trained, data, tmp_path, capsys):
+    assert "its BatchNorm needs the whole batch" in refusal(
+        capsys, "vgg", tmp_path / "x", data, "--micro-batch", 4)
+    out = earlier(trained, tmp_path / "out", "ar")
+    call("ar", out, data, "--alpha", 0, "--steps", 1)
+    assert "--alpha 0 changes nothing here: the tokenizer was trained with 1" in capsys.readouterr().err
+
+
+def test_more_processes_than_gpus_are_told_by_the_process_that_has_none(monkeypatch, capsys):
+    launch = dict(WORLD_SIZE=2, RANK=1, LOCAL_RANK=1, MASTER_ADDR="localhost", MASTER_PORT=1)
+    for name, value in launch.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(SystemExit) as stop, plumbing.processes.one_line_errors():
+        plumbing.processes.setup_device("cuda")
+    assert stop.value.code == 2 and "more processes than the 1 visible GPUs" in capsys.readouterr().err

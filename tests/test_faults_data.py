@@ -193,12 +193,31 @@ class FakeCifar10:
         return len(self.data)
 
 
+@pytest.mark.parametrize("kind", ["data", "flat"])
+def test_a_folder_is_the_same_under_its_relative_and_its_absolute_name(request, monkeypatch, kind):
+    folder = request.getfixturevalue(kind) / ("train" if kind == "data" else "")
+    (whole, val) = load(folder)
+    for place, name in ((folder, "."), (folder.parent, folder.name)):
+        monkeypatch.chdir(place)
+        here = load(name)
+        assert [data.fingerprint for data in here] == [whole.fingerprint, val.fingerprint]
+        assert here[0].labels == whole.labels and here[0].class_names == whole.class_names
+    (first, *others) = whole.files
+    renamed = plumbing.data.FolderData([f"{first}x", *others], whole.class_names, 32, 0)
+    assert renamed.fingerprint != whole.fingerprint
+
+
+def test_built_in_images_take_no_others_for_validation(flat):
+    assert "has validation images of its own" in refused_data("shapes", flat)
+
+
 def test_limit_draws_from_cifar10_by_the_seed_and_changes_its_fingerprint(monkeypatch):
     monkeypatch.setattr("torchvision.datasets.CIFAR10", FakeCifar10)
     whole, few, again, other = (load("cifar10", limit=limit, seed=seed) for limit, seed in
                                 ((None, 0), (7, 0), (7, 0), (7, 1)))
     assert (len(whole[0]), len(few[0]), len(few[1])) == (50, 7, 10)
-    assert whole[0].fingerprint == [50, "cifar10"] and few[0].fingerprint == [7, "cifar10"]
+    assert whole[0].fingerprint == [50, "cifar10"] and few[0].fingerprint[0] == 7
+    assert few[0].fingerprint == again[0].fingerprint != other[0].fingerprint  # other images of it
     drawn = [[int(data.pixels(i)[0, 0, 0]) for i in range(7)] for data in (few[0], again[0], other[0])]
     assert len(set(drawn[0])) == 7 and drawn[0] == drawn[1] != drawn[2]
     assert [few[0].label(i) for i in range(7)] == [colour % 2 for colour in drawn[0]]

@@ -4,10 +4,13 @@ import hashlib
 import inspect
 import json
 import math
+import types
 from urllib.error import URLError
 
 import pytest
 import torch
+import forks.fqgan.figures
+import forks.fqgan.teachers
 import plumbing.preflight
 import recipes.options
 import studies.cost
@@ -24,6 +27,7 @@ from forks.fqgan.prior import FactorizedAR, FactorizedNAR, rotary_angles, rotate
 from forks.fqgan.prior import FactorizedConfig as PriorConfig
 from forks.guidance import guide
 from forks.lfq import LookupFreeQuantizer
+from plumbing.errors import UserError
 from plumbing.models import load_model
 from forks.fqgan.tokenizer import Branch, FactorizedConfig, FactorizedQuantizer, FactorizedTokenizer
 from forks.vqgan import MapAttention
@@ -619,6 +623,31 @@ def test_the_presets_of_the_article_build_its_networks(capsys):
     args, config = recipes.options.train_args(["--preset", "fqgan-dual", "--explain"])
     studies.cost.explain(config, plumbing.preflight.build_on_meta(config, recipes.options.STAGES))
     assert "417,104,896" in capsys.readouterr().out
+
+
+def test_the_share_of_the_classes_is_a_share_also_where_they_are_unequal(monkeypatch):
+    points = torch.tensor([0.0] * 9 + [1.0]).view(10, 1, 1, 1).expand(10, 3, 1, 1)
+    tokenizer = types.SimpleNamespace(code_maps=lambda tokens: [points])
+    images = types.SimpleNamespace(class_names=["a", "b"], label=lambda i: int(i == 9))
+
+    def loaded(args, device):
+        return tokenizer, dict(note=""), images, torch.zeros(num), torch.zeros(num, 1, 1)
+
+    monkeypatch.setattr(forks.fqgan.figures, "load_factorized", loaded)
+    num = 10
+    _, numbers = forks.fqgan.figures.figure_map(types.SimpleNamespace(ckpt=["x"]), "cpu")
+    assert numbers[0]["class_share"] == pytest.approx(1.0)
+    num = 1
+    with pytest.raises(UserError, match="at least two images"):
+        forks.fqgan.figures.figure_map(types.SimpleNamespace(ckpt=["x"]), "cpu")
+
+
+def test_a_teacher_stands_where_its_width_stands():
+    config = recipes.options.find_preset("demo-fq")
+    forks.fqgan.teachers.check_teachers(config)
+    config["phase1"]["teachers"] = config["phase1"]["teachers"][::-1]
+    with pytest.raises(ValueError, match="null where tokenizer.teacher_widths is 0"):
+        forks.fqgan.teachers.check_teachers(config)
 
 
 def test_the_answer_to_the_exercise_is_a_quantizer_of_at_most_40_lines():

@@ -456,6 +456,35 @@ def test_another_result_moves_the_old_one_aside(run, scorer, references):
     for old in (first, second):  # none is lost
         assert json.loads((run / f"result.previous.{old['images_hash']}.json").read_text()) == old
     assert third["seed"] == 2
+    path, kept = run / "result.json", []
+    for name in ("one", "two"):  # the same images by two other networks
+        kept.append(json.loads(path.read_text()) | dict(extractor_hash=name))
+        path.write_text(json.dumps(kept[-1]))
+        measure(run, "ar.pt", scorer, references, "--num", 30, "--seed", 2)
+    aside = [json.loads(p.read_text()) for p in run.glob(f"result.previous.{third['images_hash']}*.json")]
+    assert all(old in aside for old in kept) and len(aside) == 2
+
+
+def test_ctrl_c_lets_the_command_of_a_table_save_and_end(tmp_path, monkeypatch):
+    class Child:
+        asked = 0
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def communicate(self):
+            self.asked += 1
+            if self.asked == 1:
+                raise KeyboardInterrupt
+            return None, "interrupted, saved\n"
+
+    monkeypatch.setattr(studies.tables.subprocess, "Popen", lambda *words, **how: Child())
+    with pytest.raises(UserError, match="goes on from there") as stop:
+        studies.tables.finish(["train.py"], tmp_path / "log.txt")
+    assert stop.value.code == 130 and (tmp_path / "log.txt").read_text() == "interrupted, saved\n"
 
 
 @pytest.mark.dist
@@ -723,11 +752,11 @@ def in_process(monkeypatch, fail=()):
 
     ran = []
 
-    def run(words, stdout=None, **_):
+    def finish(words, log):
         ran.append(words[1:])
         code, message = 0, ""
         if any(word in fail for word in words):
-            return subprocess.CompletedProcess(words, 1, stderr="first line\nout of luck")
+            return 1, "first line\nout of luck"
         try:
             if words[1].endswith("train.py"):
                 train.main(*recipes.options.train_args(words[2:]))
@@ -735,9 +764,9 @@ def in_process(monkeypatch, fail=()):
                 sample.main(recipes.options.sample_args(words[2:]))
         except SystemExit as stop:
             code, message = stop.code, "see above"
-        return subprocess.CompletedProcess(words, code, stderr=message)
+        return code, message
 
-    monkeypatch.setattr(studies.tables.subprocess, "run", run)
+    monkeypatch.setattr(studies.tables, "finish", finish)
     return ran
 
 

@@ -132,6 +132,43 @@ def test_a_log_that_was_torn_in_the_middle_of_a_line_has_each_step_once_in_the_e
 # Checkpoint files -----------------------------------------------------------------------------------------
 
 
+def test_the_previous_checkpoint_takes_the_place_of_a_damaged_one(tmp_path):
+    for step in (1, 2):
+        save_checkpoint(some_checkpoint(step), tmp_path / "x.pt")
+    (tmp_path / "x.pt").write_bytes(b"damaged")
+    for _ in range(2):  # whoever looks next finds it by its name
+        assert newest_intact(tmp_path / "x.pt") == tmp_path / "x.pt"
+        assert torch.load(tmp_path / "x.pt", weights_only=True)["step"] == 1
+    assert (tmp_path / "x.damaged").read_bytes() == b"damaged"
+
+
+def test_a_phase_goes_on_only_under_the_judge_that_it_began_with(trained, data, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+    ckpt = read_checkpoint(out / "phase1.pt", ["phase1"])
+    judge, _ = plumbing.models.load_model(out / "vgg.pt", ["vgg"])
+    assert ckpt["judge"] == plumbing.files.weights_hash(judge)
+    save_checkpoint(ckpt | dict(judge="0" * 16), out / "phase1.pt")
+    assert "was trained with another judge" in refusal(capsys, "phase1", out, data)
+    assert read_checkpoint(out / "nar.pt", ["nar"])["judge"] is None
+
+
+def test_a_process_without_a_validation_image_counts_no_token(trained, data, tmp_path, monkeypatch):
+    """So it is with eight processes and seven images; the others wait for its counts."""
+    def usage(counts):
+        seen.append(counts)
+        return 0.0, 0.0
+
+    run, seen = open_run("phase1", tmp_path, data), []
+    model, _ = plumbing.models.load_model(trained / "phase1.pt", ["phase1"])
+    monkeypatch.setattr(plumbing.validation, "val_batches", lambda run, limit: [])
+    monkeypatch.setattr(plumbing.validation, "codebook_usage", usage)
+    monkeypatch.setattr(run, "log", lambda *place, **numbers: None)
+    run.warned = set()
+    plumbing.validation.evaluate_tokenizer(run, "phase1", 1, model)
+    assert torch.equal(seen[0], torch.zeros(32))
+
+
 def some_checkpoint(step, numel=50_000):
     torch.manual_seed(step)
     return dict(format=plumbing.files.FORMAT, stage="ar", step=step, model=dict(weight=torch.randn(numel)))

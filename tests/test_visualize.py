@@ -344,7 +344,7 @@ def test_nats_by_position_are_the_prior_s_own_and_their_mean_its_loss(run):
 
 
 @pytest.mark.parametrize("figure, name", [("fig7a", "nar.pt"), ("fig9", "ar.pt")])
-def test_both_phases_decode_identical_tokens(run, monkeypatch, figure, name):
+def test_both_phases_decode_identical_tokens(run, monkeypatch, capsys, figure, name):
     real, seen = plumbing.slices.decode, []
 
     def spy(tokenizer, tokens):
@@ -357,6 +357,31 @@ def test_both_phases_decode_identical_tokens(run, monkeypatch, figure, name):
     assert first != second and torch.equal(one, two)
     numbers = json.loads((run / "x.json").read_text())[0]
     assert numbers["tokens"] == one.tolist() and numbers["mean_difference"] > 0
+    draw(figure, "--ckpt", run / name, "--num", 8, "--out", run / "x.png")  # the first few are drawn
+    numbers = json.loads((run / "x.json").read_text())[0]
+    assert numbers["num_images"] == 8 == len(numbers["tokens"])
+    with pytest.raises(SystemExit):
+        draw(figure, "--ckpt", run / name, "--tokenizer", run / "phase2.pt", run / "phase1.pt", "--out",
+             run / "x.png")
+    assert "phase 1 first, then phase 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words, told", [
+    ("report runs/a runs/b", "report is of one run, got 2"),
+    ("fig8 --ckpt a.pt --tokenizer b.pt", "fig8 reads no --tokenizer"),
+    ("fig3 --ckpt a.pt b.pt", "fig3 is of one --ckpt, got 2")])
+def test_words_that_a_figure_would_not_read_are_refused(words, told, capsys):
+    with pytest.raises(SystemExit) as stop:
+        recipes.options.visualize_args(words.split())
+    assert stop.value.code == 2 and told in capsys.readouterr().err
+
+
+def test_losses_of_a_collapsed_codebook_and_missing_ones_are_drawn(run):
+    rows = [dict(stage="ar", step=i, val_loss=loss, unigram_entropy=0.0)
+            for i, loss in enumerate((1.0, None, 2.0))]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    draw("fig10", "--ckpt", run / "ar.pt", "--out", run / "x.png")
+    assert json.loads((run / "x.json").read_text())[0]["val_loss"] == [1.0, 2.0]
 
 
 def test_the_numbers_of_a_view_tell_the_class_kept_the_distances_and_each_position(run):

@@ -42,18 +42,21 @@ def figure_map(args, device, classes=4):
     tokenizer, ckpt, images, x, tokens = load_factorized(args, device)
     if not images.class_names:
         raise UserError("fq_map needs images with classes")
+    if len(x) < 2:
+        raise UserError("fq_map needs at least two images: --num 2")
     labels = torch.tensor([images.label(i) for i in range(len(x))])
+    found, where = labels.unique(return_inverse=True)
     fig, numbers = new_figure(3.2 * tokens.shape[2], 3.2), []
     axes = fig.subplots(1, tokens.shape[2], squeeze=False)[0]
     for i, codes in enumerate(tokenizer.code_maps(tokens)):
         points = codes.mean((2, 3)).cpu()  # (num, n_z): single codes would lie on top of each other
         points = points - points.mean(0)
         directions = torch.linalg.svd(points, full_matrices=False)[2][:2]
-        means = torch.stack([points[labels == c].mean(0) for c in labels.unique()])
+        means = torch.stack([points[labels == c].mean(0) for c in found])[where]  # of each point's class
         share = (means.square().sum(1).mean() / points.square().sum(1).mean()).item()
         numbers.append(dict(sub_codebook=i, num_images=len(x), ckpt=str(args.ckpt[0]), note=ckpt["note"],
                             class_share=share))
-        for j, c in enumerate(labels.unique()[:classes].tolist()):
+        for j, c in enumerate(found[:classes].tolist()):
             axes[i].scatter(*(points[labels == c] @ directions.T).T.numpy(), s=8, marker="osD^"[j % 4],
                             color=f"C{j}", label=images.class_names[c])
         axes[i].set(xticks=[], yticks=[])

@@ -146,6 +146,10 @@ def check_teachers(config):
     (names, widths), judge = chosen(config), config["judge"]
     if len(names) != len(widths):
         raise ValueError(f"{len(names)} teachers, but tokenizer.teacher_widths names {len(widths)} widths")
+    places = [[bool(entry) for entry in config[section].get(key, [])]
+              for section, key in (("phase1", "teachers"), ("tokenizer", "teacher_widths"))]
+    if names and places[0] != places[1]:
+        raise ValueError("phase1.teachers must be null where tokenizer.teacher_widths is 0, and nowhere else")
     known = dict(TEACHERS)
     if config["vgg"] in ("judge", "imagenet", "random"):
         known["judge"] = 8 * (judge["width"] if config["vgg"] == "judge" else 64)
