@@ -142,7 +142,8 @@ def read_checkpoint(path, stages):
     """The checkpoint dict in `path`, which must be of one of `stages`. Pickled code is never executed.
 
     Keys: format, stage, step, config (the run's preset), model_config, model (weights), ema (weights or
-    None), class_names, tokenizer_hash, fingerprint (of the data), judge (hash of that in a phase's loss), note; to go on with: train (optimizers),
+    None), class_names, tokenizer_hash, fingerprint (of the data), judge (hash of the one in a phase's loss),
+    note; to go on with: train (optimizers),
     world (processes), seconds, skips (updates left out).
     """
     path = Path(path)

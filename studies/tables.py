@@ -233,8 +233,8 @@ class Table:
                           *(number(row["ours"].get(c)) for c in (*columns, *extra))])
         text = print_table(lines)
         sets = "".join(f" --set {item}" for item in self.args.set)
-        more = "".join(f" --{key} {getattr(self.args, key)}" for key in ("data", "stages", "samples", "extractor")
-                       if getattr(self.args, key))
+        more = [key for key in ("data", "stages", "samples", "extractor") if getattr(self.args, key)]
+        more = "".join(f" --{key} {getattr(self.args, key)}" for key in more)
         about = dict(
             title=self.table["title"], preset=self.args.preset, paper_scale=self.table["scale"],
             command=f"python visualize.py {self.name} --preset {self.args.preset}{sets}{more} --run",
