@@ -99,7 +99,7 @@ def one_line_errors():
             print("error: out of GPU memory; pass a smaller --batch (visualize.py: --num)", file=sys.stderr)
             sys.exit(1)
         except (UserError, OSError) as error:
-            if launched()[1] == 0 or not getattr(error, "shared", False):  # one voice a machine
+            if speaks(of_machine=True) or not getattr(error, "shared", False):  # one voice a machine
                 print(f"error: {error}", file=sys.stderr)
             sys.exit(getattr(error, "code", 1))
         finally:
@@ -194,10 +194,11 @@ class GlobalBatchNorm(nn.BatchNorm2d):
         return y.to(x.dtype)
 
 
-def speaks():
-    """Whether this process prints what all would: the first one, before there is a process group too."""
+def speaks(of_machine=False):
+    """Whether this process prints what all would: the first one, or the first of its machine, before there is
+    a process group too."""
     try:
-        return launched()[0] == 0
+        return launched()[of_machine] == 0
     except UserError:
         return True
 
