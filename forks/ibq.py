@@ -3,9 +3,9 @@
 import torch
 import torch.nn.functional as F
 
-from plumbing.codes import soft, sure_and_even
+from forks.fqgan.tokenizer import TEMPERATURE, vector_entropy
 from recipes.small import of_fork
-from tokenizer import VectorQuantizer, VQTokenizer
+from tokenizer import VectorQuantizer, VQTokenizer, average_probs
 
 
 class IndexBackpropagationQuantizer(VectorQuantizer):
@@ -13,6 +13,9 @@ class IndexBackpropagationQuantizer(VectorQuantizer):
 
     def logits(self, z_hat):
         return self.flatten(z_hat) @ self.codes.T  # (M, K)
+
+    def soften(self, distances, z):
+        return distances / TEMPERATURE
 
     def quantize(self, z_hat):
         with torch.no_grad(), torch.autocast(z_hat.device.type, enabled=False):
@@ -30,13 +33,14 @@ class IndexBackpropagationQuantizer(VectorQuantizer):
                 "loss_double": F.mse_loss(z_st, z),  # "double quantization": latent and all codes
                 "loss_commit": F.mse_loss(z, z_q.detach()),
                 "loss_codebook": F.mse_loss(z_q, z.detach()),
-                "loss_entropy": sure_and_even(logits, global_probs),
+                "loss_entropy": self.usage_loss(-logits, z, B, global_probs)  # even over all, sure of each
+                + vector_entropy(self.soften(-logits, z)),
             }
         return z_st.view(B, h, w, n_z).permute(0, 3, 1, 2).contiguous(), probs.argmax(1).view(B, h, w), losses
 
     def probs(self, z_hat):  # of one micro-batch, (K,)
         with torch.no_grad(), torch.autocast(z_hat.device.type, enabled=False):
-            return soft(self.logits(z_hat)).mean(0)
+            return average_probs(self.soften(-self.logits(z_hat), None))
 
 
 class IBQTokenizer(VQTokenizer):

@@ -4,19 +4,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from plumbing.codes import soft, sure_and_even
+from forks.fqgan.tokenizer import UnitQuantizer, vector_entropy
 from recipes.small import of_fork
-from tokenizer import VQTokenizer
+from tokenizer import VectorQuantizer, VQTokenizer, average_probs
 
 
 class LookupFreeQuantizer(nn.Module):
-    """The sign of each channel is one bit of the token; none of the 2^n_z codes is stored.
+    """The sign of each channel is one bit of the token; none of the 2^n_z codes is stored. The entropy is that
+    over all codes; the article's split into groups of bits, for K = 2^18, is left out."""
 
-    The entropy is that over all codes; the article's split into groups of bits, for K = 2^18, is left out.
-    """
+    soften, usage_loss = UnitQuantizer.soften, VectorQuantizer.usage_loss  # at the published temperature
 
     def __init__(self, config):
         super().__init__()
+        self.config = config
         if config.codebook_size != 2**config.codebook_dim:
             raise ValueError(f"LFQ has 2^{config.codebook_dim} codes, not {config.codebook_size}")
         self.register_buffer("powers", (2 ** torch.arange(config.codebook_dim))[:, None, None])
@@ -27,20 +28,21 @@ class LookupFreeQuantizer(nn.Module):
     def lookup(self, indices):  # (B, h, w) -> (B, n_z, h, w), -1 or 1
         return torch.where((indices[:, None] & self.powers) > 0, 1.0, -1.0)
 
-    def logits(self, z_hat):  # (B, n_z, h, w) -> (M, K), -||z - code||^2 but for what all codes share
+    def distances(self, z_hat):  # (B, n_z, h, w) -> (M, K), ||z - code||^2 but for what all codes share
         codes = self.lookup(torch.arange(2 ** len(self.powers), device=z_hat.device).view(1, 1, -1))
-        return 2 * z_hat.float().movedim(1, -1).flatten(0, 2) @ codes[0, :, 0]
+        return -2 * z_hat.float().movedim(1, -1).flatten(0, 2) @ codes[0, :, 0]
 
     def probs(self, z_hat):  # of one micro-batch, (K,)
         with torch.no_grad(), torch.autocast(z_hat.device.type, enabled=False):
-            return soft(self.logits(z_hat)).mean(0)
+            return average_probs(self.soften(self.distances(z_hat), None))
 
     def forward(self, z_hat, global_probs=None):
         with torch.autocast(z_hat.device.type, enabled=False):
             z, indices = z_hat.float(), self.quantize(z_hat)
-            z_q = self.lookup(indices)
-            losses = {"loss_commit": F.mse_loss(z, z_q),
-                      "loss_entropy": sure_and_even(self.logits(z), global_probs)}
+            z_q, distances = self.lookup(indices), self.distances(z_hat)
+            losses = {"loss_commit": F.mse_loss(z, z_q),  # and even over all codes, sure of each vector's:
+                      "loss_entropy": self.usage_loss(distances, None, len(z), global_probs)
+                      + vector_entropy(self.soften(distances, None))}
         return z + (z_q - z).detach(), indices, losses
 
 

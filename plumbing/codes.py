@@ -116,26 +116,3 @@ def codebook_usage(counts):
     """
     p = counts.double() / counts.sum(-1, keepdim=True)
     return (counts > 0).double().mean().item(), torch.special.entr(p).sum(-1).exp().mean().item()
-
-
-# Of forks: an entropy that makes each vector sure of its code, and the use of all codes even (MAGVIT-v2)
-
-
-def soft(logits, temperature=0.01):  # the published code's
-    return (logits / temperature).softmax(-1)
-
-
-def entropy(p):
-    return -(p * p.clamp(min=1e-9).log()).sum(-1)
-
-
-def sure_and_even(logits, global_probs=None):
-    """Mean entropy of each vector's codes, minus that of their mean over the global batch: (M, K) -> scalar.
-
-    global_probs: as of `VectorQuantizer.usage_loss`: the global mean, with the local one's gradient
-    """
-    p = soft(logits)
-    mean = p.mean(0)
-    if global_probs is None:
-        global_probs = all_reduce_mean(mean.detach())
-    return entropy(p).mean() - entropy(mean + (global_probs - mean).detach())
