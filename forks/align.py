@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from plumbing.files import header
+from plumbing.stages import judge_sizes
 from recipes.small import of_fork
 from tokenizer import TokenizerConfig, VQTokenizer
 
@@ -18,7 +18,9 @@ class AlignConfig(TokenizerConfig):
 
 class AlignedTokenizer(VQTokenizer):
     """Each latent, before it is quantized, learns to point where relu5_3 of the judge points at its place.
-    The article has a VAE, DINOv2 or MAE, margins, a weight set by gradients; VGG and weight are ours."""
+
+    The article has a VAE, DINOv2 or MAE, margins, and a weight set by gradients; VGG and weight are ours.
+    """
 
     Config, WEIGHTS = AlignConfig, VQTokenizer.WEIGHTS | {"loss_align": 0.5}
     TRAINING_ONLY = "to_features."
@@ -44,9 +46,7 @@ class AlignedTokenizer(VQTokenizer):
 
     @staticmethod
     def check(config):
-        vgg = str(config["vgg"])
-        own = header(vgg)["config"] if vgg.endswith(".pt") else config if vgg == "judge" else None
-        width = 8 * own["judge"]["width"] if own else 512  # of torchvision's VGG-16
+        width = 8 * judge_sizes(config)["width"]
         if config["tokenizer"].get("feature_width", 512) != width:
             raise ValueError(f"relu5_3 has {width} channels: set tokenizer.feature_width={width}")
 

@@ -6,7 +6,7 @@ The end of the scale of alpha: no pixel has a say in the tokens. Ours.
 from torch import nn
 
 from perceptual import normalize_images
-from plumbing.errors import UserError
+from plumbing.stages import judge_sizes
 from plumbing.weights import build_vgg16
 from recipes.small import of_fork
 from tokenizer import VQTokenizer
@@ -35,18 +35,15 @@ class FrozenTokenizer(VQTokenizer):
     def prepare(self, run):
         """The weights come from the judge of the run, and are in the checkpoint from then on."""
         if not self.frozen:
-            ours, theirs = self.encoder.features, run.judge.vgg.features[:30]
-            if str(ours) != str(theirs):  # layers and their widths, of a file of --vgg
-                raise UserError("this judge's relu5_3 is not on the token grid, or not codebook_dim wide")
-            ours.load_state_dict(theirs.state_dict())
+            self.encoder.features.load_state_dict(run.judge.vgg.features[:30].state_dict())
 
     @staticmethod
     def check(config):
-        tokenizer = config["tokenizer"]
+        tokenizer, judge = config["tokenizer"], judge_sizes(config)
         wanted = dict(width=tokenizer["codebook_dim"] / 8, skip_pools=left_out(tokenizer["channel_mult"]))
-        for key, value in wanted.items() if config["vgg"] == "judge" else ():  # a file: prepare looks
-            if config["judge"][key] != value:
-                raise ValueError(f"this latent is the judge's relu5_3 with judge.{key}={value:g}")
+        for key, value in wanted.items():
+            if judge.get(key, 0) != value:
+                raise ValueError(f"this latent is relu5_3 of a judge with judge.{key}={value:g}")
 
 
 def parts():

@@ -10,8 +10,8 @@ from tokenizer import VectorQuantizer, VQTokenizer, average_probs
 
 
 class LookupFreeQuantizer(nn.Module):
-    """The sign of each channel is one bit of the token; none of the 2^n_z codes is stored. The entropy is that
-    over all codes; the article's split into groups of bits, for K = 2^18, is left out."""
+    """The sign of each channel is one bit of the token; none of the 2^n_z codes is stored. The entropy is
+    over all of them; the article's split into groups of bits, for K = 2^18, is left out."""
 
     soften, usage_loss = UnitQuantizer.soften, VectorQuantizer.usage_loss  # at the published temperature
 

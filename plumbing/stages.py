@@ -50,3 +50,11 @@ def needs_judge(run):
         return False
     own = on_rank0(lambda: newest_intact(run.out / "vgg.pt"))
     return not (own and read_checkpoint(own, ["vgg"])["step"] >= run.steps("vgg"))
+
+
+def judge_sizes(config):
+    """{width, skip_pools, ...} of the judge that a configuration names, of one in a file too."""
+    source = str(config["vgg"])
+    if source.endswith(".pt"):
+        config = read_checkpoint(source, ["vgg"])["config"]
+    return config["judge"] if source.endswith((".pt", "judge")) else dict(width=64, skip_pools=0)

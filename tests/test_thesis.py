@@ -197,13 +197,6 @@ def test_the_tokens_of_frozen_are_those_of_the_judge(runs):
     assert trained == {"quantizer", "decoder"}
 
 
-def test_a_judge_with_other_pools_is_refused():
-    model = tokenizer(FrozenTokenizer, codebook_dim=32)
-    model.prepare(types.SimpleNamespace(judge=judge(4, skip_pools=1)))
-    with pytest.raises(UserError, match="not on the token grid"):
-        model.prepare(types.SimpleNamespace(judge=judge(4, skip_pools=0)))
-
-
 def test_the_prior_of_phase_3_draws_the_share_that_is_not_kept(runs):
     out = runs("phase3")
     assert (out / "ar.pt").stat().st_mtime < (out / "phase2.pt").stat().st_mtime
@@ -268,6 +261,12 @@ def test_the_width_of_a_judge_in_a_file_is_that_of_the_file(runs):
     with pytest.raises(ValueError, match="relu5_3 has 32 channels"):
         AlignedTokenizer.check(config)
     AlignedTokenizer.check(config | dict(tokenizer=dict(feature_width=32)))
+    config = recipes.options.find_preset("frozen.demo") | dict(vgg=config["vgg"])
+    with pytest.raises(ValueError, match="relu5_3 of a judge with judge.width=16"):
+        FrozenTokenizer.check(config)
+    FrozenTokenizer.check(config | dict(tokenizer=dict(codebook_dim=32, channel_mult=[1, 1, 2, 2])))
+    with pytest.raises(ValueError, match="with judge.skip_pools=2"):  # a coarser grid than this judge's
+        FrozenTokenizer.check(config | dict(tokenizer=dict(codebook_dim=32, channel_mult=[1, 1, 2])))
 
 
 def test_perturbations_out_of_bounds_are_refused():

@@ -12,6 +12,7 @@ from torch import nn
 
 from plumbing.errors import as_user_error, one_line
 from plumbing.processes import fetched
+from plumbing.stages import judge_sizes
 
 
 class Teacher(nn.Module):
@@ -143,7 +144,7 @@ def chosen(config):
 
 def check_teachers(config):
     """raises: ValueError where the teachers of a preset do not fit its tokenizer"""
-    (names, widths), judge = chosen(config), config["judge"]
+    names, widths = chosen(config)
     if len(names) != len(widths):
         raise ValueError(f"{len(names)} teachers, but tokenizer.teacher_widths names {len(widths)} widths")
     places = [[bool(entry) for entry in config[section].get(key, [])]
@@ -151,8 +152,8 @@ def check_teachers(config):
     if names and places[0] != places[1]:
         raise ValueError("phase1.teachers must be null where tokenizer.teacher_widths is 0, and nowhere else")
     known = dict(TEACHERS)
-    if config["vgg"] in ("judge", "imagenet", "random"):
-        known["judge"] = 8 * (judge["width"] if config["vgg"] == "judge" else 64)
+    if "judge" in names:
+        known["judge"] = 8 * judge_sizes(config)["width"]
     for name, width in zip(names, widths, strict=True):
         if name != "judge" and name not in TEACHERS and not Path(str(name)).is_file():
             raise ValueError(f"teacher {name}: no such file, and not one of judge, {', '.join(TEACHERS)}")
