@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from forks.frozen import left_out
 from plumbing.stages import judge_sizes
 from recipes.small import of_fork
 from tokenizer import TokenizerConfig, VQTokenizer
@@ -18,9 +19,7 @@ class AlignConfig(TokenizerConfig):
 
 class AlignedTokenizer(VQTokenizer):
     """Each latent, before it is quantized, learns to point where relu5_3 of the judge points at its place.
-
-    The article has a VAE, DINOv2 or MAE, margins, and a weight set by gradients; VGG and weight are ours.
-    """
+    The article has a VAE, DINOv2 or MAE, margins, a weight set by gradients; VGG and weight are ours."""
 
     Config, WEIGHTS = AlignConfig, VQTokenizer.WEIGHTS | {"loss_align": 0.5}
     TRAINING_ONLY = "to_features."
@@ -58,3 +57,4 @@ def parts():
 PRESETS = of_fork("align")
 for preset in PRESETS.values():
     preset["tokenizer"]["feature_width"] = 8 * preset["judge"]["width"]
+    preset["judge"]["skip_pools"] = left_out(preset["tokenizer"]["channel_mult"])  # on the token grid

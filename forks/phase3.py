@@ -1,5 +1,4 @@
-"""Post-training (arXiv 2509.12474): phase 2's decoder learns from tokens of the AR prior, too, which draws a
-share of each image's, given the true tokens before."""
+"""Post-training (arXiv 2509.12474): phase 2's decoder learns from tokens that the AR prior drew, too."""
 
 from dataclasses import dataclass
 
@@ -20,6 +19,7 @@ class PostTrainConfig(TokenizerConfig):
 
 class PostTrainedTokenizer(VQTokenizer):
     Config = PostTrainConfig
+
     def __init__(self, config):
         super().__init__(config)
         self.helpers = []  # a plain list: neither saved nor hashed
@@ -38,7 +38,7 @@ class PostTrainedTokenizer(VQTokenizer):
 
     @torch.no_grad()
     def draw(self, x, tokens):
-        """(B, N) tokens with 1 - keep of them drawn by the prior; the judge names the class (ours)."""
+        """(B, N) tokens, 1 - keep of them drawn given the true ones before; the judge names the class."""
         for prior, judge in self.helpers:
             labels = judge(x, ["logit"])["logit"].argmax(1) if prior.config.num_classes else None
             logits = prior(tokens, labels).float().flatten(0, 1)
