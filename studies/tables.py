@@ -179,7 +179,7 @@ class Table:
                 launch, nproc = [sys.executable], self.args.nproc
                 if nproc > 1:
                     launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
-                code, told = finish([*launch, script, *words[1:]], path.parent / "log.txt")
+                code, told = run_command([*launch, script, *words[1:]], path.parent / "log.txt")
                 if code:
                     lines = told.strip().splitlines() or ["no message"]
                     reason = [line for line in lines if line.startswith("error: ")][-1:] or lines[-1:]
@@ -252,11 +252,10 @@ class Table:
         print0(f"\nwrote {self.root / self.name}.json and .md")
 
 
-def finish(words, log):
+def run_command(words, log):
     """(exit code, standard error) of a command, whose output goes to a file.
 
-    Ctrl-C reaches the command too, which saves and ends; a second one ends it at once.
-    raises: UserError after Ctrl-C
+    Ctrl-C reaches the command too, and this waits until it has saved.  raises: UserError after Ctrl-C
     """
     with open(log, "a") as file:
         with subprocess.Popen(words, stdout=file, stderr=subprocess.PIPE, text=True) as child:

@@ -483,7 +483,7 @@ def test_ctrl_c_lets_the_command_of_a_table_save_and_end(tmp_path, monkeypatch):
 
     monkeypatch.setattr(studies.tables.subprocess, "Popen", lambda *words, **how: Child())
     with pytest.raises(UserError, match="goes on from there") as stop:
-        studies.tables.finish(["train.py"], tmp_path / "log.txt")
+        studies.tables.run_command(["train.py"], tmp_path / "log.txt")
     assert stop.value.code == 130 and (tmp_path / "log.txt").read_text() == "interrupted, saved\n"
 
 
@@ -752,7 +752,7 @@ def in_process(monkeypatch, fail=()):
 
     ran = []
 
-    def finish(words, log):
+    def run_command(words, log):
         ran.append(words[1:])
         code, message = 0, ""
         if any(word in fail for word in words):
@@ -766,7 +766,7 @@ def in_process(monkeypatch, fail=()):
             code, message = stop.code, "see above"
         return code, message
 
-    monkeypatch.setattr(studies.tables, "finish", finish)
+    monkeypatch.setattr(studies.tables, "run_command", run_command)
     return ran
 
 
