@@ -45,6 +45,13 @@ def cached_codes(run, tokenizer):
     return codes
 
 
+def kept_codes(run, tokenizer_hash):
+    """What `cached_codes` left in a run folder, if it is intact and of this tokenizer, else None."""
+    path = run / "codes.pt"
+    codes = torch.load(path, weights_only=True, mmap=True) if intact(path) else None
+    return codes if codes and codes["key"][0] == tokenizer_hash else None
+
+
 def encode_all(run, tokenizer, views, batch=128):
     """Tokens (len(views), *token_shape) and labels of (data, index, crop seed, flip) views; processes share
     the work."""

@@ -2,9 +2,9 @@
 
 import torch
 
-from plumbing.codes import count_codes
+from plumbing.codes import count_codes, kept_codes
 from plumbing.drawing import new_figure, save_figure
-from plumbing.files import intact, writable
+from plumbing.files import writable
 from plumbing.processes import print0, setup_device
 from visualize import load_pairs
 
@@ -14,14 +14,6 @@ def entropies(tokens):
     (B, N) or (B, N, k) -> N floats, of k sub-tokens the sums"""
     counts = [count_codes(part, int(tokens.max()) + 1) for part in tokens.split(1, 1)]
     return [torch.special.entr(count.double() / len(tokens)).sum().item() for count in counts]
-
-
-def training_tokens(path, tokenizer_hash):
-    """Those that the prior was trained on, (n, N) or (n, N, k), or None if they are gone: of the few images
-    of a view each has nearly its own token, so that their entropy is that of counting."""
-    codes = path.with_name("codes.pt")
-    found = torch.load(codes, weights_only=True, mmap=True) if intact(codes) else None
-    return found["train"][0].long() if found and found["key"][0] == tokenizer_hash else None
 
 
 def positions(args):
@@ -36,9 +28,10 @@ def positions(args):
         view, numbers = pair["view"], pair["numbers"]
         nats = view["nats"].view(*view["tokens"].shape[:2], -1).sum(2).mean(0).tolist()
         axis.plot(nats, f"C{i % 10}-", label=f"{pair['name']}: {sum(nats) / len(nats):.3f} nats on average")
-        tokens = training_tokens(args.ckpt[i], numbers["tokenizer_hash"])
-        rows.append(numbers | dict(nats=nats, entropy=None if tokens is None else entropies(tokens)))
-        if tokens is not None:
+        # of the few images of a view each has nearly its own token: the training tokens are counted
+        codes = kept_codes(args.ckpt[i].parent, numbers["tokenizer_hash"])
+        rows.append(numbers | dict(nats=nats, entropy=codes and entropies(codes["train"][0].long())))
+        if codes:
             axis.plot(rows[-1]["entropy"], f"C{i % 10}:", label="entropy of the training tokens there")
     axis.set(xlabel="position in raster order", ylabel="nats a token", ylim=(0, None))
     axis.legend(fontsize=6)

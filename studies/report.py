@@ -9,11 +9,11 @@ import time
 
 import torch
 
-from plumbing.codes import codebook_usage, count_codes
+from plumbing.codes import codebook_usage, count_codes, kept_codes
 from plumbing.data import images_of, with_data
 from plumbing.drawing import new_figure, pyplot
 from plumbing.errors import UserError
-from plumbing.files import intact, latent_hash, read_checkpoint, read_metrics, save_atomic, writable
+from plumbing.files import latent_hash, read_checkpoint, read_metrics, save_atomic, writable
 from plumbing.images import make_sheet, to_float, to_uint8
 from plumbing.models import load_model, load_tokenizer_of
 from plumbing.processes import print0, setup_device
@@ -193,8 +193,8 @@ def write_report(args):
     config = with_data(config, args.data)
     x, shown = to_float(x, device), min(8, len(x))
     tokens = torch.cat([last.encode(part) for part in x.split(50)])
-    codes = torch.load(run / "codes.pt", weights_only=True, mmap=True) if intact(run / "codes.pt") else {}
-    known = codes["val"].long() if codes.get("key", [""])[0] == latent_hash(last) else tokens.cpu()
+    codes = kept_codes(run, latent_hash(last))
+    known = codes["val"].long() if codes else tokens.cpu()
     counts = count_codes(known, last.codebook_size)
     usage, perplexity = codebook_usage(counts)
     counts = counts.flatten()  # k sub-codebooks in one row
