@@ -312,10 +312,10 @@ def visualize_args(words=None):
         parser.error(f"{args.figure} trains its own judge: --preset claims, demo or cifar10")
     if args.figure == "report" and len(args.files) > 1:
         parser.error(f"report is of one run, got {len(args.files)}")
-    if args.tokenizer and args.figure in ("fig8", "fig10", "fq_alone", "fq_map"):
+    if args.tokenizer and args.figure in ("fig8", "fig10"):
         parser.error(f"{args.figure} reads no --tokenizer")
-    if len(args.ckpt) > 1 and args.figure in ("fig3", "fq_alone", "fq_map"):
-        parser.error(f"{args.figure} is of one --ckpt, got {len(args.ckpt)}")
+    if len(args.ckpt) > 1 and args.figure == "fig3":
+        parser.error(f"fig3 is of one --ckpt, got {len(args.ckpt)}")
     if args.watch and args.figure != "report":
         parser.error(f"--watch is of report, not of {args.figure}")
     if args.vgg and args.figure != "balance":

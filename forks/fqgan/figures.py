@@ -12,7 +12,9 @@ from visualize import load_images
 
 
 def load_factorized(args, device):
-    """(tokenizer, checkpoint, ImageData, x, tokens (num, N, k)) of the first of --ckpt"""
+    """(tokenizer, checkpoint, ImageData, x, tokens (num, N, k)) of --ckpt"""
+    if len(args.ckpt) > 1 or args.tokenizer:
+        raise UserError(f"{args.figure} is of one --ckpt, phase1.pt or phase2.pt, and reads no --tokenizer")
     tokenizer, ckpt = load_model(args.ckpt[0], ("phase1", "phase2"), device)
     if len(tokenizer.token_shape) < 2:
         raise UserError(f"{args.ckpt[0]} has one codebook; {args.figure} is for FQGAN's tokenizers")
