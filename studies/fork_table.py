@@ -38,16 +38,17 @@ class ForkTable(Table):
     def run(self):
         """What is missing, then what is missing of the further seeds."""
         failed = super().run()
-        return failed if failed or not self.add_seeds() else super().run()
+        more = self.seeded(self.all_measured(ROWS))
+        self.table["rows"] = ROWS + more
+        return super().run() if more and not failed else failed
 
-    def add_seeds(self):
-        """Two more seeds for the two forks that disagree most; none before all rows are there. -> rows of one
-        seed that are measured"""
-        rows = [found for found in map(self.measured, ROWS) if found]
+    def all_measured(self, rows):
+        return [found for found in map(self.measured, rows) if found]
+
+    def seeded(self, rows):
+        """Rows of two more seeds for the two forks that disagree most; none before all rows are measured."""
         again = disagreeing(rows) if len(rows) == len(ROWS) else []
-        self.table["rows"] = ROWS + [Row(f"{fork}, seed {seed}", f"{fork}|{seed}", {}, ())
-                                     for fork in again for seed in SEEDS]
-        return rows
+        return [Row(f"{fork}, seed {seed}", f"{fork}|{seed}", {}, ()) for fork in again for seed in SEEDS]
 
     def shared(self):
         """The judge's relu5_3 is on the token grid, also where the preset's is not: `frozen` quantizes it."""
@@ -107,8 +108,9 @@ class ForkTable(Table):
 
     def show(self):
         """Prints the table and the rank correlations; writes forks.json and forks.md."""
-        rows = self.add_seeds()
-        more = [found for found in map(self.measured, self.table["rows"][len(ROWS):]) if found]
+        rows = self.all_measured(ROWS)
+        more = self.seeded(rows)
+        self.table["rows"], more = ROWS + more, self.all_measured(more)
         names = CHEAP | dict(usage="usage", psnr="PSNR") | COSTLY
         names |= dict(ar_class="AR class", seconds="seconds")
         for key in ("rfid", "pfid", "ar", "nar"):
@@ -119,7 +121,7 @@ class ForkTable(Table):
         lines = [["", *names.values()]]
         lines += [[row["label"], *(number(row[key]) for key in names)] for row in rows]
         lines += [[f"{fork}, {len(same)} seeds", *(spread(row[key] for row in same) for key in names)]
-                  for fork, same in by_fork(rows, more).items()]
+                  for fork, same in by_fork(rows + more).items()]
         text = [f"preset {self.args.preset}, one seed each", "", print_table(lines), "", *orders(rows)]
         print0("\n".join(text[3:]))
         about = dict(preset=self.args.preset, set=self.args.set, torch=torch.__version__, rows=rows + more,
@@ -132,10 +134,11 @@ class ForkTable(Table):
         print0(f"wrote {self.root / 'forks'}.json and .md")
 
 
-def by_fork(rows, more):
-    """{fork: its rows of all seeds} for the forks that have more than one"""
-    return {fork: [row for row in rows + more if (row["fork"], row["decoder"]) == (fork, "phase1")]
-            for fork in dict.fromkeys(row["fork"] for row in more)}
+def by_fork(rows):
+    """{fork: its rows after phase 1} for the forks that have several seeds"""
+    found = {fork: [row for row in rows if (row["fork"], row["decoder"]) == (fork, "phase1")]
+             for fork in dict.fromkeys(row["fork"] for row in rows)}
+    return {fork: same for fork, same in found.items() if len(same) > 1}
 
 
 def spread(values):
