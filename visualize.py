@@ -241,9 +241,11 @@ def figure_phases(figure, args, device):
         files = args.tokenizer or [Path(path).with_name(f"{phase}.pt") for phase in ("phase1", "phase2")]
         if len(files) != 2:
             raise UserError("--tokenizer takes two files here, of phase 1 and of phase 2")
-        (first, one), (second, two) = (load_tokenizer_of(path, ckpt, file, device) for file in files)
-        if (one["stage"], two["stage"]) != ("phase1", "phase2"):
-            raise UserError(f"--tokenizer takes phase 1 first, then phase 2; {files[0]} is {one['stage']}")
+        (first, second), stages = zip(*[
+            (tokenizer, about["stage"]) for tokenizer, about in
+            (load_tokenizer_of(path, ckpt, file, device) for file in files)], strict=True)
+        if stages != ("phase1", "phase2"):
+            raise UserError(f"--tokenizer takes phase 1 first, then phase 2; {files[0]} is {stages[0]}")
         num = args.num or 64
         classes = prior.config.num_classes
         labels = torch.arange(num, device=device) % classes if classes else None

@@ -97,11 +97,11 @@ class Cifar10(ImageData):
         data = TorchvisionCifar10(folder, train=train)
         super().__init__(image_size, seed, data.classes)
         self.images, self.labels = data.data, data.targets
-        self.fingerprint = [len(data), "cifar10"]
-        if limit and limit < len(data):
-            self.fingerprint = [limit, f"cifar10, seed {seed}"]
+        few = bool(limit and limit < len(data))
+        if few:
             chosen = random.Random(mix(seed, "limit")).sample(range(len(data)), limit)
             self.images, self.labels = self.images[chosen], [self.labels[i] for i in chosen]
+        self.fingerprint = [len(self), "cifar10" + f", seed {seed}" * few]
 
     def __len__(self):
         return len(self.images)

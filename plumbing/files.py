@@ -117,7 +117,8 @@ def intact(path):
 
 
 def newest_intact(path):
-    """The checkpoint from which a stage goes on: X.next.pt, X.pt or X.previous.pt, the newest intact one.
+    """The checkpoint from which a stage goes on: X.next.pt, X.pt or X.previous.pt, the newest intact one. It
+    is X.pt from then on.
 
     Damaged ones are named in a warning and set aside. None if there is no checkpoint at all.
     raises: UserError if there are checkpoints and all are damaged

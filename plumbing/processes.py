@@ -198,7 +198,8 @@ def speaks(of_machine=False):
     """Whether this process prints what all would: the first one, or the first of its machine, before there is
     a process group too."""
     try:
-        return launched()[of_machine] == 0
+        rank, local_rank, _ = launched()
+        return (local_rank if of_machine else rank) == 0
     except UserError:
         return True
 
