@@ -36,18 +36,7 @@ import recipes.small
 import studies.cost
 import studies.summary
 from helpers import (
-    ROOT,
-    SCRIPTS,
-    STEPS,
-    call,
-    command,
-    contents,
-    differing,
-    earlier,
-    open_run,
-    refusal,
-    rows,
-    script,
+    ROOT, SCRIPTS, STEPS, call, command, contents, differing, earlier, open_run, refusal, rows, script,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -417,8 +406,8 @@ if rank() == 0:
     print("REFUSED", json.dumps(found))
 train.main(*train_args(words))
 """
-# Small steps, as Adam's are as long where a gradient is rounding noise; what it sums up is compared itself.
-# at this rate no weight moves, so that no code or maximum changes by rounding
+# Adam's steps are as long where a gradient is rounding noise, and a weight that differs changes codes and
+# maxima: at this rate none moves. What Adam sums up is compared itself.
 STILL = dict(vgg=dict(judge__lr=1e-10), phase1=dict(phase1__lr=1e-10, phase1__lr_end=1e-10),
              phase2=dict(phase2__lr=1e-10, phase2__lr_end=1e-10))
 DIST = [(stage, (), STILL.get(stage, dict(prior__dropout=0.0))) for stage in recipes.options.STAGES]
