@@ -312,6 +312,20 @@ def test_a_second_extractor_measures_the_same_images_in_the_same_pass(run, score
     (run / "result_2.json").unlink()  # half of it is there: the images are drawn again, the numbers stay
     assert measure(run, *words, "--second", run / "vgg.pt")["results"] == alone["results"] and drawn
     assert json.loads((run / "result_2.json").read_text())["results"] == other["results"]
+    (run / "result.json").unlink()
+    (run / "result_2.json").unlink()
+    real_save, saved = studies.metrics.save_atomic, []
+
+    def killed(write, path):
+        saved.append(path.name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(studies.metrics, "save_atomic", killed)
+    with pytest.raises(KeyboardInterrupt):
+        measure(run, *words, "--second", run / "vgg.pt")
+    assert saved == ["result_2.json"]  # where the first is, a table takes both to be there
+    monkeypatch.setattr(studies.metrics, "save_atomic", real_save)
+    assert measure(run, *words, "--second", run / "vgg.pt")["results"] == alone["results"]
 
 
 def test_near_codes_are_the_nearest_that_the_decoder_sees_for_every_kind_of_codebook():

@@ -130,6 +130,13 @@ def test_the_entropy_falls_for_sure_vectors_and_for_even_use_of_whole_codes():
     assert loss(lfq.lookup(torch.arange(64).view(1, 8, 8))) == pytest.approx(0, abs=1e-3)
 
 
+def test_more_codes_than_k_means_can_take_are_refused_only_where_it_is_used():
+    sizes = dict(codebook="entropy", codebook_size=20_000, codebook_dim=2)
+    assert quantizer(RotationTokenizer, warm_start=0, **sizes).codes.shape == (20_000, 2)
+    with pytest.raises(ValueError, match="set warm_start=0 or fewer codes"):
+        quantizer(RotationTokenizer, warm_start=1, **sizes)
+
+
 @pytest.mark.parametrize("kind, K, n_z", [(LFQTokenizer, 16, 4), (IBQTokenizer, 24, 8)])
 def test_the_entropy_of_micro_batches_is_that_of_the_whole_batch(kind, K, n_z):
     q = quantizer(kind, codebook="entropy", codebook_size=K, codebook_dim=n_z)

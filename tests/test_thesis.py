@@ -20,7 +20,7 @@ from plumbing.codes import nearest_others
 from plumbing.errors import UserError
 from plumbing.files import read_checkpoint
 from plumbing.models import load_model
-from plumbing.preflight import stages_of
+from plumbing.preflight import check_tokenizer_values, stages_of
 from plumbing.weights import build_vgg16
 
 SIZES = dict(base_width=8, channel_mult=[1, 1, 2, 2], codebook_size=32, codebook_dim=16, image_size=32)
@@ -274,3 +274,6 @@ def test_perturbations_out_of_bounds_are_refused():
         with pytest.raises(ValueError, match="shares from 0 to 1, perturb_near at least 1"):
             PerturbTokenizer.Config(**wrong)
     PerturbTokenizer.Config(perturb_rate=1, perturb_images=0)
+    check_tokenizer_values(dict(perturb_rate=1), PerturbTokenizer.Config)  # a whole number is a number
+    with pytest.raises(ValueError, match="tokenizer.perturb_rate must be a number"):
+        check_tokenizer_values(dict(perturb_rate=True), PerturbTokenizer.Config)

@@ -553,6 +553,12 @@ def test_a_watched_report_is_written_again_when_the_run_has_news_and_reloads_its
     with pytest.raises(Stopped):
         studies.report.report(args)
     assert len(made) == 2 and all('http-equiv="refresh"' in page for page in written)
+
+    def interrupted(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(studies.report.time, "sleep", interrupted)
+    studies.report.report(args)  # Ctrl-C ends it without a traceback
     args = recipes.options.visualize_args(["report", str(run), "--device", "cpu", "--num", "4"])
     studies.report.report(args)
     assert "refresh" not in (run / "report.html").read_text()
