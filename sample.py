@@ -88,7 +88,7 @@ def sample(args, device):
     if args.precision == "bf16":  # the weights themselves: autocast would convert them again for each token
         for parameter in (*prior.parameters(), *tokenizer.decoder.parameters()):  # not buffers
             parameter.data = parameter.data.bfloat16()
-        if device.type == "cpu" and ckpt["stage"] == "ar":
+        if device.type == "cpu":
             pack_linears(prior, args.batch)
     if settings.get("nar_steps", 0) > prior.config.num_tokens:
         print0(f"note: {prior.config.num_tokens} tokens take {prior.config.num_tokens} steps at most")

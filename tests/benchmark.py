@@ -245,7 +245,7 @@ def sampling_cases():
         kind, amount = ("read", 256 * size) if batch == 1 else ("gemm_bf16", 256 * batch * size)
         yield f"ar_sample batch {batch}, 256 tokens, bf16 weights", draw, kind, amount
     for batch in (1, 8):
-        prior = NARPrior(prior_sizes()).eval().bfloat16()
+        prior = pack_linears(NARPrior(prior_sizes()).eval().bfloat16(), batch)
         noise, labels = torch.rand(batch, 12, 2, 256), torch.zeros(batch, dtype=torch.int64)
         yield (f"nar_sample batch {batch}, 12 steps, bf16 weights",
                lambda prior=prior, noise=noise, labels=labels: prior.generate(labels, noise),

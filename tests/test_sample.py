@@ -654,6 +654,14 @@ def test_bf16_and_packed_weights_give_the_logits_of_float32_up_to_rounding_cache
         assert (logits.float() - exact).abs().max() < 0.05 * exact.std()
 
 
+def test_packed_weights_draw_the_nar_samples_of_weights_that_are_not():
+    prior = NARPrior(PriorConfig(**PRIOR)).eval().bfloat16()
+    noise, labels = torch.rand(2, 4, 2, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 2])
+    plain = prior.generate(labels, noise)
+    assert plain.unique().numel() > 4
+    torch.testing.assert_close(plumbing.fast.pack_linears(prior, 2).generate(labels, noise), plain)
+
+
 @pytest.mark.parametrize("stage", ["ar", "nar"])
 def test_samples_of_bf16_weights_are_pictures_and_say_so(run, stage):
     words = ["--ckpt", str(run / f"{stage}.pt"), "--num", "4", "--format", "npz", "--device", "cpu"]
