@@ -7,7 +7,8 @@ CIFAR10 = variant(
     tokenizer=dict(base_width=24, channel_mult=[1, 2, 4], codebook_size=256, codebook_dim=64, warm_start=200),
     discriminator=dict(max_width=32),
     judge=dict(width=8, hidden=256, batch=128, steps=2500, lr=2e-3, skip_pools=2, scale_taps=True),
-    phase1=dict(batch=64, steps=1500, lr=6e-4, lr_end=3e-5, gamma=0.1, per_weight=0.1, r1_gamma=0.1, ema=0.995),
+    phase1=dict(
+        batch=64, steps=1500, lr=6e-4, lr_end=3e-5, gamma=0.1, per_weight=0.1, r1_gamma=0.1, ema=0.995),
     phase2=dict(batch=64, steps=600, lr=2e-4, per_weight=0.1, r1_gamma=0.1, ema=0.99),
     prior=dict(n_layer=6, n_head=6, n_embd=192, dropout=0.0),
     ar=dict(batch=64, steps=1500, lr=1e-3, lr_start=500, lr_end=3e-5, warmup=150, ema=0.995),
@@ -21,14 +22,14 @@ CLAIMS = variant(  # for the experiment on the paper's claims: a run in half an 
     sample=dict(top_p=0.92, token_temperature=1.0))  # the paper's sampler: cifar10's was chosen at alpha = 1
 DEMO = variant(  # minutes on a CPU
     CIFAR10, data="shapes", code_variants=2,
-    tokenizer=dict(base_width=32, channel_mult=[1, 2, 4, 4], codebook_size=64, codebook_dim=32, warm_start=100),
+    tokenizer=dict(channel_mult=[1, 2, 4, 4], codebook_size=64, codebook_dim=32, warm_start=100),
     discriminator=dict(max_width=16),
-    judge=dict(width=16, hidden=128, batch=64, steps=700, skip_pools=0, scale_taps=False),
-    phase1=dict(batch=32, steps=700, lr=1e-3, lr_end=5e-5, per_weight=0.03, r1_gamma=10.0, ema=0.99),
-    phase2=dict(batch=32, steps=150, r1_gamma=10.0, ema=0.98),
-    prior=dict(n_layer=4, n_head=8, n_embd=160),
-    ar=dict(batch=128, steps=1000, lr=2e-3, lr_start=400, lr_end=1e-4, warmup=100, ema=0.99),
-    nar=dict(batch=128, steps=3000, lr=2e-3, lr_start=1000, warmup=200, ema=0.99),
+    judge=dict(hidden=128, batch=64, steps=400, skip_pools=1),
+    phase1=dict(batch=32, steps=550, lr=1e-3, lr_end=5e-5, per_weight=0.03, ema=0.99),
+    phase2=dict(batch=32, steps=120, per_weight=0.03, r1_gamma=10.0, ema=0.98),
+    prior=dict(n_layer=4, n_head=5, n_embd=160),
+    ar=dict(batch=128, steps=900, lr=2e-3, lr_start=360, lr_end=1e-4, warmup=100, ema=0.99),
+    nar=dict(batch=128, steps=2000, lr=2e-3, lr_start=700, warmup=150, ema=0.99),
 )
 PRESETS = {"cifar10": CIFAR10, "demo": DEMO, "claims": CLAIMS}
 

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 import plumbing.data
 import plumbing.images
 import plumbing.models
+import plumbing.weights
 import recipes.options
+import recipes.small
 from helpers import call, differing, earlier
 
 import perceptual as P
@@ -137,3 +139,13 @@ def test_what_has_no_balance_is_refused(trained, data, capsys, tmp_path, monkeyp
         recipes.options.visualize_args(["view", "--ckpt", "ar.pt", "--vgg", "random"])
     assert "--vgg is of balance" in capsys.readouterr().err
     assert not (tmp_path / "balance.json").exists() and not (trained / "balance.json").exists()
+
+
+@pytest.mark.parametrize("preset", recipes.small.PRESETS.values(), ids=recipes.small.PRESETS)
+def test_the_judge_of_every_small_preset_has_relu5_3_on_the_token_grid(preset):
+    side, judge = preset["image_size"], preset["judge"]
+    tokens = side // 2 ** (len(preset["tokenizer"]["channel_mult"]) - 1)
+    taps = P.VGGTaps(plumbing.weights.build_vgg16(judge["width"], 10, judge["hidden"],
+                                              skip_pools=judge["skip_pools"]))
+    assert taps(torch.zeros(1, 3, side, side), ["relu5_3"])["relu5_3"].shape[2:] == (tokens, tokens)
+    assert judge["scale_taps"]

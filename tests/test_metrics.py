@@ -955,7 +955,7 @@ def test_the_table_of_forks_trains_and_measures_its_rows_and_ranks_them(data, tm
 
 
 def test_the_judge_of_the_table_of_forks_has_its_features_on_the_token_grid(tmp_path):
-    for preset, pools in (("demo", 1), ("cifar10", 1), ("claims", 2)):
+    for preset, pools in (("demo", 1), ("cifar10", 2), ("claims", 2)):
         args = recipes.options.visualize_args(["forks", "--preset", preset, "--out", str(tmp_path / preset)])
         (path, words), (scorer, _) = studies.fork_table.ForkTable(args).shared()
         config = recipes.options.train_args(words[1:])[1]

@@ -32,7 +32,7 @@ PRESETS = {
         tokenizer=dict(num_codebooks=3, teacher_widths=[0, 384, 768])),
     "cifar10-fq": variant(
         CIFAR10, fork="fqgan", tokenizer=dict(SMALL, teacher_widths=[0, 256]), phase1=SMALL_LOSS,
-        prior=dict(PRIOR, dropout=0.0, n_layer=6, head_layers=2), sample=dict(top_p=0.9, guidance=1.5)),
+        prior=dict(PRIOR, dropout=0.0, n_layer=4, head_layers=2), sample=dict(top_p=0.9, guidance=1.5)),
     "demo-fq": variant(
         DEMO, fork="fqgan", tokenizer=dict(SMALL, teacher_widths=[0, 128]), phase1=SMALL_LOSS,
         nar=dict(steps=2200, lr_start=800), prior=dict(PRIOR, dropout=0.0, n_layer=3, head_layers=1),
