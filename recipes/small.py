@@ -27,9 +27,9 @@ DEMO = variant(  # minutes on a CPU
     judge=dict(hidden=128, batch=64, steps=400, skip_pools=1),
     phase1=dict(batch=32, steps=550, lr=1e-3, lr_end=5e-5, per_weight=0.03, ema=0.99),
     phase2=dict(batch=32, steps=120, per_weight=0.03, r1_gamma=10.0, ema=0.98),
-    prior=dict(n_layer=4, n_head=5, n_embd=160),
-    ar=dict(batch=128, steps=900, lr=2e-3, lr_start=360, lr_end=1e-4, warmup=100, ema=0.99),
-    nar=dict(batch=128, steps=2000, lr=2e-3, lr_start=700, warmup=150, ema=0.99),
+    prior=dict(n_layer=4, n_head=4, n_embd=128),
+    ar=dict(batch=128, steps=1000, lr=2e-3, lr_start=360, lr_end=1e-4, warmup=100, ema=0.99),
+    nar=dict(batch=128, steps=3000, lr=2e-3, lr_start=1000, warmup=150, ema=0.99),
 )
 PRESETS = {"cifar10": CIFAR10, "demo": DEMO, "claims": CLAIMS}
 
