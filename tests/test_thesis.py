@@ -246,9 +246,9 @@ def test_phase_3_refuses_a_prior_of_other_tokens_and_a_judge_of_other_classes(ru
 
 
 @pytest.mark.parametrize("fork, item, told", [
-    ("frozen", "judge.width=3", "judge.width=16"),
+    ("frozen", "judge.width=3", "judge.width=8"),
     ("frozen", "judge.skip_pools=0", "skip_pools=1"),
-    ("align", "judge.width=8", "tokenizer.feature_width=64")])
+    ("align", "judge.width=16", "tokenizer.feature_width=128")])
 def test_presets_that_do_not_fit_are_refused(fork, item, told):
     config = recipes.options.train_args(["--stage", "phase1", "--preset", f"{fork}.demo", "--set", item])[1]
     with pytest.raises(ValueError, match=told):
@@ -262,7 +262,7 @@ def test_the_width_of_a_judge_in_a_file_is_that_of_the_file(runs):
         AlignedTokenizer.check(config)
     AlignedTokenizer.check(config | dict(tokenizer=dict(feature_width=32)))
     config = recipes.options.find_preset("frozen.demo") | dict(vgg=config["vgg"])
-    with pytest.raises(ValueError, match="relu5_3 of a judge with judge.width=16"):
+    with pytest.raises(ValueError, match="relu5_3 of a judge with judge.width=8"):
         FrozenTokenizer.check(config)
     FrozenTokenizer.check(config | dict(tokenizer=dict(codebook_dim=32, channel_mult=[1, 1, 2, 2])))
     with pytest.raises(ValueError, match="with judge.skip_pools=2"):  # a coarser grid than this judge's

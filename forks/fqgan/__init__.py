@@ -31,10 +31,10 @@ PRESETS = {
         DUAL, phase1=dict(teachers=[None, "dinov2-vit-s-14", "clip-vit-b-16"]), sample=dict(guidance=1.75),
         tokenizer=dict(num_codebooks=3, teacher_widths=[0, 384, 768])),
     "cifar10-fq": variant(
-        CIFAR10, fork="fqgan", tokenizer=dict(SMALL, teacher_widths=[0, 256]), phase1=SMALL_LOSS,
+        CIFAR10, fork="fqgan", tokenizer=dict(SMALL, teacher_widths=[0, 64]), phase1=SMALL_LOSS,
         prior=dict(PRIOR, dropout=0.0, n_layer=4, head_layers=2), sample=dict(top_p=0.9, guidance=1.5)),
     "demo-fq": variant(
-        DEMO, fork="fqgan", tokenizer=dict(SMALL, teacher_widths=[0, 128]), phase1=SMALL_LOSS,
+        DEMO, fork="fqgan", tokenizer=dict(SMALL, teacher_widths=[0, 64]), phase1=SMALL_LOSS,
         nar=dict(steps=2200, lr_start=800), prior=dict(PRIOR, dropout=0.0, n_layer=3, head_layers=1),
         sample=dict(top_p=0.9, guidance=1.5)),
 }
