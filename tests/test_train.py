@@ -655,7 +655,7 @@ def test_a_batch_of_codes_has_the_labels_of_its_images_and_takes_turns_with_thei
 
 def test_the_gradients_of_a_step_are_those_of_eq_2_and_of_the_discriminator_s_loss(
         trained, data, tmp_path, monkeypatch):
-    sets = dict(phase1__adv_start=0.0, phase1__adv_ramp=0.0, phase1__steps=1)
+    sets = dict(phase1__adv_start=0.0, phase1__adv_ramp=0.0, phase1__steps=1, phase1__r1_gamma=10.0)
     out, found = earlier(trained, tmp_path / "out", "phase1"), {}
 
     def spy(run, optimizer, name, clip=0.0):
@@ -902,11 +902,11 @@ def test_the_ablation_setting_is_the_paper_s_and_every_row_of_its_tables_has_a_n
 
 def test_ablations_scale_with_a_small_preset_and_with_the_steps_it_is_given():
     demo = ["--preset", "demo"]
-    assert config_of(*demo, "--ablation", "+2x")["phase1"]["steps"] == 1400
+    assert config_of(*demo, "--ablation", "+2x")["phase1"]["steps"] == 1100
     assert config_of(*demo, "--ablation", "+2x", "--set", "phase1.steps=50")["phase1"]["steps"] == 100
     fn, kmeans = (config_of(*demo, "--ablation", name)["tokenizer"] for name in ("fn", "kmeans"))
     assert (fn["codebook_dim"], fn["codebook_size"], fn["warm_start"]) == (32 // 8, 64 * 8, 0)
-    assert (kmeans["kmeans_warmup"], kmeans["kmeans_every"], kmeans["kmeans_last"]) == (14, 2, 42)
+    assert (kmeans["kmeans_warmup"], kmeans["kmeans_every"], kmeans["kmeans_last"]) == (11, 2, 33)
 
 
 @pytest.mark.parametrize(
