@@ -24,11 +24,11 @@ DEMO = variant(  # minutes on a CPU
     CIFAR10, data="shapes", code_variants=2,
     tokenizer=dict(channel_mult=[1, 2, 4, 4], codebook_size=64, codebook_dim=32, warm_start=100),
     discriminator=dict(max_width=16),
-    judge=dict(hidden=128, batch=64, steps=400, skip_pools=1),
+    judge=dict(hidden=128, batch=64, steps=500, skip_pools=1),
     phase1=dict(batch=32, steps=550, lr=1e-3, lr_end=5e-5, per_weight=0.03, ema=0.99),
     phase2=dict(batch=32, steps=120, per_weight=0.03, r1_gamma=10.0, ema=0.98),
     prior=dict(n_layer=4, n_head=4, n_embd=128),
-    ar=dict(batch=128, steps=1200, lr=2e-3, lr_start=450, lr_end=1e-4, warmup=100, ema=0.99),
+    ar=dict(batch=128, steps=1000, lr=2e-3, lr_start=360, lr_end=1e-4, warmup=100, ema=0.99),
     nar=dict(batch=128, steps=3000, lr=2e-3, lr_start=1000, warmup=150, ema=0.99),
 )
 PRESETS = {"cifar10": CIFAR10, "demo": DEMO, "claims": CLAIMS}
