@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from forks.frozen import left_out
 from plumbing.stages import judge_sizes
 from recipes.small import of_fork
 from tokenizer import TokenizerConfig, VQTokenizer
@@ -57,4 +56,3 @@ def parts():
 PRESETS = of_fork("align")
 for preset in PRESETS.values():
     preset["tokenizer"]["feature_width"] = 8 * preset["judge"]["width"]
-    preset["judge"]["skip_pools"] = left_out(preset["tokenizer"]["channel_mult"])  # on the token grid

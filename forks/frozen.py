@@ -53,4 +53,3 @@ def parts():
 PRESETS = of_fork("frozen")
 for preset in PRESETS.values():
     preset["tokenizer"] |= dict(codebook_dim=8 * preset["judge"]["width"])
-    preset["judge"] |= dict(skip_pools=left_out(preset["tokenizer"]["channel_mult"]))

@@ -8,11 +8,10 @@ import statistics
 
 import torch
 
-import forks
 from plumbing.files import header, save_atomic
 from plumbing.processes import print0
 from recipes.ablations import Row
-from recipes.options import find_preset, visualize_args
+from recipes.options import visualize_args
 from studies.metrics import read_result
 from studies.probe import compare
 from studies.tables import Table, finished, number, print_table, refuse_unlike, row_seconds, table
@@ -49,12 +48,6 @@ class ForkTable(Table):
         """Rows of two more seeds for the two forks that disagree most; none before all rows are measured."""
         again = disagreeing(rows) if len(rows) == len(ROWS) else []
         return [Row(f"{fork}, seed {seed}", f"{fork}|{seed}", {}, ()) for fork in again for seed in SEEDS]
-
-    def shared(self):
-        """The judge's relu5_3 is on the token grid, also where the preset's is not: `frozen` quantizes it."""
-        (path, words), *scorer = super().shared()
-        pools = forks.load("frozen").left_out(find_preset(self.args.preset)["tokenizer"]["channel_mult"])
-        return [(path, [*words, "--set", f"judge.skip_pools={pools}"]), *scorer]
 
     def row(self, name, decoder):
         fork, seed = name.split("|")

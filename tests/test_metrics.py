@@ -954,15 +954,6 @@ def test_the_table_of_forks_trains_and_measures_its_rows_and_ranks_them(data, tm
     assert not ran and "missing" not in capsys.readouterr().out
 
 
-def test_the_judge_of_the_table_of_forks_has_its_features_on_the_token_grid(tmp_path):
-    for preset, pools in (("demo", 1), ("cifar10", 2), ("claims", 2)):
-        args = recipes.options.visualize_args(["forks", "--preset", preset, "--out", str(tmp_path / preset)])
-        (path, words), (scorer, _) = studies.fork_table.ForkTable(args).shared()
-        config = recipes.options.train_args(words[1:])[1]
-        assert config["judge"]["skip_pools"] == pools == 5 - len(config["tokenizer"]["channel_mult"])
-        assert (path.name, scorer.name) == ("vgg.pt", "resnet.pt")
-
-
 def test_the_rank_correlations_are_spearman_s_of_the_rows_after_phase_1():
     row = dict(decoder="phase1")
     rows = [dict(row, rfid=a, ar_fid=fid, pfid=-a, relative=a, nar_fid=fid, fork=f"fork {a}")
