@@ -24,19 +24,24 @@ DUAL = variant(
 SMALL = dict(  # without warm_start: unit vectors learn much faster quantized than not
     codebook_dim=8, num_codebooks=2, adapter_layers=1, warm_start=0)
 SMALL_LOSS = dict(teachers=[None, "judge"], gamma=0.03, disentangle=0.1, represent=0.5, clip=1.0)
+
+
+def small(preset, **changes):
+    """A preset of recipes/small.py, taught by its own judge's relu5_3."""
+    widths = [0, 8 * preset["judge"]["width"]]
+    return variant(preset, fork="fqgan", tokenizer=dict(SMALL, teacher_widths=widths), phase1=SMALL_LOSS,
+                   sample=dict(top_p=0.9, guidance=1.5), **changes)
+
+
 PRESETS = {
     "fqgan-dual": DUAL,
     "fqgan-large": variant(DUAL, prior=dict(n_layer=36, n_embd=1280, n_head=20, head_layers=4)),
     "fqgan-triple": variant(
         DUAL, phase1=dict(teachers=[None, "dinov2-vit-s-14", "clip-vit-b-16"]), sample=dict(guidance=1.75),
         tokenizer=dict(num_codebooks=3, teacher_widths=[0, 384, 768])),
-    "cifar10-fq": variant(
-        CIFAR10, fork="fqgan", tokenizer=dict(SMALL, teacher_widths=[0, 64]), phase1=SMALL_LOSS,
-        prior=dict(PRIOR, dropout=0.0, n_layer=4, head_layers=2), sample=dict(top_p=0.9, guidance=1.5)),
-    "demo-fq": variant(
-        DEMO, fork="fqgan", tokenizer=dict(SMALL, teacher_widths=[0, 64]), phase1=SMALL_LOSS,
-        nar=dict(steps=2200, lr_start=800), prior=dict(PRIOR, dropout=0.0, n_layer=3, head_layers=1),
-        sample=dict(top_p=0.9, guidance=1.5)),
+    "cifar10-fq": small(CIFAR10, prior=dict(PRIOR, dropout=0.0, n_layer=4, head_layers=2)),
+    "demo-fq": small(DEMO, prior=dict(PRIOR, dropout=0.0, n_layer=3, head_layers=1),
+                     nar=dict(steps=2200, lr_start=800)),
 }
 
 
