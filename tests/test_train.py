@@ -655,7 +655,7 @@ def test_a_batch_of_codes_has_the_labels_of_its_images_and_takes_turns_with_thei
 
 def test_the_gradients_of_a_step_are_those_of_eq_2_and_of_the_discriminator_s_loss(
         trained, data, tmp_path, monkeypatch):
-    sets = dict(phase1__adv_start=0.0, phase1__adv_ramp=0.0, phase1__steps=1, phase1__r1_gamma=10.0)
+    sets = dict(phase1__adv_start=0.0, phase1__adv_ramp=0.0, phase1__steps=1)
     out, found = earlier(trained, tmp_path / "out", "phase1"), {}
 
     def spy(run, optimizer, name, clip=0.0):
@@ -674,7 +674,7 @@ def test_the_gradients_of_a_step_are_those_of_eq_2_and_of_the_discriminator_s_lo
     expected = torch.autograd.grad(loss + weight * adv, list(tokenizer.parameters()))
     torch.testing.assert_close(found["tokenizer"], list(expected), rtol=1e-3, atol=1e-6)
     loss = perceptual.disc_loss(disc(x), disc(x_hat.detach()))
-    loss = loss + 2 * perceptual.r1_penalty(disc, x)  # every second step, so twice
+    loss = loss + 2 * perceptual.r1_penalty(disc, x, 0.1)  # every second step, so twice
     expected = torch.autograd.grad(loss, list(disc.parameters()))
     torch.testing.assert_close(found["discriminator"], list(expected), rtol=1e-3, atol=1e-6)
 
