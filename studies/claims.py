@@ -34,7 +34,6 @@ class Claims(Table):
     assets/claims_protocol.md for what is measured and what counts as holding."""
 
     KIND = "claims"
-    WIDER = 3
     SHORT = ["phase1.steps=250", "phase2.steps=50", "ar.steps=250", "nar.steps=300", "ar.lr_start=100",
              "nar.lr_start=120", "ar.warmup=50", "nar.warmup=50", "code_variants=1"]  # for `demo`: one seed
 
@@ -51,16 +50,13 @@ class Claims(Table):
         return self.root / ",".join(["judge", *([arm.judge] if arm.judge else [])])
 
     def shared(self):
-        """The judges, one for each setting, and two scorers of `WIDER` times their width that no tokenizer is
+        """The judges, one for each setting, and two scorers, as wide as each other, that no tokenizer is
         trained with: a ResNet, whose numbers are judged, and a VGG of another seed and all five pools."""
         judges = {self.judge(arm): ["--set", arm.judge] if arm.judge else [] for arm in CLAIMS.values()}
         found = [self.train("vgg", folder, *words) for folder, words in judges.items()]
-        wide = ["--set", f"judge.width={self.WIDER * self.config['judge']['width']}"]
-        if not self.args.extractor:
-            path, words = self.train("vgg", self.root / "scorer", "--arch", "resnet", "--seed", "1", *wide)
-            found.append((path.with_name("resnet.pt"), words))
-        return [*found, self.train("vgg", Path(self.second).parent, "--seed", "2", *wide, "--set",
-                                   "judge.skip_pools=0")]
+        second = self.train("vgg", Path(self.second).parent, "--seed", "2", *self.wide(), "--set",
+                            "judge.skip_pools=0")
+        return [*found, *self.scorer(), second]
 
     def row(self, name, decoder):
         """All commands of an arm and seed, and its result files."""

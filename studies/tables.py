@@ -18,7 +18,7 @@ from plumbing.files import header, save_atomic, writable
 from plumbing.paths import as_path
 from plumbing.processes import print0
 from recipes.ablations import TABLES
-from recipes.options import find_preset
+from recipes.options import find_preset, train_args
 from studies.metrics import HOW, read_result
 
 
@@ -80,6 +80,7 @@ class Table:
     """
 
     KIND = "tables"
+    WIDER = 3
     SAME = {"low": "baseline", "alpha=0": "baseline", "sem": "alpha=1"}
 
     def __init__(self, args):
@@ -120,11 +121,19 @@ class Table:
         """What all rows need: the judge and the scorer."""
         if not self.small:
             return []
-        found = [self.train("vgg", self.root / "judge")]
-        if not self.args.extractor:
-            _, command = self.train("vgg", self.root / "scorer", "--arch", "resnet", "--seed", "1")
-            found.append((self.root / "scorer" / "resnet.pt", command))
-        return found
+        return [self.train("vgg", self.root / "judge"), *self.scorer()]
+
+    def scorer(self):
+        """A ResNet of `WIDER` times the judge's width, which no tokenizer is trained with."""
+        if self.args.extractor:
+            return []
+        path, words = self.train("vgg", self.root / "scorer", "--arch", "resnet", "--seed", "1", *self.wide())
+        return [(path.with_name("resnet.pt"), words)]
+
+    def wide(self):
+        """What makes a scorer `WIDER` times as wide as the judge."""
+        _, words = self.train("vgg", self.root)
+        return ["--set", f"judge.width={self.WIDER * train_args(words[1:])[1]['judge']['width']}"]
 
     def row(self, ablation, decoder):
         """The commands of a row, [(file that it makes, command)]; and {column prefix: result file}."""

@@ -781,6 +781,7 @@ def in_process(monkeypatch, fail=()):
         return code, message
 
     monkeypatch.setattr(studies.tables, "run_command", run_command)
+    monkeypatch.setattr(studies.tables.Table, "WIDER", 1)  # so few images allow few features
     return ran
 
 
@@ -870,7 +871,6 @@ def test_the_claims_are_told_from_the_measured_numbers_of_each_run(data, tmp_pat
     monkeypatch.setattr(
         studies.claims, "ROWS", [recipes.ablations.Row("alpha=1, seed 0", "alpha=1|0", {}, ())]
     )
-    monkeypatch.setattr(studies.claims.Claims, "WIDER", 1)  # so few images allow few features
     ran = in_process(monkeypatch)
     visualize.main(table("claims", tmp_path, data, "--run"))
     assert len(ran) == 4 + 4 + 7
@@ -952,6 +952,14 @@ def test_the_table_of_forks_trains_and_measures_its_rows_and_ranks_them(data, tm
     monkeypatch.setattr(studies.fork_table, "compare", None)  # what is there is not made again
     visualize.main(table("forks", tmp_path, data, *words))
     assert not ran and "missing" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", [studies.tables.Table, studies.claims.Claims, studies.fork_table.ForkTable])
+def test_the_scorers_of_a_table_are_three_times_as_wide_as_its_judge(kind, tmp_path, data):
+    files, commands = zip(*kind(table("forks", tmp_path, data)).shared(), strict=True)
+    widths = [recipes.options.train_args(words[1:])[1]["judge"]["width"] for words in commands]
+    judges = [path for path in files if path.parent.name.startswith("judge")]
+    assert widths == [2] * len(judges) + [6] * (len(files) - len(judges)) and len(widths) > len(judges) > 0
 
 
 def test_the_rank_correlations_are_spearman_s_of_the_rows_after_phase_1():
