@@ -241,16 +241,15 @@ def figure_phases(figure, args, device):
         files = args.tokenizer or [Path(path).with_name(f"{phase}.pt") for phase in ("phase1", "phase2")]
         if len(files) != 2:
             raise UserError("--tokenizer takes two files here, of phase 1 and of phase 2")
-        (first, second), stages = zip(*[
-            (tokenizer, about["stage"]) for tokenizer, about in
-            (load_tokenizer_of(path, ckpt, file, device) for file in files)], strict=True)
-        if stages != ("phase1", "phase2"):
+        decoders = [load_tokenizer_of(path, ckpt, file, device) for file in files]
+        stages = [about["stage"] for _, about in decoders]
+        if stages != ["phase1", "phase2"]:
             raise UserError(f"--tokenizer takes phase 1 first, then phase 2; {files[0]} is {stages[0]}")
         num = args.num or 64
         classes = prior.config.num_classes
         labels = torch.arange(num, device=device) % classes if classes else None
         tokens = generate_tokens(prior, labels, ckpt["config"]["seed"], range(num), ckpt["config"]["sample"])
-        one, two = decode(first, tokens), decode(second, tokens)
+        one, two = (decode(tokenizer, tokens) for tokenizer, _ in decoders)
         change = (one - two).abs()
         numbers.append(dict(
             ckpt=str(path), stage=ckpt["stage"], num_images=num, tokens=tokens.tolist(), note=ckpt["note"],
