@@ -115,7 +115,8 @@ class ForkTable(Table):
         lines += [[row["label"], *(number(row[key]) for key in names)] for row in rows]
         lines += [[f"{fork}, {len(same)} seeds", *(spread(row[key] for row in same) for key in names)]
                   for fork, same in by_fork(rows + more).items()]
-        text = [f"preset {self.args.preset}, one seed each unless told", "", print_table(lines), "", *orders(rows)]
+        text = [f"preset {self.args.preset}, one seed each unless told", "", print_table(lines), "",
+                *orders(rows)]
         print0("\n".join(text[3:]))
         about = dict(preset=self.args.preset, set=self.args.set, torch=torch.__version__, rows=rows + more,
                      correlations=correlations(rows))
