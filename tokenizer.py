@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from plumbing.fast import group_norm
+from plumbing.fast import attention, group_norm
 from plumbing.kmeans import OfflineKMeans
 from plumbing.processes import all_reduce_mean
 
@@ -150,7 +150,7 @@ def windowed_attention(q, k, v, block, kind):
     """
     H, W = q.shape[-2:]
     q, k, v = (to_windows(t, block, kind) for t in (q, k, v))
-    return from_windows(F.scaled_dot_product_attention(q, k, v), block, kind, H, W)
+    return from_windows(attention(q, k, v), block, kind, H, W)
 
 
 class BlockAttention(nn.Module):

@@ -1,4 +1,8 @@
-"""What makes networks faster and changes no result: norms, fixed convolutions, memory, bf16 weights."""
+"""What makes networks faster: norms, attention, dropout, fixed convolutions, memory, bf16 weights.
+
+Two of them change a result, on a CPU: attention in bf16 rounds its scores to bf16, and dropout draws other
+masks than PyTorch's from the same seed.
+"""
 
 import contextlib
 import ctypes
@@ -34,6 +38,44 @@ def group_norm(channels):
     return GroupNorm(groups, channels, eps=1e-6)
 
 
+def attention(q, k, v, dropout=0.0, causal=False):
+    """softmax(q k^T / sqrt(d)) v, (B, heads, T, d) each: F.scaled_dot_product_attention but on a CPU.
+
+    There bf16 trains two to seven times as fast by plain products (docs/speed.md), which keep the weights
+    that fused attention computes again; they go slice by slice, so without gradients little memory is held.
+    One query against a cache, in float32, is four times as fast so too.
+    """
+    if q.device.type == "cpu" and q.shape[2] == 1 and not dropout:
+        scores = q.float() @ k.float().transpose(2, 3) / q.shape[3] ** 0.5  # (B, heads, 1, T)
+        return (scores.softmax(dim=3) @ v.float()).to(q.dtype)
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
+    T, out = q.shape[2], []
+    hidden = torch.full((T, T), -torch.inf if causal else 0.0, dtype=q.dtype).triu(1)
+    rows = (t.flatten(0, 1).split(max(1, 2**22 // T**2)) for t in (q, k, v))  # 8 MiB of scores
+    for q_rows, k_rows, v_rows in zip(*rows, strict=True):
+        scores = torch.baddbmm(hidden, q_rows, k_rows.transpose(1, 2), alpha=q.shape[3] ** -0.5)
+        out.append(drop(scores.softmax(dim=2), dropout) @ v_rows)
+    return torch.cat(out).unflatten(0, q.shape[:2])
+
+
+def drop(x, p):
+    """F.dropout, whose masks a CPU draws one number after the other in one thread: a fifth of a prior's
+    training step. Here each number gets 16 random bits, so p is rounded to 1 / 65,536."""
+    cut = round(p * 2**16)
+    if x.device.type != "cpu" or not 0 < cut < 2**16:
+        return F.dropout(x, p) if p else x
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    return x * (bits[: x.numel()].view(x.shape) >= cut - 2**15).to(x.dtype) / (1 - cut / 2**16)
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout by `drop`."""
+
+    def forward(self, x):
+        return drop(x, self.p if self.training else 0.0)
+
+
 class FixedConv(torch.autograd.Function):
     """Depthwise convolution with one kernel that does not learn, (B, C, H, W) -> (B, C, H', W').
 
@@ -47,8 +89,10 @@ class FixedConv(torch.autograd.Function):
         ctx.save_for_backward(kernel)
         ctx.rest = stride, padding, not transposed
         conv, channels = F.conv_transpose2d if transposed else F.conv2d, x.shape[1]
-        kernel = kernel.to(x.dtype).expand(channels, 1, *kernel.shape)
-        return conv(x, kernel, stride=stride, padding=padding, groups=channels)
+        slow = transposed and stride > 1 and x.dtype == torch.bfloat16 and not x.is_cuda
+        dtype = torch.float32 if slow else x.dtype  # on a CPU bf16 takes ten times as long there
+        kernel = kernel.to(dtype).expand(channels, 1, *kernel.shape)
+        return conv(x.to(dtype), kernel, stride=stride, padding=padding, groups=channels).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
@@ -68,7 +112,8 @@ def keep_freed_memory():
 
 class PackedLinear(torch.nn.Module):
     """A linear layer whose bf16 weights lie in memory as oneDNN wants them. A CPU would lay them out anew for
-    every token otherwise; so AR sampling takes half the time at batch 1. Inference only."""
+    every pass otherwise: AR sampling took twice the time at batch 1, NAR sampling a tenth more. Inference
+    only."""
 
     def __init__(self, linear, batch):
         super().__init__()

@@ -56,9 +56,6 @@ class Run:
         self.train, self.val = load_data(config, self.out)
         self.fingerprint = on_rank0(lambda: [self.train.fingerprint, self.val.fingerprint])
         self.train.bad_list = self.val.bad_list = self.out / "bad_files.txt"
-        if self.device.type == "cpu" and config["image_size"] <= 64:
-            # a CPU heeds this switch too, and flash attention's backward is ten times slower there
-            torch.backends.cuda.enable_flash_sdp(False)
         self.autocast = torch.autocast(
             self.device.type, torch.bfloat16, enabled=config["precision"] == "bf16")
         self.note = "random VGG weights: a test run" if config["vgg"] == "random" else ""

@@ -504,7 +504,7 @@ def test_ctrl_c_lets_the_command_of_a_table_save_and_end(tmp_path, monkeypatch):
 @pytest.mark.dist
 def test_two_processes_measure_the_same_samples_and_the_same_numbers(run, scorer):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
-    found = []  # both in processes of their own: training here has switched flash attention off
+    found = []
     for name, launch in dict(one=[sys.executable], two=torchrun).items():
         words = ["--ckpt", run / "nar.pt", "--metrics", "--extractor", scorer, "--references", run / name,
                  "--num", "44", "--batch", "8", "--device", "cpu", "--out", run / f"{name}.json"]
