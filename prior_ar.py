@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from plumbing.checks import check, check_labels, eval_mode, with_defaults
-from plumbing.fast import Dropout, attention
+from plumbing.fast import Dropout, KVCache, attention
 
 
 @dataclass
@@ -37,35 +37,6 @@ class PriorConfig:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
 
 
-class KVCache:
-    """Keys and values of one layer for the positions seen so far (ours: only the speed of sampling changes).
-
-    The full (B, n_head, N, head_dim) buffers are allocated once, at the first append, in the dtype they are
-    multiplied in: the one the keys arrive in (bfloat16 under autocast), float32 on a CPU. `append` returns
-    the filled prefix only, so no mask is needed.
-    """
-
-    def __init__(self, num_tokens):
-        self.num_tokens = num_tokens
-        self.length = 0
-        self.keys = self.values = None
-
-    def append(self, k, v):
-        """k, v: (B, n_head, 1, head_dim) of the next position -> both for all positions up to it."""
-        batch, heads, length, head_dim = k.shape
-        if length != 1 or self.length == self.num_tokens:
-            full = f"{self.length} of {self.num_tokens} positions"
-            raise ValueError(f"KVCache takes one position at a time: it holds {full}, got {length} more")
-        if self.keys is None:
-            dtype = torch.float32 if k.device.type == "cpu" else k.dtype
-            self.keys = k.new_empty(batch, heads, self.num_tokens, head_dim, dtype=dtype)
-            self.values = torch.empty_like(self.keys)
-        self.keys[:, :, self.length] = k[:, :, 0]
-        self.values[:, :, self.length] = v[:, :, 0]
-        self.length += 1
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
-
-
 class Attention(nn.Module):
     """Multi-head self-attention; `causal` is the one difference between the two priors (Sec. 4.2)."""
 
@@ -85,9 +56,9 @@ class Attention(nn.Module):
     def attend(self, q, k, v, cache=None):
         """With a cache there is one query, the newest position, which may see every cached key."""
         if cache is not None:
-            k, v = cache.append(k, v)
-        dropout = self.dropout if self.training else 0.0
-        out = attention(q, k, v, dropout, causal=self.causal and cache is None)  # scaled dot products
+            out = cache.attend(q, k, v)
+        else:
+            out = attention(q, k, v, self.dropout if self.training else 0.0, self.causal)
         return self.proj(out.transpose(1, 2).flatten(2))  # (B, T, d)
 
 

@@ -22,15 +22,6 @@ def test_bf16_attention_on_a_cpu_is_scaled_dot_product_attention_with_its_gradie
         assert a.dtype == torch.bfloat16 and (a - b).norm() < 0.02 * b.norm()  # of 8 bits
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_query_against_a_float32_cache_sees_every_key(dtype):
-    q = torch.randn(2, 3, 1, 16).to(dtype)
-    k, v = torch.randn(2, 3, 7, 16), torch.randn(2, 3, 7, 16)
-    found = attention(q, k, v)
-    assert found.dtype == dtype
-    torch.testing.assert_close(found, F.scaled_dot_product_attention(q.float(), k, v).to(dtype))
-
-
 def test_attention_weights_are_dropped_in_training_and_the_rest_scaled():
     q = k = torch.zeros(64, 4, 32, 32).bfloat16()  # equal weights 1 / 32
     v = torch.eye(32).expand(64, 4, 32, 32).bfloat16()  # so that the output is the weights

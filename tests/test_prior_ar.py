@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from prior_ar import ARPrior, Block, KVCache, PriorConfig, Transformer, sample_logits, top_p_filter
+from plumbing.fast import KVCache
+from prior_ar import ARPrior, Block, PriorConfig, Transformer, sample_logits, top_p_filter
 
 TINY = dict(codebook_size=32, num_tokens=12, num_classes=3, n_layer=2, n_head=2, n_embd=32, dropout=0.0)
 
@@ -173,18 +175,21 @@ def test_cached_logits_reproduce_the_full_forward_at_every_position():
     torch.testing.assert_close(found, prior(tokens, labels), rtol=1e-4, atol=1e-4)
 
 
-def test_cache_returns_the_filled_prefix_only():
-    cache, kv = KVCache(5), torch.randn(2, 3, 4, 6)
-    for i in range(4):
-        keys, values = cache.append(kv[:, :, i : i + 1], -kv[:, :, i : i + 1])
-        assert torch.equal(keys, kv[:, :, : i + 1]) and torch.equal(values, -kv[:, :, : i + 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_query_sees_every_cached_key_and_nothing_of_what_is_not_filled(dtype):
+    torch.manual_seed(0)
+    cache, (q, k, v) = KVCache(40), torch.randn(3, 2, 3, 40, 6).to(dtype)  # more than one block of positions
+    for i in range(40):
+        found = cache.attend(*(t[:, :, i : i + 1] for t in (q, k, v)))
+        exact = (q[:, :, i : i + 1].float(), k[:, :, : i + 1].float(), v[:, :, : i + 1].float())
+        torch.testing.assert_close(found, F.scaled_dot_product_attention(*exact).to(dtype))
 
 
 def test_cache_refuses_more_positions_than_it_holds():
     cache, one = KVCache(1), torch.zeros(1, 2, 1, 4)
-    cache.append(one, one)
+    cache.attend(one, one, one)
     with pytest.raises(ValueError, match="KVCache"):
-        cache.append(one, one)
+        cache.attend(one, one, one)
 
 
 def test_an_image_is_the_same_alone_and_in_a_batch_of_four():

@@ -24,7 +24,7 @@ import plumbing.slices
 import recipes.options
 import sample
 from forks.guidance import GuidedAR, GuidedNAR
-from prior_ar import ARPrior, KVCache, PriorConfig
+from prior_ar import ARPrior, PriorConfig
 from prior_nar import NARPrior
 from plumbing.data import FolderData, scan_folder
 from plumbing.errors import UserError
@@ -646,7 +646,7 @@ def test_bf16_and_packed_weights_give_the_logits_of_float32_up_to_rounding_cache
     half = plumbing.fast.pack_linears(prior.bfloat16(), batch)
     assert any(isinstance(module, plumbing.fast.PackedLinear) for module in half.modules())
     model, steps = half.transformer, []
-    caches = [KVCache(16) for _ in model.blocks]
+    caches = [plumbing.fast.KVCache(16) for _ in model.blocks]
     for i in range(16):
         x = model.token_table(tokens[:, i - 1 : i]) if i else model.embed_condition(labels, batch)
         steps.append(model.run(x, i, caches))

@@ -11,8 +11,8 @@ from torch import nn
 
 from forks.guidance import ClassDropout, Guidance, Guided, guide
 from plumbing.checks import check, check_labels
-from plumbing.fast import Dropout
-from prior_ar import GREEDY, ARPrior, Attention, KVCache, Transformer, sample_logits
+from plumbing.fast import Dropout, KVCache
+from prior_ar import GREEDY, ARPrior, Attention, Transformer, sample_logits
 from prior_nar import NARPrior, mask_tokens
 
 

@@ -1,0 +1,75 @@
+"""Claims about --compile, with the real compiler: `pytest -m compile`, minutes, needs a C++ compiler."""
+
+import pytest
+import torch
+from helpers import call, earlier, rows
+from test_reliability import check_equal, killed_at
+
+from plumbing.fast import drop
+from prior_ar import Block, PriorConfig
+
+pytestmark = pytest.mark.compile
+STAGES = ["phase1", "phase2", "ar", "nar"]
+
+
+@pytest.fixture(autouse=True)
+def compiled_anew():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture(scope="module")
+def compiled(trained, data, tmp_path_factory):
+    """Run folders of each stage with --compile, and the rows of its losses with and without."""
+    def run(stage):
+        if stage not in found:
+            for name, more in (("plain", []), ("compiled", ["--compile"])):
+                out = earlier(trained, tmp_path_factory.mktemp("compile") / name, stage)
+                call(stage, out, data, *more, prior__dropout=0.0)
+                found[stage] = (*found.get(stage, ()), out)
+        return found[stage]
+
+    found = {}
+    return run
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_compiled_stage_has_the_losses_of_the_plain_one_r1_too(compiled, stage):
+    plain, fast = (rows(out, stage) for out in compiled(stage))
+    names = {name for row in plain for name in row if name.startswith(("loss", "r1", "val", "acc"))}
+    assert len(plain) == len(fast) and names and (stage[:5] != "phase" or "loss_r1" in names), names
+    for a, b in zip(plain, fast, strict=True):
+        assert {k: b.get(k) for k in names & a.keys()} == pytest.approx(
+            {k: a[k] for k in names & a.keys()}, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_compiled_stage_that_was_killed_ends_as_an_unbroken_one(compiled, trained, data, tmp_path, stage):
+    out = earlier(trained, tmp_path / "broken", stage)
+    killed_at(5, stage, out, data, "--compile", prior__dropout=0.0)
+    call(stage, out, data, "--compile", prior__dropout=0.0)
+    check_equal(compiled(stage)[1], out, stage)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_dropout_zeroes_its_share_and_scales_the_rest(dtype):
+    # a fault of the compiler once spoilt the masks behind a reshape
+    x = torch.ones(8, 16, 33, 65, dtype=dtype)
+    out = torch.compile(lambda x: drop(x.transpose(1, 2).reshape(8, -1), 0.1))(x)
+    assert (out == 0).float().mean().item() == pytest.approx(0.1, abs=0.003)
+    assert ((out == 0) | ((out - 1 / 0.9).abs() < 0.01)).all()
+    other = torch.compile(lambda x: drop(x, 0.1))
+    assert not torch.equal(other(x), other(x))
+
+
+@torch.no_grad()
+def test_a_compiled_block_drops_its_share_of_both_branches():
+    config = PriorConfig(n_head=4, n_embd=64, dropout=0.1)
+    block, x = Block(config, causal=True).train(), torch.randn(8, 65, 64)
+    block.attn.dropout = 0.0
+    block.mlp.proj.weight.zero_(), block.mlp.proj.bias.zero_()  # x + dropout(attention) is all that is left
+    dropped, whole = torch.compile(block)(x) - x, block.eval()(x) - x
+    kept = (dropped != 0) & (whole.abs() > 1e-3)
+    assert (dropped == 0).float().mean().item() == pytest.approx(0.1, abs=0.01)
+    assert (dropped[kept] / whole[kept]).median().item() == pytest.approx(1 / 0.9, rel=1e-2)
