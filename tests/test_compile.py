@@ -42,7 +42,7 @@ def test_a_compiled_stage_with_r1_has_the_losses_of_the_plain_one(compiled, stag
     assert len(plain) == len(fast) == STEPS and names
     for step, (a, b) in enumerate(zip(plain, fast, strict=True)):
         later = step > 1 and stage.startswith("phase")
-        near = 1e-4 if step == 0 else 0.05 if later else 0.01
+        near = 1e-4 if step == 0 else 0.05 if later else 0.03
         for name in ["loss_rec"] if later else names & a.keys():
             assert b[name] == pytest.approx(a[name], rel=near, abs=near / 10), (step, name)
 
