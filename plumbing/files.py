@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import importlib
 import json
@@ -201,11 +202,18 @@ def read_export(folder):
 
 
 def header(path):
-    """A checkpoint whose tensors stay on disk; its checksum is not looked at. raises: UserError if damaged"""
+    """A checkpoint without what holds tensors; its checksum is not looked at. raises: UserError if damaged"""
+    about = os.stat(path)
+    return header_of(path, about.st_mtime_ns, about.st_size, about.st_ino)
+
+
+@functools.lru_cache(1024)  # a table asks each checkpoint again and again
+def header_of(path, *_):
     try:
-        return torch.load(path, weights_only=True, mmap=True)
+        ckpt = torch.load(path, weights_only=True, mmap=True)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError):
         raise UserError(f"{path} is damaged; delete it and --run again") from None
+    return {key: value for key, value in ckpt.items() if key not in ("model", "ema", "train")}
 
 
 def not_finite(thing, name=""):
