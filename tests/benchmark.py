@@ -2,7 +2,8 @@
 
     PYTHONPATH=. python tests/benchmark.py safety     # what the checks of train.py add to a training step
     PYTHONPATH=. python tests/benchmark.py speed --out speed.jsonl    # every case beside its floor
-    PYTHONPATH=. python tests/benchmark.py speed --only quantizer,sample
+    PYTHONPATH=. python tests/benchmark.py speed --only quantizer --case K=1024
+    PYTHONPATH=OTHER python tests/benchmark.py speed     # the code of another clone
     PYTHONPATH=. python tests/benchmark.py growth     # time and memory against sizes
     PYTHONPATH=. python tests/benchmark.py archives --data DIR   # a tar of DIR beside DIR, and a large one
     PYTHONPATH=. python tests/benchmark.py gpu --out gpu.jsonl   # benchmark_gpu.py, ten minutes of a GPU
@@ -210,6 +211,23 @@ def phase_cases(side=256, batch=2):
         yield f"phase {phase}, discriminator's step alone", discriminator, "conv_bf16", None
 
 
+def attention_cases():
+    """Forward and backward, PyTorch's and ours, at the sizes of `imagenet` and of `demo`; one dropout."""
+    from plumbing.fast import attention, drop  # here, so that other cases run with older code too
+
+    sizes = {"64 heads of 256 x 48": (4, 16, 256, 48), "512 heads of 17 x 32": (128, 4, 17, 32)}
+    for name, (batch, heads, length, d) in sizes.items():
+        shape = batch, heads, length, d
+        qkv = [torch.randn(shape).bfloat16().requires_grad_() for _ in range(3)]
+        kinds = ("PyTorch's", F.scaled_dot_product_attention, "is_causal"), ("ours", attention, "causal")
+        for whose, function, causal in kinds:
+            yield (f"attention, {name}, bf16, {whose}", lambda function=function, qkv=qkv, causal=causal:
+                   function(*qkv, **{causal: True}).sum().backward(), None, 1)
+    x = torch.randn(4, 16, 256, 256).bfloat16()
+    for whose, function in (("PyTorch's", F.dropout), ("ours", drop)):
+        yield f"dropout of 4.2 million, bf16, {whose}", lambda f=function: f(x, 0.1), None, 1
+
+
 def prior_sizes(N=256):
     return PriorConfig(1024, N, 1000, n_layer=24, n_head=16, n_embd=768, dropout=0.1)
 
@@ -286,12 +304,14 @@ def speed(args):
     tops = ceilings()
     with tempfile.TemporaryDirectory() as name:
         groups = dict(quantizer=quantizer_cases, autoencoder=autoencoder_cases, phase=phase_cases,
-                      prior=prior_cases, sample=sampling_cases, start=startup_cases,
-                      load=lambda: loading_cases(Path(name) / "jpeg"))
+                      attention=attention_cases, prior=prior_cases, sample=sampling_cases,
+                      start=startup_cases, load=lambda: loading_cases(Path(name) / "jpeg"))
         for group, cases in groups.items():
             if args.only and group not in args.only.split(","):
                 continue
             for case, function, kind, amount in cases():
+                if args.case not in case:
+                    continue
                 function()
                 if kind and amount is None:
                     with FlopCounterMode(display=False) as counter:
@@ -437,8 +457,9 @@ if __name__ == "__main__":
     parser.add_argument("--data", help="of archives: a folder of images, class folders inside")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--only", help="of quantizer,autoencoder,phase,prior,sample,start,load; of growth: "
-                        "side,K,batch,tokens,files")
+    parser.add_argument("--only", help="of quantizer,autoencoder,phase,attention,prior,sample,start,load; "
+                        "of growth: side,K,batch,tokens,files")
+    parser.add_argument("--case", default="", help="of speed: only cases with this in their names")
     parser.add_argument("--out", help="file to append JSON lines to")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
