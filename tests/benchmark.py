@@ -110,10 +110,16 @@ def timed(function):
     return time.perf_counter() - begin
 
 
+def count_flops(function):
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
 SIZES = (1024, 16_384, 65_536)  # K of the quantizer's cases
 
 
-# Cases: (name, function, kind of its floor, amount of that kind; None counts FLOPs) ------------------------
+# Cases: (name, function, kind of its floor, its amount, what counts that, or None: FLOPs) -------------
 
 
 def bf16():
@@ -264,13 +270,11 @@ def sampling_cases():
         kind, amount = ("read", 256 * size) if batch == 1 else ("gemm_bf16", 256 * batch * size)
         yield f"ar_sample batch {batch}, 256 tokens, bf16 weights", draw, kind, amount
     for batch in (1, 8):
-        prior = NARPrior(prior_sizes()).eval().bfloat16()
+        plain, packed = (NARPrior(prior_sizes()).eval().bfloat16() for _ in range(2))
         noise, labels = torch.rand(batch, 12, 2, 256), torch.zeros(batch, dtype=torch.int64)
-        with FlopCounterMode(display=False) as counter:  # it does not know packed products
-            prior.generate(labels, noise)
-        draw = partial(pack_linears(prior, batch).generate, labels, noise)
+        draw = partial(pack_linears(packed, batch).generate, labels, noise)
         yield (f"nar_sample batch {batch}, 12 steps, bf16 weights", draw, "gemm_bf16",
-               counter.get_total_flops())
+               partial(count_flops, partial(plain.generate, labels, noise)))  # packed products are not known
 
 
 def loading_cases(folder, count=64):
@@ -313,10 +317,8 @@ def speed(args):
                 if args.case not in case:
                     continue
                 function()
-                if kind and amount is None:
-                    with FlopCounterMode(display=False) as counter:
-                        function()
-                    amount = counter.get_total_flops()
+                if kind and not isinstance(amount, int):
+                    amount = (amount or partial(count_flops, function))()
                 times, top = [], []
                 for _ in range(args.repeats):  # the ceiling of this very moment, then the case
                     top += [rate(*tops[kind])] if kind else []
