@@ -1,5 +1,6 @@
 """Claims about FQGAN (arXiv 2411.16681): sizes, tokens, what k = 1 is, losses, teachers, priors, a run."""
 
+import copy
 import hashlib
 import inspect
 import json
@@ -643,7 +644,7 @@ def test_the_share_of_the_classes_is_a_share_also_where_they_are_unequal(monkeyp
 
 
 def test_a_teacher_stands_where_its_width_stands():
-    config = recipes.options.find_preset("demo-fq")
+    config = copy.deepcopy(recipes.options.find_preset("demo-fq"))  # not the preset itself
     forks.fqgan.teachers.check_teachers(config)
     config["phase1"]["teachers"] = config["phase1"]["teachers"][::-1]
     with pytest.raises(ValueError, match="null where tokenizer.teacher_widths is 0"):
