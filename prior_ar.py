@@ -1,7 +1,7 @@
 """The autoregressive prior over token sequences, and the Transformer both priors share (Sec. 3.2, Table 10).
 
-Read from top to bottom: configuration, attention with its cache, the block, the Transformer, how one token
-is drawn from logits, the prior. `prior_nar.py` reuses everything but the last class.
+Read from top to bottom: configuration, attention (its cache: plumbing/fast.py), the block, the Transformer,
+how one token is drawn from logits, the prior. `prior_nar.py` reuses everything but the last class.
 Sections and tables are those of arXiv 2212.03185.
 """
 
@@ -54,7 +54,8 @@ class Attention(nn.Module):
         return self.qkv(x).unflatten(2, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
     def attend(self, q, k, v, cache=None):
-        """With a cache there is one query, the newest position, which may see every cached key."""
+        """softmax(q k^T / sqrt(head_dim)) v, then the projection. With a cache there is one query, the newest
+        position, which may see every cached key."""
         if cache is not None:
             out = cache.attend(q, k, v)
         else:
