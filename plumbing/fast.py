@@ -1,7 +1,7 @@
 """What makes networks faster: norms, attention, dropout, fixed convolutions, memory, bf16 weights.
 
-Two of them change a result, on a CPU: attention in bf16 rounds its scores to bf16, and dropout draws other
-masks than PyTorch's from the same seed.
+On a CPU some change a result: attention in bf16 rounds its scores to bf16, dropout draws other masks than
+PyTorch's from the same seed, and a fixed convolution's gradient and cached keys are summed in float32.
 """
 
 import contextlib
@@ -125,7 +125,7 @@ class FixedConv(torch.autograd.Function):
         ctx.save_for_backward(kernel)
         ctx.rest = stride, padding, not transposed
         conv, channels = F.conv_transpose2d if transposed else F.conv2d, x.shape[1]
-        slow = transposed and stride > 1 and x.dtype == torch.bfloat16 and not x.is_cuda
+        slow = transposed and stride > 1 and x.dtype == torch.bfloat16 and x.device.type == "cpu"
         dtype = torch.float32 if slow else x.dtype  # on a CPU bf16 takes ten times as long there
         kernel = kernel.to(dtype).expand(channels, 1, *kernel.shape)
         return conv(x.to(dtype), kernel, stride=stride, padding=padding, groups=channels).to(x.dtype)
