@@ -222,8 +222,7 @@ def attention_cases():
     from plumbing.fast import attention, drop  # here, so that other cases run with older code too
 
     sizes = {"64 heads of 256 x 48": (4, 16, 256, 48), "512 heads of 17 x 32": (128, 4, 17, 32)}
-    for name, (batch, heads, length, d) in sizes.items():
-        shape = batch, heads, length, d
+    for name, shape in sizes.items():
         qkv = [torch.randn(shape).bfloat16().requires_grad_() for _ in range(3)]
         kinds = ("PyTorch's", F.scaled_dot_product_attention, "is_causal"), ("ours", attention, "causal")
         for whose, function, causal in kinds:
