@@ -148,6 +148,14 @@ def test_an_unforeseen_exception_in_one_process_ends_all_with_their_workers(trai
 # Signals --------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def hangups_are_heard():
+    """Also where these tests run under nohup, whose children ignore SIGHUP, as runs are meant to."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGXCPU, signal.SIGUSR2])
 def test_signals_of_terminals_and_schedulers_save_the_step_in_progress(trained, data, tmp_path, number):
     out = earlier(trained, tmp_path / "out", "nar")
