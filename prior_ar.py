@@ -132,7 +132,7 @@ class Transformer(nn.Module):
 
     def run(self, x, start=0, caches=None):
         """x: (B, T, d) embeddings of the positions start..start+T-1 -> (B, T, d), for `logits`."""
-        positions = self.position_table.weight[start : start + x.shape[1]]  # (T, d)
+        positions = self.position_table(start + torch.arange(x.shape[1], device=x.device))  # (T, d)
         x = self.drop(x + positions)
         for i, block in enumerate(self.blocks):
             x = block(x, None if caches is None else caches[i])
@@ -262,6 +262,12 @@ class ARPrior(nn.Module):
         settings = sampler["temperature"], sampler["top_k"], sampler["top_p"]
         return sample_logits(self.transformer.logits(x), noise, *settings)
 
+    def step(self, x, i, noise, caches, sampler):
+        """The token (B,) of position i from what is before it, x (B, 1, d), and the next x, its embedding."""
+        x = self.transformer.run(x, start=i, caches=caches)[:, 0]  # (B, d)
+        tokens = self.draw(x, noise, sampler)
+        return tokens, self.transformer.embed(tokens[:, None])
+
     @torch.no_grad()
     def generate(self, labels, noise, **sampler):
         """Sample N tokens one after the other (Sec. 4.2; the top-p of each data set is in Table 10).
@@ -282,7 +288,5 @@ class ARPrior(nn.Module):
         with eval_mode(self):
             x = model.embed_condition(labels, len(noise))  # (B, 1, d)
             for i in range(self.config.num_tokens):
-                x = model.run(x, start=i, caches=caches)[:, 0]  # (B, d)
-                tokens[:, i] = self.draw(x, noise[:, i], sampler)
-                x = model.embed(tokens[:, i : i + 1])
+                tokens[:, i], x = self.step(x, i, noise[:, i], caches, sampler)
         return tokens

@@ -33,7 +33,7 @@ from plumbing.files import latent_hash
 from plumbing.models import earlier_tokenizer, load_model, new_discriminator, new_prior, parts
 from plumbing.parallel import accumulate
 from plumbing.preflight import build_on_meta, check_stages, given_tokenizer, stages_of
-from plumbing.processes import all_reduce_mean, mix, one_line_errors, seeded_rows
+from plumbing.processes import all_reduce_mean, mix, one_line_errors, seeded_rows, to_device
 from plumbing.run import Run
 from plumbing.validation import evaluate_prior, evaluate_tokenizer
 
@@ -250,7 +250,7 @@ def train_prior(run, stage):
     for step in run.loop(stage, start):
         set_lr(lr_at(step, c), optimizer)
         tokens, labels = code_batch(run, codes, step, c["batch"])  # (B, N), (B,)
-        noise = seeded_rows(c["batch"], N + 1, seed=mix(seed, "mask", step)).to(run.device)
+        noise = to_device(seeded_rows(c["batch"], N + 1, seed=mix(seed, "mask", step)), run.device)
         inputs, counted = prior.inputs(tokens, noise)
         total = all_reduce_mean(counted.sum().float())  # of the terms of the global batch's loss
         optimizer.zero_grad(set_to_none=True)

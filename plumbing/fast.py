@@ -99,7 +99,7 @@ def drop(x, p):
     """F.dropout, whose masks a CPU draws one number after the other in one thread: a fifth of a prior's
     training step. Here each number gets 16 random bits, so p is rounded to 1 / 65,536."""
     cut = round(p * 2**16)
-    if x.device.type != "cpu" or not 0 < cut < 2**16:
+    if x.device.type != "cpu" or not 0 < cut < 2**16 or torch.compiler.is_compiling():
         return F.dropout(x, p) if p else x
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
     return x * (bits[: x.numel()].view(x.shape) >= cut - 2**15).to(x.dtype) / (1 - cut / 2**16)

@@ -1,4 +1,4 @@
-"""A network in several processes and under the compiler, and the micro-batches of a step."""
+"""A network in several processes, and the micro-batches of a step."""
 
 import contextlib
 import warnings
@@ -6,7 +6,7 @@ import warnings
 import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from plumbing.errors import UserError
+from plumbing.compiling import compile_network
 from plumbing.processes import world
 
 WARM_UP = 2  # passes through a network in DDP before its state is loaded
@@ -33,10 +33,7 @@ def wrap(model, example, device, autocast, compiled=False):
         model.zero_grad(set_to_none=True)
         model.train(mode)
     if compiled:
-        quantizer = getattr(model, "quantizer", None)
-        if quantizer is not None:  # random keys, collectives and branches on the step stay outside
-            quantizer.forward = torch.compiler.disable(quantizer.forward)
-        model.compile()
+        compile_network(model)
     return net
 
 
@@ -53,20 +50,3 @@ def accumulate(net, parts):
     for i, part in enumerate(parts):
         with net.no_sync() if isinstance(net, DDP) and i + 1 < len(parts) else contextlib.nullcontext():
             yield part
-
-
-def check_compiler(device):
-    """Compiles a tiny function, as --compile will compile the networks in their first step.
-
-    raises: UserError if that fails, mostly for want of a compiler: C++ on a CPU, C on a GPU (for Triton)
-    """
-    try:
-        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
-    except Exception as error:  # of many kinds, with dozens of lines
-        lines = str(error).splitlines() or [type(error).__name__]
-        reason = next((line for line in lines if "error:" in line), lines[0]).strip()
-        wanted = "C++ compiler (g++, or what CXX names)"
-        if device.type == "cuda":
-            wanted = "C compiler (gcc, or what CC names)"
-        raise UserError(f"--compile does not work here: {reason}. Install a {wanted}, or leave --compile "
-                        "out") from None

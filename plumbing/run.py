@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from plumbing.compiling import check_compiler
 from plumbing.data import load_data
 from plumbing.dataset import batches
 from plumbing.errors import UserError, warn
@@ -24,7 +25,7 @@ from plumbing.files import (
     weights_hash,
 )
 from plumbing.images import make_sheet, to_float
-from plumbing.parallel import check_compiler, wrap
+from plumbing.parallel import wrap
 from plumbing.processes import (
     agreed, all_reduce_mean, barrier, mix, on_rank0, peak_memory, print0, rank, setup_device, world,
 )

@@ -1,6 +1,7 @@
 """Validation during training; each process takes a part of the images."""
 
 import math
+from functools import partial
 
 import torch
 
@@ -59,13 +60,14 @@ def evaluate_prior(run, stage, step, prior, tokenizer, codes, limit=5000, batch=
     NAR is measured at fixed mask ratios, the same at every call and in every run.
     """
     prior.eval()
+    eager = partial(torch.compiler.set_stance, "force_eager")  # --compile is for steps, all of one shape
     classes, sums = prior.config.num_classes, [0.0, 0.0, 0]
     for start in range(rank() * batch, min(limit, len(codes["val"])), world() * batch):
         tokens = codes["val"][start : start + batch].long().to(run.device)
         labels = codes["val_labels"][start : start + batch].to(run.device) if classes else None
         noise = seeded_rand(len(tokens), tokens.shape[1] + 1, seed=mix("val", start)).to(run.device)
         inputs, counted = prior.inputs(tokens, noise)
-        with run.autocast:
+        with eager(), run.autocast:
             logits = prior(inputs, labels)
         loss, accuracy = prior.loss(logits, tokens, counted)
         count = counted.sum().item()
@@ -77,7 +79,7 @@ def evaluate_prior(run, stage, step, prior, tokenizer, codes, limit=5000, batch=
             unigram_entropy=codes["unigram"])
     columns = min(10, classes or 8)
     labels = [i % columns for i in range(columns * 10)] if classes else None
-    with run.autocast:
+    with eager(), run.autocast:
         images = generate_images(
             prior, tokenizer, columns * 10, labels, run.config["seed"], run.config["sample"], batch=50)
     run.sheet(f"samples_{stage}", images, columns)

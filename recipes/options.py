@@ -222,6 +222,7 @@ def sample_args(words=None):
     add("--batch", type=int, default=32, help="images per forward pass (default 32)")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the weights that sample; bf16 is "
         "twice as fast (default: fp32)")
+    add("--compile", action="store_true", help="torch.compile what samples; on a GPU also as CUDA graphs")
     add("--device", default="auto", help="cuda, cpu or auto")
     args, name = parser.parse_args(words), ""
     args.values = []
@@ -248,6 +249,9 @@ def sample_args(words=None):
     measuring = [name for name in ("sweep", "predict", "perturb", "second") if getattr(args, name)]
     if measuring and not args.metrics:
         parser.error(f"--{measuring[0]} measures: pass --metrics too")
+    others = [name for name in ("edit", "reconstruct", "predict", "perturb") if getattr(args, name)]
+    if args.compile and others:
+        parser.error(f"--compile is for samples; leave it out with --{others[0]}")
     if args.second and args.reference:
         parser.error("--reference holds features of one network; with --second use --references")
     if args.values and args.predict:

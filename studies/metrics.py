@@ -63,6 +63,8 @@ def evaluate(args, device):
         if protocol != "rfid-val":
             raise UserError("--perturb needs a phase1.pt or phase2.pt, whose reconstructions it measures")
         protocol = "pfid-val"
+    if args.compile and protocol != "gfid-train":
+        raise UserError("--compile is for samples of an ar.pt or nar.pt; leave it out")
     out = args.out or args.ckpt.with_name(f"metrics_{args.ckpt.stem}{'_view' * args.predict}"
                                       f"{'_perturbed' * args.perturb}.json")
     sources = {"": args.extractor} | ({"_2": args.second} if args.second else {})

@@ -30,6 +30,7 @@ SCRIPTS = ["tokenizer", "perceptual", "prior_ar", "prior_nar", "sample", "visual
 STEPS = 6
 TINY = {
     "tokenizer.base_width": 8, "tokenizer.channel_mult": [1, 1, 2, 2], "tokenizer.codebook_size": 32,
+    "tokenizer.num_res_blocks": 1,
     "tokenizer.codebook_dim": 8, "tokenizer.warm_start": 0, "discriminator.max_width": 8, "judge.width": 4,
     "judge.hidden": 16, "judge.skip_pools": 1, "judge.scale_taps": True,
     "prior.n_layer": 1, "prior.n_head": 2, "prior.n_embd": 32, "phase1.r1_every": 2,

@@ -13,7 +13,7 @@ import torch
 
 import plumbing.files
 import plumbing.processes
-import plumbing.parallel
+import plumbing.compiling
 from plumbing.console import Steady, steady_output
 from plumbing.errors import UserError
 
@@ -80,4 +80,4 @@ def test_compile_without_a_compiler_is_one_line(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", broken)
     with pytest.raises(UserError, match=r"^--compile does not work here: error: no compiler. Install"):
-        plumbing.parallel.check_compiler(torch.device("cpu"))
+        plumbing.compiling.check_compiler(torch.device("cpu"))

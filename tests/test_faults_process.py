@@ -87,6 +87,7 @@ def test_a_worker_that_does_not_end_when_asked_is_killed(data):
             return torch.zeros(1), 0
 
         plumbing.shapes.Shapes.__getitem__ = item
+        torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5  # patience of torch, instead of twice 5 s
         stream = plumbing.dataset.batches(plumbing.shapes.Shapes("train", 10, 32), 1, 0, 1)
         next(stream)
         stream.close()

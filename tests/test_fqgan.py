@@ -12,9 +12,7 @@ import pytest
 import torch
 import forks.fqgan.figures
 import forks.fqgan.teachers
-import plumbing.preflight
 import recipes.options
-import studies.cost
 from helpers import call, earlier, open_run, refusal, rows
 from PIL import Image
 from torch import nn
@@ -611,7 +609,7 @@ def test_the_rows_of_fqgan_s_table_3_change_what_they_name(name, changes):
     assert (config["phase1"]["disentangle"] > 0) == (name != "fq-none")
 
 
-def test_the_presets_of_the_article_build_its_networks(capsys):
+def test_the_presets_of_the_article_build_its_networks():
     for name, total in (("fqgan-dual", 150_410_131), ("fqgan-triple", 159_295_515)):
         c = recipes.options.find_preset(name)
         with torch.device("meta"):
@@ -621,9 +619,6 @@ def test_the_presets_of_the_article_build_its_networks(capsys):
         wanted = dict(rec="l2", layers="lpips", gan="hinge", adv_weight=0.5, betas=[0.9, 0.95], gamma=0.03,
                       disentangle=0.1, represent=0.5, clip=1.0)
         assert wanted.items() <= first.items() and first["adv_start"] * first["steps"] == 20_000
-    args, config = recipes.options.train_args(["--preset", "fqgan-dual", "--explain"])
-    studies.cost.explain(config, plumbing.preflight.build_on_meta(config, recipes.options.STAGES))
-    assert "417,104,896" in capsys.readouterr().out
 
 
 def test_the_share_of_the_classes_is_a_share_also_where_they_are_unequal(monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from plumbing.compiling import CompiledStep, FixedCache, compile_network
 from plumbing.fast import KVCache
 from prior_ar import ARPrior, Block, PriorConfig, Transformer, sample_logits, top_p_filter
 
@@ -190,6 +191,65 @@ def test_cache_refuses_more_positions_than_it_holds():
     cache.attend(one, one, one)
     with pytest.raises(ValueError, match="KVCache"):
         cache.attend(one, one, one)
+
+
+def test_a_query_sees_of_a_fixed_cache_what_was_written_and_nothing_an_earlier_image_left():
+    position, config = torch.zeros(1, dtype=torch.int64), PriorConfig(n_head=2, n_embd=12)
+    cache = FixedCache(position, 3, 8, config, torch.float32)
+    for image in range(2):
+        q, k, v = torch.randn(3, 3, 2, 8, 6, generator=torch.Generator().manual_seed(image))
+        for i in range(8):
+            position.fill_(i)
+            found = cache.attend(*(t[:, :, i : i + 1] for t in (q, k, v)))
+            exact = q[:, :, i : i + 1], k[:, :, : i + 1], v[:, :, : i + 1]
+            torch.testing.assert_close(found, F.scaled_dot_product_attention(*exact))
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Instead of inductor: the graphs that torch.compile makes, each a list of (shape, is it static?) of what
+    goes in. None asks the host for a number."""
+    real, found = torch.compile, []
+
+    def backend(graph, inputs):
+        assert "item" not in {node.target for node in graph.graph.nodes}
+        tensors = [node.meta["tensor_dict"] for node in graph.graph.nodes if node.op == "placeholder"]
+        static = ["_dynamo_static_input_type" in tensor for tensor in tensors]
+        found.append([(tuple(x.shape), fixed) for x, fixed in zip(inputs, static, strict=True)])
+        return graph
+
+    monkeypatch.setattr(torch, "compile", lambda function, mode=None, **more: real(
+        function, backend=backend, **more))
+    torch.compiler.reset()
+    yield found
+    torch.compiler.reset()
+
+
+def test_one_graph_draws_every_position_of_every_batch_and_writes_only_what_stays_in_place(graphs):
+    # both are what a CUDA graph asks for
+    prior, labels = tiny_prior(sharpen=5.0), torch.tensor([0, 1, 2, 0])
+    draws = [(labels, uniforms(4, 12, seed=seed)) for seed in range(3)]
+    expected = [prior.generate(*draw, top_p=0.92) for draw in draws]
+    prior.step = CompiledStep(prior)
+    places = set()
+    for draw, tokens in zip(draws, expected, strict=True):
+        assert torch.equal(prior.generate(*draw, top_p=0.92), tokens)
+        places.add(tuple(buffer.data_ptr() for buffer in prior.step.caches[4, torch.float32].buffers()))
+    assert len(graphs) == len(places) == 1
+    assert [shape for shape, fixed in graphs[0] if not fixed] == [(4, 1, 32), (4,)]  # x and noise
+    assert sum(shape == (4, 2, 12, 16) for shape, fixed in graphs[0] if fixed) == 2 * 2  # keys and values
+
+
+def test_compiled_blocks_of_a_prior_share_one_graph(graphs, monkeypatch):
+    def compile(module):
+        module._compiled_call_impl = torch.compile(module._call_impl)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile)
+    prior, tokens = tiny_prior(n_layer=5).train(), random_tokens(2)
+    expected = prior(tokens)
+    compile_network(prior)
+    torch.testing.assert_close(prior(tokens), expected)
+    assert [len(inputs) for inputs in graphs] == [1 + 12]  # x, and the parameters of one block
 
 
 def test_an_image_is_the_same_alone_and_in_a_batch_of_four():

@@ -143,7 +143,7 @@ class FactorizedTransformer(ClassDropout, Transformer):
         return fused.to(self.fuse.weight.dtype)  # float32 under autocast, as the condition is
 
     def run(self, x, start=0, caches=None):
-        x, angles = self.drop(x), self.angles[start : start + x.shape[1]]
+        x, angles = self.drop(x), self.angles[start + torch.arange(x.shape[1], device=x.device)]
         for i, block in enumerate(self.blocks):
             x = block(x, None if caches is None else caches[i], angles)
         return x
