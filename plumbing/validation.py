@@ -78,10 +78,10 @@ def evaluate_prior(run, stage, step, prior, tokenizer, codes, limit=5000, batch=
     run.log(stage, step, val_loss=loss, val_top1=accuracy, ln_K=math.log(K),
             unigram_entropy=codes["unigram"])
     columns = min(10, classes or 8)
-    labels = [i % columns for i in range(columns * 10)] if classes else None
+    num, seed, settings = columns * ROWS, run.config["seed"], run.config["sample"]
+    labels = [i % columns for i in range(num)] if classes else None
     with eager(), run.autocast:
-        images = generate_images(
-            prior, tokenizer, columns * 10, labels, run.config["seed"], run.config["sample"], batch=50)
+        images = generate_images(prior, tokenizer, num, labels, seed, settings, batch=min(num, 50))
     run.sheet(f"samples_{stage}", images, columns)
 
 
@@ -111,6 +111,7 @@ def early_warnings(rows, stage, c, codebook_size=0):
     return found
 
 
+ROWS = 10  # of a sheet of samples
 PER_CODE = 10  # tokens for each code that a usage must be counted on before its fall means anything
 
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 from helpers import call, end_children, write_pictures
 
+import plumbing.validation
+
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
@@ -15,6 +17,13 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def short_sheets():
+    plumbing.validation.ROWS, before = 1, plumbing.validation.ROWS  # of samples, instead of ten
+    yield
+    plumbing.validation.ROWS = before
 
 
 @pytest.fixture(autouse=True)
