@@ -6,6 +6,7 @@
     PYTHONPATH=OTHER python tests/benchmark.py speed     # the code of another clone
     PYTHONPATH=. python tests/benchmark.py growth     # time and memory against sizes
     PYTHONPATH=. python tests/benchmark.py archives --data DIR   # a tar of DIR beside DIR, and a large one
+    PYTHONPATH=. python tests/benchmark.py compile    # benchmark_compile.py, what --compile costs and gives
     PYTHONPATH=. python tests/benchmark.py gpu --out gpu.jsonl   # benchmark_gpu.py, ten minutes of a GPU
 
 `speed` measures the ceilings of this machine (matrix products and 3x3 convolutions in float32 and bf16,
@@ -451,7 +452,7 @@ def safety(stage, folder):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["safety", "speed", "growth", "point", "archives", "gpu"])
+    parser.add_argument("what", choices=["safety", "speed", "growth", "point", "archives", "compile", "gpu"])
     parser.add_argument("--device", default="cuda", help="of gpu: cpu only shows that it runs")
     parser.add_argument("--preset", default="imagenet", help="of gpu")
     parser.add_argument("--steps", type=int, default=40, help="of gpu: a training case's steps")
@@ -460,7 +461,8 @@ if __name__ == "__main__":
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", help="of quantizer,autoencoder,phase,attention,prior,sample,start,load; "
                         "of growth: side,K,batch,tokens,files")
-    parser.add_argument("--case", default="", help="of speed: only cases with this in their names")
+    parser.add_argument("--case", default="", help="of speed, compile, gpu: only cases with this in "
+                        "their names")
     parser.add_argument("--out", help="file to append JSON lines to")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -470,6 +472,10 @@ if __name__ == "__main__":
             safety("ar", Path(name))
     elif arguments.what == "point":
         growth_point(arguments.only.split(",")[0], int(arguments.only.split(",")[1]))
+    elif arguments.what == "compile":
+        from benchmark_compile import compiling
+
+        compiling(arguments)
     elif arguments.what == "gpu":
         from benchmark_gpu import gpu
 
