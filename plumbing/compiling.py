@@ -26,7 +26,7 @@ def check_compiler(device):
 
 def compile_network(model):
     """Compiles a prior block by block, as one graph that all its equal blocks share: that of the whole took
-    four times as long to compile and ran no faster (docs/speed.md). Another network is compiled whole."""
+    three times as long to compile and ran no faster (docs/speed.md). Another network is compiled whole."""
     transformer = getattr(model, "transformer", None)
     if transformer is not None:
         for block in transformer.blocks:
