@@ -249,9 +249,8 @@ def sample_args(words=None):
     measuring = [name for name in ("sweep", "predict", "perturb", "second") if getattr(args, name)]
     if measuring and not args.metrics:
         parser.error(f"--{measuring[0]} measures: pass --metrics too")
-    others = [name for name in ("edit", "reconstruct", "predict", "perturb") if getattr(args, name)]
-    if args.compile and others:
-        parser.error(f"--compile is for samples; leave it out with --{others[0]}")
+    if args.compile and (args.edit or args.reconstruct):
+        parser.error("--compile is for samples; leave it out with --edit and --reconstruct")
     if args.second and args.reference:
         parser.error("--reference holds features of one network; with --second use --references")
     if args.values and args.predict:

@@ -667,7 +667,10 @@ def test_bad_input_of_metrics_ends_with_one_line_and_exit_code_2(run, scorer, re
     assert "does nothing for AR" in refused(capsys, [*ar, "--num", 30, "--sweep", "steps=4"])
     assert "this needs ar or nar" in refused(capsys, [*phase2, "--sweep", "top_p=0.5"])
     assert "--compile is for samples of an ar.pt" in refused(capsys, [*phase2, "--compile"])
-    assert "leave it out with --predict" in refused(capsys, [*ar, "--predict", "--compile"])
+    assert "--compile is for samples of an ar.pt" in refused(capsys, [*ar, "--predict", "--compile"])
+    with pytest.raises(SystemExit):
+        recipes.options.sample_args(["--ckpt", "phase2.pt", "--reconstruct", "--compile"])
+    assert "leave it out with --edit and --reconstruct" in capsys.readouterr().err
     for name, content in (("text.json", b"\xff\x00"), ("empty.json", b"{}"), ("list.json", b"[]")):
         (run / name).write_bytes(content)
         assert "no result of sample.py" in refused(capsys, [*ar, "--num", 30, "--out", run / name])
