@@ -94,7 +94,8 @@ def sample(args, device):
     if args.compile:
         check_compiler(device)
         info["compiled"] = True  # rounds otherwise
-        compile_sampling(prior, tokenizer)
+        compile_sampling(prior)
+        tokenizer.decoder.compile()
     if settings.get("nar_steps", 0) > prior.config.num_tokens:
         print0(f"note: {prior.config.num_tokens} tokens take {prior.config.num_tokens} steps at most")
 

@@ -38,13 +38,12 @@ def compile_network(model):
     model.compile()
 
 
-def compile_sampling(prior, tokenizer):
-    """Compiles what sampling runs: the step of an AR prior, the blocks of another one, and the decoder."""
+def compile_sampling(prior):
+    """Compiles what draws tokens: the step of an AR prior, the blocks of another one."""
     if hasattr(prior, "step"):
         prior.step = CompiledStep(prior)
     else:
         compile_network(prior)
-    tokenizer.decoder.compile()
 
 
 class FixedCache(nn.Module):

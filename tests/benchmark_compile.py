@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from plumbing.compiling import CompiledStep, compile_network
+from plumbing.compiling import compile_network, compile_sampling
 from plumbing.fast import keep_freed_memory, pack_linears
 from prior_ar import ARPrior, PriorConfig
 from tokenizer import TokenizerConfig, VQTokenizer
@@ -64,7 +64,7 @@ def function_of(case, how):
     if how == "packed":
         pack_linears(prior, len(labels))
     if how == "compiled":
-        prior.step = CompiledStep(prior)
+        compile_sampling(prior)
     noise = torch.rand(len(labels), 256)
     return lambda: prior.generate(labels, noise, top_p=0.92)
 

@@ -160,7 +160,8 @@ def sample_cases(device, write, root):
                                     ("ar", True, (1, 64)), ("nar", True, (1, 64))):
         prior = load_model(root / name / f"{name}.pt", (name,), device)[0].bfloat16()
         if compiled:
-            compile_sampling(prior, tokenizer)
+            compile_sampling(prior)
+            tokenizer.decoder.compile()
         sampler = {"nar_steps": 12} if isinstance(prior, NARPrior) else {"top_p": 0.92}
         shape, classes = prior.noise_shape(prior.SAMPLER | sampler), prior.config.num_classes
         weights = 2 * sum(p.numel() for p in prior.transformer.blocks.parameters())

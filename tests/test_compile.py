@@ -11,7 +11,7 @@ import recipes.options
 import sample
 from forks.fqgan.prior import FactorizedAR, FactorizedConfig
 from forks.guidance import GuidedAR, GuidedConfig
-from plumbing.compiling import CompiledStep, compile_network
+from plumbing.compiling import compile_sampling
 from plumbing.fast import drop
 from prior_ar import ARPrior, PriorConfig
 from prior_nar import NARPrior
@@ -101,10 +101,7 @@ def test_compiled_sampling_draws_the_tokens_of_plain_sampling_with_one_graph(nam
         parameter.data += 0.05 * torch.randn_like(parameter)
     noise = torch.rand(2, 3, *prior.noise_shape(prior.SAMPLER | sampler))
     expected = [prior.generate(labels, part, **sampler) for part in noise]
-    if hasattr(prior, "step"):
-        prior.step = CompiledStep(prior)
-    else:
-        compile_network(prior)
+    compile_sampling(prior)
     torch._dynamo.utils.counters.clear()
     found = [prior.generate(labels, part, **sampler) for part in noise]
     assert torch.equal(torch.stack(found), torch.stack(expected))

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from plumbing.compiling import CompiledStep, FixedCache, compile_network
+from plumbing.compiling import FixedCache, compile_network, compile_sampling
 from plumbing.fast import KVCache
 from prior_ar import ARPrior, Block, PriorConfig, Transformer, sample_logits, top_p_filter
 
@@ -230,7 +230,7 @@ def test_one_graph_draws_every_position_of_every_batch_and_writes_only_what_stay
     prior, labels = tiny_prior(sharpen=5.0), torch.tensor([0, 1, 2, 0])
     draws = [(labels, uniforms(4, 12, seed=seed)) for seed in range(3)]
     expected = [prior.generate(*draw, top_p=0.92) for draw in draws]
-    prior.step = CompiledStep(prior)
+    compile_sampling(prior)
     places = set()
     for draw, tokens in zip(draws, expected, strict=True):
         assert torch.equal(prior.generate(*draw, top_p=0.92), tokens)
