@@ -97,7 +97,8 @@ class KVCache:
 
 def drop(x, p):
     """F.dropout, whose masks a CPU draws one number after the other in one thread: a fifth of a prior's
-    training step. Here each number gets 16 random bits, so p is rounded to 1 / 65,536."""
+    training step. Here each number gets 16 random bits, so p is rounded to 1 / 65,536. The compiler gets
+    F.dropout: its graph would end at the bits."""
     cut = round(p * 2**16)
     if x.device.type != "cpu" or not 0 < cut < 2**16 or torch.compiler.is_compiling():
         return F.dropout(x, p) if p else x
