@@ -7,7 +7,7 @@
     PYTHONPATH=. python tests/benchmark.py growth     # time and memory against sizes
     PYTHONPATH=. python tests/benchmark.py archives --data DIR   # a tar of DIR beside DIR, and a large one
     PYTHONPATH=. python tests/benchmark.py compile    # benchmark_compile.py, what --compile costs and gives
-    PYTHONPATH=. python tests/benchmark.py gpu --out gpu.jsonl   # benchmark_gpu.py, ten minutes of a GPU
+    PYTHONPATH=. python tests/benchmark.py gpu --out gpu.jsonl   # benchmark_gpu.py, on a GPU
 
 `speed` measures the ceilings of this machine (matrix products and 3x3 convolutions in float32 and bf16,
 reading memory) and our own work in turns, so that a noisy moment hits both. Each case is told as a share of

@@ -134,8 +134,7 @@ def train_cases(args, device, top, write):
             expected = first.setdefault((stage, batch), losses)  # what --compile changes, at worst
             line["off"] = max(abs(a / b - 1) for a, b in zip(losses, expected, strict=True))
             write(line)
-        if args.case in "sampling":
-            sample_cases(device, write, Path(root))
+        sample_cases(device, write, Path(root), args.case)
 
 
 @torch.no_grad()
@@ -152,7 +151,7 @@ def compiled_dropout(device):
 
 
 @torch.no_grad()
-def sample_cases(device, write, root):
+def sample_cases(device, write, root, wanted):
     tokenizer = load_model(root / "phase1" / "phase1.pt", ("phase1",), device)[0]
     tokenizer.decoder.bfloat16()
     _, copied = tops(device)
@@ -167,6 +166,8 @@ def sample_cases(device, write, root):
         weights = 2 * sum(p.numel() for p in prior.transformer.blocks.parameters())
         for batch in batches if device.type == "cuda" else batches[:1]:
             case = f"{name} sampling, batch {batch}{', compiled' * compiled}"
+            if wanted not in case:
+                continue
             noise = torch.rand(batch, *shape, device=device)
             labels = torch.zeros(batch, dtype=torch.int64, device=device) if classes else None
             draw = partial(prior.generate, labels, noise, **sampler)
