@@ -240,11 +240,7 @@ def test_one_graph_draws_every_position_of_every_batch_and_writes_only_what_stay
     assert sum(shape == (4, 2, 12, 16) for shape, fixed in graphs[0] if fixed) == 2 * 2  # keys and values
 
 
-def test_compiled_blocks_of_a_prior_share_one_graph(graphs, monkeypatch):
-    def compile(module):
-        module._compiled_call_impl = torch.compile(module._call_impl)
-
-    monkeypatch.setattr(torch.nn.Module, "compile", compile)
+def test_compiled_blocks_of_a_prior_share_one_graph(graphs):
     prior, tokens = tiny_prior(n_layer=5).train(), random_tokens(2)
     expected = prior(tokens)
     compile_network(prior)
