@@ -25,7 +25,7 @@ LAYER_SETS |= {name: dict.fromkeys(NAMES[i:], 1.0) for i, name in enumerate(["A"
 
 
 def layer_weights(alpha):
-    """Layer weights of L_per(alpha) = alpha * L_sem + (1 - alpha) * L_low (Eq. 4).
+    """Layer weights of L_per(alpha) = alpha * L_sem + (1 - alpha) * L_low (Eq. 4, Sec. 3.3.1).
 
     alpha:   semantic ratio in [0, 1]; 0 is Table 6's "low", 1 is "sem".
     returns: dict layer -> weight: relu1_2..relu4_3 have 1 - alpha, relu5_3 has 1 (it is in both sums),
@@ -117,7 +117,7 @@ def perceptual_terms(vgg, x, x_hat, layers):
 
 
 def perceptual_loss(vgg, x, x_hat, weights):
-    """L_per = sum_l w_l * d_l (Eq. 4 with `layer_weights(alpha)`, Table 6 with `LAYER_SETS[name]`).
+    """L_per = sum_l w_l * d_l (Sec. 3.3.1; Eq. 4: `layer_weights(alpha)`, Table 6: `LAYER_SETS[name]`).
 
     weights: dict layer -> weight, at least one; see `perceptual_terms` for the rest.
     returns: float32 scalar.
@@ -223,7 +223,7 @@ def minibatch_stddev(x):
 
 
 class StyleDiscriminator(nn.Module):
-    """The residual discriminator of StyleGAN2 (the paper: style-based, as in ViT-VQGAN; details ours).
+    """The residual discriminator of StyleGAN2 (Sec. 6.1: style-based, as in ViT-VQGAN; details ours).
 
     image_size: power of two, at least 8. Width at side r: min(max_width, 16384 * channel_multiplier // r).
     24,001,089 parameters at 256 with channel_multiplier 1, 28,864,129 with 2 (StyleGAN2's config F).

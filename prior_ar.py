@@ -1,4 +1,4 @@
-"""The autoregressive prior over token sequences, and the Transformer both priors share (Sec. 3.2, Table 10).
+"""The autoregressive prior over token sequences, and the Transformer both priors share (Sec. 3.1.2 and 6.1).
 
 Read from top to bottom: configuration, attention (its cache: plumbing/fast.py), the block, the Transformer,
 how one token is drawn from logits, the prior. `prior_nar.py` reuses everything but the last class.
@@ -38,7 +38,7 @@ class PriorConfig:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; `causal` is the one difference between the two priors (Sec. 4.2)."""
+    """Multi-head self-attention; `causal` is the one difference between the two priors (Sec. 6.1)."""
 
     def __init__(self, config, causal, bias=True):
         super().__init__()
@@ -64,7 +64,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with a GELU between them; hidden width mlp_ratio * d (3072 or 4096 in Table 10)."""
+    """Two linear layers with a GELU between them; hidden width mlp_ratio * d (3072 or 4096 in Table 8)."""
 
     def __init__(self, config):
         super().__init__()
@@ -76,7 +76,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm Transformer block with 12 d^2 + 13 d parameters; dropout after both branches (Table 10)."""
+    """Pre-norm Transformer block with 12 d^2 + 13 d parameters; dropout after both branches (Table 8)."""
 
     def __init__(self, config, causal):
         super().__init__()
@@ -90,7 +90,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """What both priors are made of: [condition, tokens] in, causal (AR) or not (NAR) (Sec. 4.2, Table 10).
+    """What both priors are made of: [condition, tokens] in, causal (AR) or not (NAR) (Sec. 6.1, Table 8).
 
     Position 0 holds the condition, position i the token s_i. Row K of the token table is [MASK] and the last
     row of the condition table is the null condition. Neither can be predicted: the head has K outputs only.
@@ -202,7 +202,7 @@ def sample_logits(logits, u, temperature=1.0, top_k=0, top_p=1.0):
 
 
 class ARPrior(nn.Module):
-    """p(s | c) = prod_i p(s_i | c, s_1..s_{i-1}) over tokens in raster order (Sec. 3.2, 4.2).
+    """p(s | c) = prod_i p(s_i | c, s_1..s_{i-1}) over tokens in raster order (Sec. 3.1.2).
 
     In training: `inputs, counted = prior.inputs(tokens, noise)`, then `logits = ddp(inputs, labels)`, then
     `loss, accuracy = prior.loss(logits, tokens, counted)`. A masked prior is trained by the same three lines.
@@ -234,7 +234,7 @@ class ARPrior(nn.Module):
         return self.transformer.logits(self.transformer(tokens[:, :-1], labels))  # [c, s_1..s_{N-1}]
 
     def loss(self, logits, tokens, counted=None, label_smoothing=0.0):
-        """Mean cross-entropy in nats over all N positions, and top-1 accuracy (Sec. 3.2, Fig. 10).
+        """Eq. 3 for AR: mean cross-entropy in nats over all N positions (Fig. 10 plots it); top-1 accuracy.
 
         logits:  (B, N, K) of `forward`, any float dtype; tokens: (B, N) int64 in [0, K).
         counted: not read: every position counts.  label_smoothing: ours, off by default.
@@ -278,7 +278,7 @@ class ARPrior(nn.Module):
 
     @torch.no_grad()
     def generate(self, labels, noise, **sampler):
-        """Sample N tokens one after the other (Sec. 4.2; the top-p of each data set is in Table 10).
+        """Sample N tokens one after the other (Sec. 6.1; the top-p of each data set is in Table 10).
 
         labels:  (B,) int64 in [0, num_classes), or None.
         noise:   (B, *noise_shape) uniforms in [0, 1); noise[b, i] alone draws token i of image b, so an image

@@ -1,4 +1,4 @@
-"""The non-autoregressive prior: masked tokens are predicted together, in T rounds (Sec. 4.2, Table 10).
+"""The non-autoregressive prior: masked tokens are predicted together, in T rounds (Sec. 3.1.2 and 6.1).
 
 The paper uses MaskGIT as it is. Training hides a random share of the tokens; decoding starts with all of
 them hidden and keeps, in each round, the candidates the model is surest of.
@@ -16,7 +16,7 @@ from prior_ar import GREEDY, PriorConfig, Transformer, sample_logits
 
 
 def mask_schedule(r):
-    """cos(pi r / 2): the share of tokens still masked at progress r in [0, 1] (MaskGIT; Sec. 4.2).
+    """cos(pi r / 2): the share of tokens still masked at progress r in [0, 1] (MaskGIT; Sec. 3.1.2).
 
     r: a float or a float tensor; the result has the same type. Its mean over r ~ U(0, 1) is 2/pi.
     """
@@ -24,7 +24,7 @@ def mask_schedule(r):
 
 
 def mask_tokens(tokens, mask_id, noise):
-    """Hide max(1, ceil(N cos(pi r / 2))) tokens of each row, chosen evenly without replacement (Sec. 4.2).
+    """Hide max(1, ceil(N cos(pi r / 2))) tokens of each row, chosen evenly without replacement (Sec. 3.1.2).
 
     tokens:    (B, N) int64 in [0, K); mask_id: K.
     noise:     (B, N + 1) uniforms in [0, 1) drawn by the caller: column 0 is r, and the positions with the
@@ -65,7 +65,7 @@ def decode_counts(num_tokens, steps):
 
 
 class NARPrior(nn.Module):
-    """Bidirectional masked-token prior (Sec. 4.2): the Transformer of `ARPrior` without the causal mask."""
+    """Masked-token prior (Sec. 3.1.2 and 6.1): the Transformer of `ARPrior` without the causal mask."""
 
     Config, Transformer = PriorConfig, Transformer
     SAMPLER = dict(  # what `generate` reads
@@ -86,7 +86,7 @@ class NARPrior(nn.Module):
         return mask_tokens(tokens, self.mask_id, noise)
 
     def forward(self, inputs, labels=None):
-        """Logits of all positions at once; each sees the condition and every visible token (Sec. 4.2).
+        """Logits of all positions at once; each sees the condition and every visible token (Sec. 3.1.2).
 
         inputs:  (B, N) int64 in [0, K], K = [MASK]. Out-of-range values are not checked.
         labels:  (B,) int64 in [0, num_classes), or None for the null condition.
@@ -98,7 +98,7 @@ class NARPrior(nn.Module):
         return self.transformer.logits(self.transformer(inputs, labels)[:, 1:])
 
     def loss(self, logits, tokens, counted, label_smoothing=0.0):
-        """Mean cross-entropy in nats over the masked positions of the batch, and top-1 accuracy (Sec. 4.2).
+        """Eq. 3 for NAR: mean cross-entropy in nats over the masked positions of the batch; top-1 accuracy.
 
         logits:    (B, N, K), any float dtype; tokens: (B, N) int64 in [0, K), the originals;
                    counted: (B, N) bool, True where the input was hidden.
@@ -130,7 +130,7 @@ class NARPrior(nn.Module):
 
     @torch.no_grad()
     def generate(self, labels, noise, tokens=None, return_steps=False, **sampler):
-        """Fill all holes in T rounds, surest candidates first (MaskGIT decoding; Sec. 4.2, Table 10).
+        """Fill all holes in T rounds, surest candidates first (MaskGIT decoding; Sec. 6.1, Table 10).
 
         Round t draws a candidate for every hole and fixes those with the highest score: confidence +
         choice_temperature * (1 - (t + 1) / T) * Gumbel noise. Fixed tokens never change.

@@ -1,4 +1,4 @@
-"""The SeQ-GAN tokenizer: image -> grid of codebook indices -> image (Sec. 3, Table 7 of arXiv 2212.03185).
+"""The SeQ-GAN tokenizer: image -> grid of code indices -> image (Sec. 3.1.1; Table 7 of arXiv 2212.03185).
 
 In reading order: blocks, the attention of the second phase, encoder and decoder, the quantizer (Eq. 1, Eq. 2,
 Sec. 3.4), and `VQTokenizer`, which joins them and which a fork subclasses (docs/forking.md). All else uses
@@ -112,7 +112,7 @@ class Upsample(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Block-regional and dilated attention (Sec. 3.3, second phase; the idea is HiT's)
+# Block-regional and dilated attention (Sec. 3.4, second phase; the idea is HiT's)
 # ----------------------------------------------------------------------------------------------------------
 
 
@@ -154,7 +154,7 @@ def windowed_attention(q, k, v, block, kind):
 
 
 class BlockAttention(nn.Module):
-    """One attention layer x + Out(Attn(GN(x))), regional or dilated (4 c^2 + 3 c parameters).
+    """One attention layer x + Out(Attn(GN(x))), regional or dilated (Sec. 3.4); 4 c^2 + 3 c parameters.
 
     The output projection starts at zero, so a layer added to a trained decoder changes nothing at step 0
     (I7). No MLP, no position term: the printed counts rule both out (I5). Heads and block sides: I6.
@@ -453,14 +453,14 @@ class VQTokenizer(nn.Module):
             raise ValueError(f"images must be (B, 3, H, W) with sides divisible by {f}, got {tuple(x.shape)}")
 
     def freeze_latent_space(self):
-        """Second phase (Sec. 3.3): encoder and codebook get no gradients and stay in eval mode."""
+        """Second phase (Sec. 3.4): encoder and codebook get no gradients and stay in eval mode."""
         self.frozen = True
         self.encoder.requires_grad_(False)
         self.quantizer.requires_grad_(False)
         return self.train(self.training)
 
     def add_attention(self, num=1):
-        """Second phase: `num` more B&D units per decoder stage, which change nothing at step 0."""
+        """Second phase (Sec. 3.4): `num` more B&D units per decoder stage, which change nothing at step 0."""
         self.config.num_attention += num
         for i, stage in enumerate(self.decoder.stages):
             width = self.config.widths[-1 - i]

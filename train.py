@@ -1,4 +1,4 @@
-"""Trains every part of SeQ-GAN (Sec. 3 and 4): a judge, the tokenizer's two phases and both priors.
+"""Trains every part of SeQ-GAN (Sec. 3.4 and 6.1): a judge, the tokenizer's two phases and both priors.
 
     python train.py --stage all --preset demo                   # the whole method on a CPU, no download
     python train.py --stage all --preset cifar10 --data DIR     # real images on a CPU
@@ -93,7 +93,7 @@ def build_ema(model, decay):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Stages phase1 and phase2: the tokenizer (Sec. 3.3, 3.4, Table 9)
+# Stages phase1 and phase2: the tokenizer (Sec. 3.4, Table 9)
 # ----------------------------------------------------------------------------------------------------------
 
 
@@ -121,7 +121,7 @@ def build_tokenizer(run, stage):
 
 
 def build_discriminator(run, weights):
-    """Style-based (Sec. 3.3), or PatchGAN. Phase 2 goes on with the weights of phase 1 (I21)."""
+    """Style-based (Sec. 6.1), or PatchGAN. Phase 2 goes on with the weights of phase 1 (I21)."""
     torch.manual_seed(mix(run.config["seed"], "discriminator"))
     with as_user_error():
         disc = new_discriminator(run.config)
@@ -222,7 +222,7 @@ def train_tokenizer(run, stage):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Stages ar and nar: the priors (Sec. 4.2, Table 10)
+# Stages ar and nar: the priors (Sec. 3.1.2 and 6.1, Table 10)
 # ----------------------------------------------------------------------------------------------------------
 
 
@@ -235,7 +235,7 @@ def build_prior(run, stage, tokenizer):
 
 
 def train_prior(run, stage):
-    """AR: cross-entropy of each token given the ones before. NAR: of masked tokens given the others."""
+    """Eq. 3. AR: cross-entropy of a token given those before. NAR: of masked tokens given the others."""
     c, seed = run.config[stage], run.config["seed"]
     tokenizer, _ = earlier_tokenizer(run, ("phase1", "phase2"))
     tokens_of, prior = latent_hash(tokenizer), build_prior(run, stage, tokenizer)

@@ -6,7 +6,7 @@ from tokenizer import VQTokenizer
 
 class PlainDecoderTokenizer(VQTokenizer):
     def add_attention(self, num=1):
-        """Phase 2 (Sec. 3.3) gives the decoder `num` units of attention a stage; this one gets none."""
+        """Phase 2 (Sec. 3.4) gives the decoder `num` units of attention a stage; this one gets none."""
 
 
 def parts():

@@ -42,7 +42,7 @@ SAMPLER = dict(temperature=1.0, top_k=0, token_temperature=1.0, confidence_space
 
 
 def recipe(name, sampler, conditional):
-    """One column of Tables 9 and 10: alpha = 1, then 0 (Sec. 3.3)."""
+    """One column of Tables 9 and 10: alpha = 1, then 0 (Sec. 3.4)."""
     return dict(
         OURS, conditional=conditional, prior=dict(BASE), sample=SAMPLER | sampler,
         phase1=dict(LOSS, alpha=1.0, init=None) | PHASE1[name], phase2=dict(LOSS, alpha=0.0) | PHASE2[name],

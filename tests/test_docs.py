@@ -1,15 +1,43 @@
-"""What README and docs/ show: links and pictures exist, commands parse, and the README stays short."""
+"""What README and docs/ show: links and pictures exist, commands parse, the paper is cited rightly."""
 
+import functools
+import inspect
 import re
 import shlex
 from pathlib import Path
 
-from recipes.options import sample_args, train_args, visualize_args
+import pytest
+
+import perceptual
+import prior_ar
+import prior_nar
+import tokenizer
+import train
+import visualize
+from recipes.ablations import TABLES
+from recipes.options import PRESETS, sample_args, train_args, visualize_args
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "assets").glob("*.md"))]
 PARSERS = {"train.py": train_args, "sample.py": sample_args, "visualize.py": visualize_args}
+SECTIONS = {  # of the preprint, and what is there
+    "3.1.1": "VQ tokenizers: Eq. 1 and 2", "3.1.2": "generative transformers: Eq. 3, AR, NAR (MaskGIT)",
+    "3.2": "the teacher-forced view, Fig. 3", "3.3.1": "Table 1, L_low, L_sem, Eq. 4, alpha",
+    "3.3.2": "discussion", "3.4": "both phases, frozen latent space, attention, codebook usage, Fig. 6",
+    "4.1": "training of the tokenizers, Table 2", "4.2": "unconditional generation, Table 3",
+    "4.3": "class-conditional generation, Table 4", "4.4": "ablations, Tables 5 and 6, Fig. 7",
+    "6.1": "Table 7, discriminator, priors (Table 8), sampling, all recipes (Tables 9 and 10)",
+    "6.2": "Fig. 8 to 11", "6.3": "samples", "6.4": "limits"}
+CITED = {  # of what each docstring must name, among others
+    "3.1.1": [tokenizer], "3.1.2": [prior_ar, prior_nar, prior_ar.ARPrior, prior_nar.NARPrior],
+    "3.2": [visualize.teacher_forced_view, prior_ar.ARPrior.predict],
+    "3.3.1": [perceptual.layer_weights, perceptual.perceptual_loss],
+    "3.4": [tokenizer.VQTokenizer.freeze_latent_space, tokenizer.VQTokenizer.add_attention,
+            tokenizer.BlockAttention, tokenizer.code_distances, tokenizer.average_probs,
+            tokenizer.entropy_loss],
+    "6.1": [prior_ar, prior_nar, prior_ar.Transformer, perceptual.StyleDiscriminator,
+            train.build_discriminator, prior_ar.ARPrior.generate, prior_nar.NARPrior.generate]}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)  # (language, text)
 
 
@@ -69,3 +97,56 @@ def test_the_readme_has_at_most_220_lines_and_none_is_long():
     assert len(lines) <= 220
     long = [i for i, line in enumerate(lines, 1) if len(line) > 400 and not line.startswith("|")]
     assert not long, f"lines {long} have more than 400 characters"
+
+
+def sections(text):
+    """"Sec. 3.1.2 and 6.1" -> ["3.1.2", "6.1"]."""
+    lists = re.findall(r"Sec\. (\d[\d.]*\b(?:(?:, | and )\d[\d.]*\b)*)", text)
+    return [number for numbers in lists for number in re.findall(r"\d[\d.]*\b", numbers)]
+
+
+def test_every_section_cited_is_one_of_the_preprint():
+    """The kind: a reader with the paper in hand is sent to a section where the thing is not, or to none."""
+    files = [*PAGES, *(p for p in ROOT.rglob("*.py") if p.parent.name != "tests" and ".venv" not in p.parts)]
+    cited = {(str(path.relative_to(ROOT)), s) for path in files for s in sections(path.read_text())}
+    assert not {(path, s) for path, s in cited if s not in SECTIONS}
+    assert len(cited) > 25
+
+
+@pytest.mark.parametrize("section", CITED)
+def test_what_the_paper_describes_cites_its_section(section):
+    missing = [place.__name__ for place in CITED[section] if section not in sections(inspect.getdoc(place))]
+    assert not missing
+
+
+def test_the_loss_of_each_prior_and_their_loop_cite_eq_3():
+    for place in (prior_ar.ARPrior.loss, prior_nar.NARPrior.loss, train.train_prior):
+        assert "Eq. 3" in inspect.getdoc(place)
+
+
+def place_exists(word):
+    """A command parses, a file is there, a name is one of the scripts'. None: a flag or a recipe's word."""
+    script, _, rest = word.partition(" ")
+    if rest and script in PARSERS:
+        return bool(PARSERS[script](shlex.split(rest)))
+    if script.endswith(".py"):
+        return (ROOT / script).exists()
+    if re.fullmatch(r"\w*[A-Z_]\w+(\.\w+)?", word):
+        scripts = (tokenizer, perceptual, prior_ar, prior_nar, train, visualize)
+        return any(functools.reduce(lambda at, name: getattr(at, name, None), word.split("."), script)
+                   for script in scripts)
+    words = {row.name for table in TABLES.values() for row in table["rows"]}
+    return None if word.startswith("--") or word in words | {*PRESETS, *PRESETS["imagenet"]} else False
+
+
+def test_the_readme_names_a_place_for_every_equation_and_table():
+    table = README.read_text().split("## From the paper to the code")[1].split("\n## ")[0]
+    rows = [line.strip("|").split("|") for line in table.splitlines()]
+    found = set()
+    for paper, code in [row for row in rows if re.match(" (Eq|Table)", row[0])]:
+        places = [place_exists(word) for word in re.findall(r"`([^`]+)`", code)]
+        assert True in places and False not in places, (paper, places)
+        found |= {paper[1] + number for number in re.findall(r"\d+", paper.split(",")[0])}
+    assert found == {"E1", "E2", "E3", "E4", *(f"T{i}" for i in range(1, 11))}
+    phases = [row[0] for row in rows if re.search("stage `phase[12]`", row[-1])]
+    assert [sections(paper) for paper in phases] == [["3.4"], ["3.4"]]
