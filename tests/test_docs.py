@@ -1,7 +1,10 @@
 """What README and docs/ show: links and pictures exist, commands parse, the paper is cited rightly."""
 
+import contextlib
 import functools
 import inspect
+import io
+import json
 import re
 import shlex
 from pathlib import Path
@@ -150,3 +153,46 @@ def test_the_readme_names_a_place_for_every_equation_and_table():
     assert found == {"E1", "E2", "E3", "E4", *(f"T{i}" for i in range(1, 11))}
     phases = [row[0] for row in rows if re.search("stage `phase[12]`", row[-1])]
     assert [sections(paper) for paper in phases] == [["3.4"], ["3.4"]]
+
+
+def test_a_command_that_prints_numbers_prints_those_beneath_it(monkeypatch):
+    """The kind: a printed command forgets a condition, and gives other numbers than its page."""
+    monkeypatch.chdir(ROOT)
+    blocks = [text for page in PAGES for _, text in BLOCK.findall(page.read_text()) if "python -c" in text]
+    for block in blocks:
+        command, _, shown = block.partition("\n")
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(shlex.split(command)[2], {})
+        assert printed.getvalue() == shown, command
+    assert len(blocks) > 1
+
+
+@pytest.mark.parametrize("page, rows, text", [
+    ("README.md", "demo_summary", "psnr_phase1, psnr_phase2     {psnr_phase1:.2f}, {psnr_phase2:.2f} dB"),
+    ("README.md", "demo_summary", "ar_class_accuracy            {ar_class_accuracy:.3f} "),
+    ("README.md", "demo_summary", "nar_class_accuracy           {nar_class_accuracy:.3f}"),
+    ("README.md", "demo_summary", "ar_nats_per_token            {ar_nats_per_token:.3f} "),
+    ("README.md", "demo_summary", "its {seconds} s add up"),
+    ("docs/speed.md", "demo_summary", "| {psnr_phase1:.2f}, {psnr_phase2:.2f} dB |"),
+    ("README.md", "cifar10_summary", "; {psnr_phase1:.2f} dB | "),
+    ("README.md", "cifar10_summary", "DIR`, {seconds:,} s of training"),
+    ("README.md", "cifar10_metrics_phase2", "| {rfid:.2f}; {psnr:.2f} dB |"),
+    ("docs/results.md", "cifar10_summary", "is {psnr_phase1:.2f} dB after phase 1 and {psnr_phase2:.2f} dB"),
+    ("docs/results.md", "cifar10_summary", "**{seconds:,} s** of training"),
+    ("docs/results.md", "cifar10_metrics_phase1", "rFD {rfid:.2f} to "),
+    ("docs/results.md", "cifar10_metrics_phase2", " to {rfid:.2f}, rKID "),
+    ("docs/results.md", "first_cifar10_summary", "seed 0: {seconds:,} s of training. PSNR {psnr_phase1:.2f}"),
+    ("docs/fqgan.md", "demo_fq_summary", "phase 1 + 2 {psnr_phase2:.2f} against"),
+])
+def test_the_numbers_of_a_run_are_those_of_its_committed_row(page, rows, text):
+    """The kind: one run told by two values, or a page that keeps those of the run before."""
+    row = json.loads((ROOT / "assets" / f"{rows}.json").read_text())
+    assert text.format(**row | row.get("results", {})) in (ROOT / page).read_text()
+
+
+def test_the_tables_of_results_hold_lines_of_the_committed_tables():
+    lines = (ROOT / "docs/results.md").read_text().splitlines()
+    squeezed = {re.sub(" +", " ", line) for line in (ROOT / "assets/forks.md").read_text().splitlines()}
+    first = next(i for i, line in enumerate(lines) if line.startswith("| plain "))
+    table = [re.sub(" +", " ", line) for line in lines[first : lines.index("", first)]]
+    assert len(table) > 10 and not {*table} - squeezed
