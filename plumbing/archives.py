@@ -5,38 +5,50 @@ run. From then on an image is one read at a place (`pread`): order, crops and fi
 same images in a folder.
 """
 
+import codecs
 import collections
 import glob
 import hashlib
 import io
 import json
 import os
-import re
 import tarfile
 
 from plumbing.errors import UserError, warn
 from plumbing.files import save_atomic
 from plumbing.images import BadImage
-from plumbing.paths import expanded, split_of
+from plumbing.paths import braces, expanded, split_of
 from plumbing.processes import on_rank0, print0
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 OPEN = 64  # archives that a process holds open at a time
+RULES = 2  # of `look_through`: an index that was made by others is made anew
 
 
 def is_archive(source):
     """Whether `--data` names archives: FILE.tar or a pattern of such."""
-    return isinstance(source, str | os.PathLike) and str(source).lower().endswith((".tar", *PACKED))
+    return isinstance(source, str | os.PathLike) and (
+        str(source).lower().rstrip("}").endswith((".tar", *PACKED)))
+
+
+def matches(pattern):
+    """{name or pattern of an archive, without braces: the paths that there are}; a file of that very name
+    comes before a pattern."""
+    text = expanded(str(pattern))
+    names = [text] if os.path.exists(text) else braces(text)
+    return {name: [name] if os.path.exists(name) else glob.glob(name) for name in names}
 
 
 def archives_of(pattern, flag):
-    """Paths of the archives, sorted.  raises: UserError for none, and for packed ones"""
-    text = expanded(str(pattern))
-    found = sorted(glob.glob(text)) or ([text] if os.path.exists(text) else [])
-    if not found:
-        raise UserError(f"{flag} {pattern}: there is no such archive (quote a pattern, so that the shell "
-                        "leaves it alone)")
+    """Paths of the archives, sorted.  raises: UserError for one that is not there, and for packed ones"""
+    found = matches(pattern)
+    missing = [name for name, paths in found.items() if not paths]
+    if missing:
+        one = f": {missing[0]} is not there" if len(found) > 1 else ""
+        raise UserError(f"{flag} {pattern}: there is no such archive{one} (quote a pattern, so that the "
+                        "shell leaves it alone)")
+    found = sorted({path for paths in found.values() for path in paths})
     for path in found:
         with open_archive(path) as file:
             start = file.read(6)
@@ -58,30 +70,32 @@ def look_through(path):
     """([(image name, its class or None, offset, size)], names of folders above the classes) of one archive.
 
     The class is the folder that holds the image, or what `key.cls` says beside `key.jpg` (WebDataset), there
-    an int if it is a number, with "_" for "/". What is hidden is left out, as in a folder.
-    raises: UserError for a file that is no archive, damaged, cut off, or with links for images
+    an int if it is a number, with "_" for "/". What is hidden is left out, as in a folder. Of members of one
+    name the last counts, as for `tar x`.
+    raises: UserError for a file that is no archive, damaged, cut off, with links or sparse files for images,
+            or with a .cls that names no class
     """
-    images, classes, inner, size = [], {}, None, os.path.getsize(path)
+    images, labels, odd, inner, size = {}, {}, {}, None, os.path.getsize(path)
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
                 *above, name = [part for part in member.name.split("/") if part not in ("", ".")] or [""]
-                folder, lower = "/".join(above), name.lower()
+                place, lower = ("/".join(above), name), name.lower()
                 if name.startswith(".") or any(part.startswith((".", "__")) for part in above):
                     continue
-                if (member.islnk() or member.issym()) and lower.endswith(EXTENSIONS):
-                    raise UserError(f"{path}: {member.name} is a link; pack the images themselves, with "
-                                    "tar --dereference --hard-dereference")
-                if not member.isfile() or member.sparse:
+                odd.pop(place, None)
+                if member.islnk() or member.issym() or member.sparse:
+                    if lower.endswith((*EXTENSIONS, ".cls")):
+                        odd[place] = f"{path}: {member.name} is {'sparse' if member.sparse else 'a link'}"
+                    continue
+                if not member.isfile():
                     continue
                 if member.offset_data + member.size > size:
                     raise UserError(f"{path} is cut off: {member.name} ends beyond its last byte")
-                key = folder, name.split(".")[0]
                 if lower.endswith(EXTENSIONS):
-                    images.append((folder, name, key, member.offset_data, member.size))
+                    images[place] = member.offset_data, member.size
                 elif lower.endswith(".cls"):
-                    text = archive.extractfile(member).read(100).decode(errors="replace").strip()
-                    classes[key] = int(text) if text.isdecimal() else re.sub(r"[/\0]", "_", text)
+                    labels[place] = class_in(archive.extractfile(member).read(1000), f"{path}: {member.name}")
                 elif lower.endswith((".tar", *PACKED)):
                     inner = inner or member.name
                 archive.members = []  # tarfile would keep a million of them
@@ -93,9 +107,57 @@ def look_through(path):
                         "appended to it: at its end are no zeros")
     if inner and not images:
         raise UserError(f"{path} holds archives ({inner}) and no images; unpack it, and pass those inside")
-    folders = sorted({part for one in {image[0] for image in images} for part in one.split("/")[:-1]})
-    return [(name, classes.get(key, folder.rpartition("/")[2] or None), offset, length)
-            for folder, name, key, offset, length in images], folders
+    for what in odd.values():
+        raise UserError(f"{what}; pack the images themselves, with tar --dereference --hard-dereference and "
+                        "without --sparse")
+    folders = sorted({part for one in {folder for folder, _ in images} for part in one.split("/")[:-1]})
+    classes = classes_of(path, images, labels)
+    return [(place[1], classes.get(place, place[0].rpartition("/")[2] or None), offset, length)
+            for place, (offset, length) in images.items()], folders
+
+
+def class_in(content, name):
+    """The class that the bytes of a .cls say: an int if it is a number.  raises: UserError for no text"""
+    encoding = "utf-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+    try:
+        text = content.decode(encoding, "strict" if encoding == "utf-16" else "surrogateescape").strip()
+    except UnicodeDecodeError:
+        text = ""
+    if not 0 < len(text) <= 200 or not set(text).isdisjoint("\0\r\n"):
+        raise UserError(f"{name} names no class: one line of text is wanted there, in UTF-8")
+    return int(text) if text.isdecimal() else text.replace("/", "_")
+
+
+def classes_of(path, images, labels):
+    """{(folder, name) of an image: its class} by the .cls files of one archive, {} if it has none.
+
+    images, labels: dicts by (folder, name); the values of labels are classes
+    A key ends at the first dot. Where that gives a key two images or two labels, it ends at the last dot, as
+    in n01440764.10026.JPEG.
+    raises: UserError unless each image then has one label, and no other image has it too
+    """
+    def first(place):
+        return place[0], place[1].split(".")[0]
+
+    def key(place):
+        return (place[0], place[1].rpartition(".")[0]) if first(place) in several else first(place)
+
+    if not labels:  # every image counts, as in a folder
+        dotted = [place for place in images if place[1].count(".") > 1]
+        plain = {(folder, name.rpartition(".")[0]) for folder, name in images} if dotted else ()
+        if beside := next((place for place in dotted if first(place) in plain), None):
+            warn(f"{path}: {beside[1]} is taken for an image, as is what is called {first(beside)[1]} alone")
+        return {}
+    counts = [collections.Counter(map(first, part)) for part in (images, labels)]
+    several = {place for count in counts for place, number in count.items() if number > 1}
+    known = {key(place): kind for place, kind in labels.items()}
+    used = collections.Counter(map(key, images))
+    odd = [place for place in images if used[key(place)] > 1 or key(place) not in known]
+    odd += [place for place in labels if first(place) in several and key(place) not in used]
+    if odd:
+        raise UserError(f"{path}: {'/'.join(odd[0]).lstrip('/')}: it is not clear which image has which "
+                        "label; each image takes one .cls of its name (1.png and 1.cls), each .cls one image")
+    return {place: known[key(place)] for place in images}
 
 
 def ends(path, place):
@@ -108,21 +170,22 @@ def ends(path, place):
 
 
 def index_of(paths, keep):
-    """{path: [[size, time], *look_through(path)]}; kept in the folder `keep`, used while these two stay."""
+    """{path: [[size, time, RULES], *look_through(path)]}; kept in the folder `keep`, and used while these
+    three stay."""
     place = None
     if keep is not None:
-        digest = hashlib.sha256("\n".join(map(os.path.abspath, paths)).encode()).hexdigest()[:16]
+        digest = hashlib.sha256(os.fsencode("\n".join(map(os.path.abspath, paths)))).hexdigest()[:16]
         place = keep / f"archives-{digest}.json"
     known = {}
     if place is not None and place.exists():
         try:
-            known = json.loads(place.read_text())
+            known = json.loads(place.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             warn(f"{place} is damaged and made anew")
     found, changed = {}, False
     for path in paths:
         state = os.stat(path)
-        about = [state.st_size, state.st_mtime_ns]
+        about = [state.st_size, state.st_mtime_ns, RULES]
         entry = known.get(os.path.abspath(path))
         if not entry or entry[0] != about:
             if not changed and len(paths) > 20:
@@ -133,7 +196,7 @@ def index_of(paths, keep):
         text = json.dumps(found)
         try:
             keep.mkdir(parents=True, exist_ok=True)
-            save_atomic(lambda p: p.write_text(text), place)
+            save_atomic(lambda p: p.write_text(text, encoding="utf-8"), place)
         except (OSError, UserError) as error:  # a folder that may only be read
             warn(f"the index of the archives is not kept, and made again each time: {error}")
     return found

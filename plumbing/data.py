@@ -9,11 +9,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from plumbing.archives import EXTENSIONS, is_archive, parts_of, read, scan_archives
+from plumbing.archives import EXTENSIONS, is_archive, matches, parts_of, read, scan_archives
 from plumbing.dataset import ImageData
 from plumbing.errors import UserError, warn
 from plumbing.images import BadImage, load_rgb, to_square
-from plumbing.paths import SPLITS, as_path, expanded, split_of
+from plumbing.paths import SPLITS, as_path, expanded, shown, split_of
 from plumbing.processes import mix, on_rank0, print0, rank
 from plumbing.shapes import Shapes
 
@@ -31,7 +31,7 @@ class FolderData(ImageData):
         return len(self.files)
 
     def name(self, index):
-        return self.files[index]
+        return shown(self.files[index])
 
     def render(self, index):  # far too small images would be blown up to a blur
         return to_square(load_rgb(self.source(index), min_side=self.image_size / 4), self.image_size)
@@ -64,7 +64,7 @@ class ArchiveData(FolderData):
 
     def name(self, index):
         archive, _, _, inside = parts_of(self.files[index])
-        return archive + inside
+        return shown(archive + inside)
 
     def source(self, index):
         return read(self.files[index])
@@ -150,12 +150,12 @@ def scan_folder(folder, flag="--data"):
 
 
 def with_data(config, data):
-    """A run's configuration with `--data` in place of its images: the train and val folders of DATA where it
+    """A run's configuration with `--data` in place of its images: the train and val images of DATA where it
     has both, else all of its images as training and as validation images. None changes nothing."""
     if data is None:
         return config
-    both = all((as_path(data) / split).is_dir() for split in ("train", "val"))
-    return dict(config, data=data, val=None if both else data)
+    own = not is_folder(data) or all((as_path(data) / split).is_dir() for split in ("train", "val"))
+    return dict(config, data=data, val=None if own else data)
 
 
 def load_data(config, keep=None):
@@ -173,11 +173,12 @@ def load_data(config, keep=None):
     if source == "cifar10":
         return Cifar10(True, S, seed, limit), Cifar10(False, S, seed)
     folder, val = as_path(source), config["val"]
+    flag = "--data" if val in (None, source) else "--val"  # the one that named the validation images
     if val is None and (folder / "train").is_dir() and (folder / "val").is_dir():
         folder, val = folder / "train", folder / "val"
     files, names = scan(folder, "--data", keep)
     if val is not None:
-        val_files, val_names = scan(val, "--val", keep)
+        val_files, val_names = scan(val, flag, keep)
         refuse_other_classes(folder, names, val, val_names)
     else:
         held_out = set(random.Random(mix(0, "split")).sample(range(len(files)), max(1, len(files) // 20)))
@@ -247,7 +248,7 @@ def refuse_other_classes(folder, names, val, val_names):
                 f"--data {val})")
     strangers = sorted(set(val_names) - set(names))
     if strangers:
-        raise UserError(f"--val {val} has classes that {folder} lacks: {', '.join(strangers[:3])}")
+        raise UserError(f"{val} has classes that {folder} lacks: {', '.join(strangers[:3])}")
 
 
 def is_folder(source):
@@ -258,10 +259,14 @@ def is_folder(source):
 def images_of(path, config, data=None):
     """(train, val) of `--data`, or without it of the run that wrote the checkpoint `path`.
 
-    raises: UserError that names the checkpoint if the folders of its run are not there
+    raises: UserError that names the checkpoint if the folders or archives of its run are not there
     """
     for source in (config["data"], config["val"]) if data is None else ():
-        if is_folder(source) and not is_archive(source) and not Path(expanded(source)).is_dir():
+        if is_archive(source):
+            kind, there = "archive", all(matches(source).values())
+        else:
+            kind, there = "folder", not is_folder(source) or Path(expanded(source)).is_dir()
+        if not there:
             raise UserError(f"the run of {path} had its images in {source}, and from {Path.cwd()} there is "
-                            "no such folder; pass --data PATH")
+                            f"no such {kind}; pass --data PATH")
     return load_data(with_data(config, data), Path(path).parent)

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from plumbing.errors import UserError, warn
 from plumbing.images import BadImage
+from plumbing.paths import shown
 from plumbing.processes import mix, my_rows
 
 
@@ -22,7 +23,7 @@ class ImageData(Dataset):
     """
 
     def __init__(self, image_size, seed, class_names):
-        self.image_size, self.seed, self.class_names = image_size, seed, class_names
+        self.image_size, self.seed, self.class_names = image_size, seed, [*map(shown, class_names)]
         self.epoch, self.order, self.cache, self.replaced, self.bad_list = None, None, {}, {}, None
 
     @property
@@ -57,11 +58,12 @@ class ImageData(Dataset):
     def replace(self, index, error):
         """Notes a bad image, and puts the next one in its place unless too many are bad."""
         self.replaced[index] = (index + 1) % len(self)
-        line = f"{self.name(index)}\t{error}".replace("\n", " ") + "\n"
-        if self.bad_list is None or not (self.bad_list.exists() and line in self.bad_list.read_text()):
+        line = shown(f"{self.name(index)}\t{error}").replace("\n", " ") + "\n"
+        known = self.bad_list and self.bad_list.exists() and line.encode() in self.bad_list.read_bytes()
+        if not known:
             warn(f"{self.name(index)} cannot be read ({error}); the next image takes its place")
             if self.bad_list is not None:
-                with open(self.bad_list, "a") as file:
+                with open(self.bad_list, "a", encoding="utf-8") as file:
                     file.write(line)
         if len(self.replaced) > min(max(10, len(self) // 20), len(self) - 1):
             raise UserError(f"{len(self.replaced)} of {len(self)} images cannot be read, the last one "

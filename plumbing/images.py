@@ -41,7 +41,8 @@ def load_rgb(path, min_side=1):
     except BadImage:
         raise
     except Exception as error:  # decoders raise errors of many kinds on damaged files
-        raise BadImage(f"{type(error).__name__}: {error}".splitlines()[0]) from None
+        said = f"{type(error).__name__}: {error}".replace(f" {path!r}", "")  # its name, its place in memory
+        raise BadImage(said.splitlines()[0]) from None
 
 
 def to_square(image, S):

@@ -17,6 +17,25 @@ def as_path(text):
     return Path(expanded(text))
 
 
+def shown(name):
+    """A name for messages and text files: its bytes that are no UTF-8 are escaped, as in caf\\xe9."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
+def braces(text):
+    """All that a text with {000..099} or {a,b} in it stands for, in bash's order."""
+    found = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", text)
+    if not found:
+        return [text]
+    first, last, words = found.groups()
+    if words is None:
+        width = max(len(first), len(last)) if re.match("0.", first) or re.match("0.", last) else 0
+        step = 1 if int(first) <= int(last) else -1
+        words = ",".join(f"{i:0{width}}" for i in range(int(first), int(last) + step, step))
+    before, after = text[: found.start()], text[found.end() :]
+    return [whole for word in words.split(",") for whole in braces(before + word + after)]
+
+
 SPLITS = ("train", "training", "val", "valid", "validation", "dev", "eval", "evaluation", "test", "testing")
 ABOUT = "(images?|imgs?|pictures|data|set|split)?"
 

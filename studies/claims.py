@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from perceptual import NAMES, perceptual_terms
-from plumbing.data import load_data
+from plumbing.data import images_of
 from plumbing.drawing import new_figure, save_figure
 from plumbing.errors import UserError
 from plumbing.files import header, read_checkpoint, read_metrics, save_atomic
@@ -140,7 +140,7 @@ class Claims(Table):
         if not of.items() <= numbers.items():
             tokenizer, ckpt = load_model(folder / "phase1.pt", ("phase1",))
             judge, _ = load_model(self.root / "judge" / "vgg.pt", ("vgg",))
-            images = load_data(ckpt["config"])[1]
+            images = images_of(folder / "phase1.pt", ckpt["config"])[1]
             x = torch.stack([images.view(i) for i in range(min(500, len(images)))])
             x = to_float(x, "cpu")
             terms = perceptual_terms(judge, x, decode(tokenizer, tokenizer.encode(x)), NAMES)
