@@ -11,7 +11,7 @@ import sys
 
 class Steady:
     """Takes the place of sys.stdout or sys.stderr. Where the reader is gone, the disk full or the terminal
-    closed, nothing is written and whoever writes goes on.
+    closed, nothing is written and whoever writes goes on. What its encoding lacks is escaped.
 
     stream: the text stream itself, or None, as a process without that descriptor has it
     """
@@ -32,8 +32,9 @@ class Steady:
     def attempt(self, method, *arguments):
         try:
             return getattr(self.stream, method)(*arguments)
-        except UnicodeError:
-            raise
+        except UnicodeEncodeError as error:  # a name that is no UTF-8, a sign that a locale lacks
+            escaped = arguments[0].encode(error.encoding, "backslashreplace")
+            return self.attempt(method, escaped.decode(error.encoding))
         except (OSError, ValueError, AttributeError):  # not writable, closed, None
             return None
 

@@ -206,7 +206,7 @@ class Run:
                 raise UserError("out of GPU memory; pass a smaller --micro-batch (the global batch stays)",
                                 code=1) from None
             except RuntimeError as error:
-                if "DataLoader" in str(error):  # torch tells of a killed worker at any moment
+                if re.match("DataLoader|Caught RuntimeError in DataLoader", str(error)):  # at any moment
                     raise UserError(f"{str(error).splitlines()[0]} Too little memory, or /dev/shm full? Try "
                                     "--workers 0; the same command goes on from the last checkpoint",
                                     code=1) from None
@@ -214,7 +214,7 @@ class Run:
                     warn(f"{self.place}: another process died or hangs; the same command goes on")
                 raise
         if self.out.joinpath("bad_files.txt").exists():
-            count = len((self.out / "bad_files.txt").read_text().splitlines())
+            count = (self.out / "bad_files.txt").read_bytes().count(b"\n")
             print0(f"note: {count} images could not be read, see {self.out / 'bad_files.txt'}")
         memory = peak_memory()
         if self.device.type == "cuda":

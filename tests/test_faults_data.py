@@ -3,18 +3,23 @@
 import hashlib
 import inspect
 import io
+import locale
 import logging
+import os
 import re
 import shutil
 import struct
 import subprocess
+import tarfile
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import plumbing.console
 import plumbing.data
+import plumbing.dataset
 import plumbing.files
 import plumbing.images
 import plumbing.slices
@@ -23,7 +28,7 @@ import studies.metrics
 import studies.probe
 import studies.report
 import studies.tables
-from helpers import call, contents, differing, earlier, refusal
+from helpers import call, contents, differing, earlier, open_run, refusal
 from PIL import Image
 
 import sample
@@ -119,6 +124,16 @@ def test_a_flat_val_beside_classes_is_told_as_it_is_with_remedies_that_work(tmp_
     assert len(plumbing.data.load_data(plumbing.data.with_data(CONFIG, str(tmp_path / "val")))[1]) == 2
 
 
+def test_a_val_that_was_not_given_is_not_blamed(tmp_path):
+    """The kind: validation images that `--data` brings along, in its folder or built in."""
+    pictures(tmp_path, "train/a/1.png", "val/a/1.png", "val/b/1.png")
+    assert refused_data(tmp_path) == f"{tmp_path / 'val'} has classes that {tmp_path / 'train'} lacks: b"
+    pictures(tmp_path, "more/train/a/1.png", "more/val/test/1.png")
+    assert f"the sub-folders of --data {tmp_path}/more/val are splits" in refused_data(tmp_path / "more")
+    of_run = dict(CONFIG, data="d", val="v")
+    assert len(plumbing.data.load_data(plumbing.data.with_data(of_run, "shapes"))[1]) == 1000
+
+
 def test_classes_in_val_alone_are_told_as_they_are(tmp_path):
     pictures(tmp_path, "train/1.png", "train/2.png", "val/a/1.png", "val/b/2.png")
     said = refused_data(tmp_path)
@@ -191,6 +206,51 @@ class FakeCifar10:
 
     def __len__(self):
         return len(self.data)
+
+
+@pytest.mark.parametrize("form", ["folder", "archive"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_names_of_any_bytes_are_escaped_wherever_they_are_told(tmp_path, capfd, form, workers):
+    """The kind: classes and bad files whose names are no UTF-8, or no text of the locale."""
+    odd = os.fsdecode(b"caf\xe9")  # Latin-1
+    pictures(tmp_path / "d", *(f"{kind}/{i}.png" for kind in (odd, "caf\u00e9") for i in range(6)))
+    for kind in (odd, "caf\u00e9"):
+        (tmp_path / "d" / kind / f"{odd}\u00e9.png").write_bytes(b"no picture")
+    with tarfile.open(tmp_path / "d.tar", "w") as archive:
+        archive.add(tmp_path / "d", ".")
+    place = tmp_path / ("d.tar" if form == "archive" else "d")
+    before = locale.setlocale(locale.LC_CTYPE)
+    locale.setlocale(locale.LC_CTYPE, "C")  # in which open() writes ASCII, unless a file names its encoding
+    try:
+        train = plumbing.data.load_data(dict(CONFIG, data=str(place), val=str(place)), tmp_path)[0]
+        train.bad_list = tmp_path / "bad_files.txt"
+        stream = plumbing.dataset.batches(train, 7, 0, workers)
+        labels = [label for _ in range(4) for label in next(stream)[1].tolist()]
+        stream.close()
+    finally:
+        locale.setlocale(locale.LC_CTYPE, before)
+    assert train.class_names == ["caf\u00e9", r"caf\xe9"] and {*labels} == {0, 1}
+    bad = {line.split("\t")[0] for line in train.bad_list.read_text(encoding="utf-8").splitlines()}
+    assert bad == {f"{place}/{kind}/caf\\xe9\u00e9.png" for kind in train.class_names}
+    assert rf"{place}/caf\xe9/caf\xe9" in capfd.readouterr().err
+
+
+def test_what_an_encoding_lacks_is_printed_with_escapes():
+    for encoding, wanted in (("utf-8", b"caf\\udce9 \xe2\x86\x92"), ("latin-1", b"caf\\udce9 \\u2192")):
+        file = io.BytesIO()
+        steady = plumbing.console.Steady(io.TextIOWrapper(file, encoding, write_through=True))
+        steady.write("caf\udce9 \u2192")
+        assert file.getvalue() == wanted
+
+
+def test_only_what_torch_itself_says_of_a_worker_is_laid_to_memory(data, tmp_path):
+    """The kind: errors out of a worker. Those that torch cannot make anew come as RuntimeError too."""
+    run = open_run("phase1", tmp_path / "out", data)
+    for text, kind in (("DataLoader worker (pid 1) is killed", UserError),
+                       ("Caught RuntimeError in DataLoader worker process 0.", UserError),
+                       ("Caught UnicodeEncodeError in DataLoader worker process 0.", RuntimeError)):
+        with pytest.raises(kind), run.session():
+            raise RuntimeError(text)
 
 
 @pytest.mark.parametrize("kind", ["data", "flat"])
