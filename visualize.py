@@ -303,14 +303,16 @@ def figure_stability(args, device):
         for i in range(min(len(x), 2)):
             before, after = (tokenizer.encode(image[i : i + 1]).view(side, side, -1) for image in (x, noisy))
             changed = (before != after).any(2)
-            before, after = before[..., 0], after[..., 0]  # of several at a position the first is drawn
+            highest = tokenizer.codebook_size - 1  # one scale: equal tokens have equal colours
+            before, after = before[..., 0] / highest, after[..., 0] / highest  # the first of several
             rows.append([("x", x[i], ""), ("x + noise", noisy[i], ""), ("tokens of x", before, ""),
                          ("tokens of x + noise", after, ""),
                          ("changed", changed, f"{changed.float().mean():.0%} of tokens")])
             names.append(f"{Path(path).absolute().parent.name}\n{told_loss(ckpt['config']['phase1'])}")
         numbers.append(dict(ckpt=str(path), tokenizer_hash=latent_hash(tokenizer), num_images=len(x),
                             **alpha_of(ckpt["config"]), note=ckpt["note"], changed=stability(tokenizer, x)))
-    return draw_grid(rows, names, "changed: yellow; noise of deviation 0.01 on [0, 1]"), numbers
+    note = "tokens: from blue, 0, to yellow, K - 1; changed: yellow; noise of deviation 0.01 on [0, 1]"
+    return draw_grid(rows, names, note), numbers
 
 
 def figure_losses(args, device):

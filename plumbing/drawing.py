@@ -34,8 +34,8 @@ def save_figure(fig, path, numbers, pdf=False):
 def draw_grid(rows, names=(), note="", cell=1.15):
     """A figure of rows of panels (title, picture, caption), `names` at the left of the rows.
 
-    picture: (3, S, S) in [-1, 1] or uint8; a map (h, w) of tokens, or of bool or float in [0, 1], drawn in
-             cividis; None for an empty place.
+    picture: (3, S, S) in [-1, 1] or uint8; a map (h, w) of bool or float in [0, 1], drawn in cividis; None
+             for an empty place.
     A title is written where it differs from the one above.
     """
     columns = max(map(len, rows))
@@ -49,7 +49,7 @@ def draw_grid(rows, names=(), note="", cell=1.15):
                 axis.axis("off")
             elif picture.ndim == 2:
                 axis.imshow(picture.cpu().float().numpy(), cmap="cividis", interpolation="nearest",
-                            **({} if picture.dtype == torch.int64 else dict(vmin=0, vmax=1)))
+                            vmin=0, vmax=1)
             else:
                 picture = picture if picture.dtype == torch.uint8 else to_uint8(picture)
                 axis.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")

@@ -306,6 +306,32 @@ def test_every_figure_runs_on_tiny_checkpoints_twice_the_same_with_finite_number
     assert (run / "1.pdf").read_bytes().startswith(b"%PDF") and not (run / "0.pdf").exists()
 
 
+def test_equal_tokens_have_equal_colours_in_all_panels_of_fig_8(monkeypatch):
+    """Each panel scaled its colours by itself: what one token changed changed the colours of all."""
+    class Red(LookupTokenizer):
+        codebook_size, token_shape = K, (SIDE**2,)
+
+        def encode(self, x):
+            return super().encode((x + 1) * 127.5 + 0.25)
+
+    x = some_images().to(torch.uint8)
+    about = dict(config=recipes.options.PRESETS["demo"], note="")
+    monkeypatch.setattr(visualize, "load_model", lambda *_: (Red(), about))
+    monkeypatch.setattr(visualize, "load_images", lambda *_: (None, x))
+    monkeypatch.setattr(visualize, "latent_hash", str)
+    monkeypatch.setattr(visualize, "disturbed", lambda x: dict(noise=(x + 1) / 2 - 1))  # halves all tokens
+    fig, _ = visualize.draw(recipes.options.visualize_args(["fig8", "--ckpt", "phase1.pt"]), "cpu")
+    colours = {}
+    for i in range(2):
+        for j, tokens in ((2, x[i, 0]), (3, x[i, 0] // 2)):
+            panel = fig.axes[5 * i + j].images[0]
+            drawn = map(tuple, panel.to_rgba(panel.get_array()).reshape(-1, 4))
+            for token, colour in zip(tokens.flatten().tolist(), drawn, strict=True):
+                colours.setdefault(token, set()).add(colour)
+    assert sorted(colours) == list(range(K)) and all(len(found) == 1 for found in colours.values())
+    assert len({*map(min, colours.values())}) == K
+
+
 def test_every_figure_of_the_help_is_tested_and_the_paper_s_numbers_are_all_there():
     drawn = {name for name, _ in FIGURES}
     elsewhere = {"metrics", "compare", "report", "balance", "positions"}  # tested in files of their own
