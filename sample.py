@@ -4,7 +4,7 @@
     python sample.py --ckpt runs/demo/nar.pt --classes star,ring --num 16 --format files --out stars
     python sample.py --ckpt runs/demo/phase2.pt --reconstruct --num 16   # inputs above reconstructions
     python sample.py --ckpt runs/cifar10/nar.pt --edit cat.png --box 8,8,16,16   # redraw a part of an image
-    python sample.py --ckpt runs/cifar10/nar.pt --metrics --num 10000    # FID, IS, KID, precision, recall
+    python sample.py --ckpt runs/cifar10/nar.pt --metrics --num 10000    # distances, precision, recall
 
 Image i is a function of (seed, i) and its class only: it does not depend on how many are drawn or on the
 number of processes. How a prior draws tokens is in `generate` of prior_ar.py and prior_nar.py; how they

@@ -196,7 +196,7 @@ def sample_args(words=None):
     add("--data", type=expanded, help="of --reconstruct and --metrics: folder of images (default: the run's)")
     add("--format", choices=("sheet", "files", "npz"), default="sheet", help="one picture, PNG files, or npz")
     add("--out", type=as_path, help="file or, for --format files, folder to write (default: beside CKPT)")
-    add("--metrics", action="store_true", help="measure; of phase1.pt, phase2.pt the reconstructions (rFID)")
+    add("--metrics", action="store_true", help="measure; of phase1.pt, phase2.pt the reconstructions (rFD)")
     add("--predict", action="store_true", help="with --metrics, of ar.pt: measure the teacher-forced view")
     add("--perturb", action="store_true", help="with --metrics, of phase1.pt, phase2.pt: swap half of the "
         "tokens for near codes first (p-FD)")

@@ -17,6 +17,7 @@ from plumbing.processes import print0, setup_device
 from plumbing.slices import decode
 from recipes.ablations import CLAIMS, Row
 from recipes.options import train_args, visualize_args
+from studies.distances import plain_names
 from studies.metrics import HOW, read_result
 from studies.tables import Table, finished, print_table, refuse_unlike, row_seconds, table
 from studies.verdicts import Spread, judge_claims
@@ -113,7 +114,7 @@ class Claims(Table):
         for key, result in results.items():
             tail = "_2" if key.endswith("_2") else ""
             row |= {f"{key.removesuffix(tail)}_{metric}{tail}": value
-                    for metric, value in result["results"].items() if isinstance(value, float)}
+                    for metric, value in plain_names(result["results"]).items() if isinstance(value, float)}
         logged = read_metrics(folder / "metrics.jsonl")
         for stage, key in (("phase1", "val_l1"), ("ar", "val_loss"), ("nar", "val_loss")):
             seen = [r for r in logged if r["stage"] == stage and key in r]
@@ -170,11 +171,11 @@ class Claims(Table):
         if not found:
             return
         spread = Spread(found)
-        names = {"rec_phase1_rfid": "rFD", "rec_phase1_rfid_2": "rFD, 2nd scorer",
-                 "rec_phase2_rfid": "rFD, 1+2", "ar_phase1_fid": "AR FD", "ar_phase1_fid_2": "AR FD, 2nd",
-                 "ar_phase2_fid": "AR FD, 1+2", "nar_phase1_fid": "NAR FD",
-                 "nar_phase1_fid_2": "NAR FD, 2nd", "nar_phase2_fid": "NAR FD, 1+2",
-                 "view_view_fid": "view FD", "ar_nats": "AR nats", "ar_relative": "AR nats / unigram",
+        names = {"rec_phase1_rfd": "rFD", "rec_phase1_rfd_2": "rFD, 2nd scorer",
+                 "rec_phase2_rfd": "rFD, 1+2", "ar_phase1_fd": "AR FD", "ar_phase1_fd_2": "AR FD, 2nd",
+                 "ar_phase2_fd": "AR FD, 1+2", "nar_phase1_fd": "NAR FD",
+                 "nar_phase1_fd_2": "NAR FD, 2nd", "nar_phase2_fd": "NAR FD, 1+2",
+                 "view_view_fd": "view FD", "ar_nats": "AR nats", "ar_relative": "AR nats / unigram",
                  "nar_relative": "NAR nats / unigram", "ar_top1": "AR top-1",
                  "ar_phase1_class_accuracy": "AR class", "nar_phase1_class_accuracy": "NAR class",
                  "ar_phase1_precision": "AR precision", "ar_phase1_recall": "AR recall",
@@ -224,7 +225,7 @@ def draw_claims(spread, path):
     axes = fig.subplots(1, 3)
     level = {arm: float(arm.removeprefix("alpha=")) for arm in CLAIMS if arm.startswith("alpha=")}
     numbers = []
-    titles = {"rec_{}_rfid": "rFD", "ar_{}_fid": "AR samples, FD", "nar_{}_fid": "NAR samples, FD"}
+    titles = {"rec_{}_rfd": "rFD", "ar_{}_fd": "AR samples, FD", "nar_{}_fd": "NAR samples, FD"}
     for axis, (form, name) in zip(axes, titles.items(), strict=True):
         for phase, style, label in (("phase1", "ko-", "phase 1"), ("phase2", "C0s--", "phase 1 + 2")):
             key = form.format(phase)

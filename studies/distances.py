@@ -1,5 +1,7 @@
 """Distances between images and sets of images that nothing is trained on."""
 
+import re
+
 import torch
 import torch.nn.functional as F
 
@@ -42,6 +44,21 @@ def register_scorer(network, name="classifier"):
     FEATURE_EXTRACTORS_REGISTRY.pop(name, None)
     register_feature_extractor(name, Scorer)
     return Scorer(name, ["pool", "logits"]).eval()
+
+
+def plain(name, layer=""):
+    """The name of a number or protocol, which says FID of Inception's features alone: of others rfid-val is
+    rfd-val, view_kid view_kd, inception_score class_score. Results up to commit 92012fd call all of them FID.
+
+    layer: of the features; Inception's "2048" leaves the name as it is
+    """
+    found = re.sub(r"(?<![a-z])([gpr]?[fk])id(?![a-z])", r"\1d", name)
+    return name if layer == "2048" else found.replace("inception_score", "class_score")
+
+
+def plain_names(row):
+    """Numbers of a table, in which nothing is called FID, whatever the features: {name: number}"""
+    return {plain(name): value for name, value in row.items()}
 
 
 def fidelity(features, logits, reference, subset=10_000):

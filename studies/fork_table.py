@@ -12,6 +12,7 @@ from plumbing.files import header, save_atomic
 from plumbing.processes import print0
 from recipes.ablations import Row
 from recipes.options import visualize_args
+from studies.distances import plain_names
 from studies.metrics import read_result
 from studies.probe import compare
 from studies.tables import Table, finished, number, print_table, refuse_unlike, row_seconds, table
@@ -20,8 +21,8 @@ NAMES = ("lfq", "fsq", "simvq", "rotation", "ibq", "perturb", "crt", "align", "f
 ROWS = [Row("plain", "plain|0", {}, ()), Row("plain, phase 1 + 2", "plain|0", {}, (), "phase2"),
         *(Row(name, f"{name}|0", {}, (), "phase2" if name == "phase3" else "phase1") for name in NAMES)]
 SEEDS = (1, 2)  # besides 0, of the two that disagree most
-CHEAP = dict(rfid="rFD", pfid="p-FD", relative="probe, bits over unigram")
-COSTLY = dict(ar_fid="AR FD", nar_fid="NAR FD")
+CHEAP = dict(rfd="rFD", pfd="p-FD", relative="probe, bits over unigram")
+COSTLY = dict(ar_fd="AR FD", nar_fd="NAR FD")
 
 
 class ForkTable(Table):
@@ -78,11 +79,11 @@ class ForkTable(Table):
         commands, files = self.row(row.name, row.decoder)
         if not all(finished(path, words) for path, words in commands):
             return None
-        results = {key: read_result(path)["results"] for key, path in files.items()}
-        numbers = {k: results["rfid"].get(k) for k in ("rfid", "psnr", "usage", "class_accuracy")}
-        numbers |= dict(pfid=results["pfid"]["pfid"], **self.probe(files["rfid"].parent))
+        results = {key: plain_names(read_result(path)["results"]) for key, path in files.items()}
+        numbers = {k: results["rfid"].get(k) for k in ("rfd", "psnr", "usage", "class_accuracy")}
+        numbers |= dict(pfd=results["pfid"]["pfd"], **self.probe(files["rfid"].parent))
         for stage in ("ar", "nar"):
-            numbers |= {f"{stage}_{k}": results[stage][k] for k in ("fid", "precision", "recall")}
+            numbers |= {f"{stage}_{k}": results[stage][k] for k in ("fd", "precision", "recall")}
             numbers[f"{stage}_class"] = results[stage].get("class_accuracy")
         made = [path for path, _ in commands if path.suffix == ".pt"]
         return dict(label=row.label, fork=row.name.split("|")[0], seed=int(row.name.split("|")[1]),
@@ -145,7 +146,7 @@ def spread(values):
 
 def after_phase_1(rows):
     """({number's name: its values}, forks) of the rows whose tokenizer is that of phase 1"""
-    rows = [row for row in rows if row["decoder"] == "phase1"]
+    rows = [plain_names(row) for row in rows if row["decoder"] == "phase1"]
     return {name: [row[name] for row in rows] for name in (*CHEAP, *COSTLY)}, [row["fork"] for row in rows]
 
 

@@ -23,12 +23,12 @@ from plumbing.processes import mix, on_rank0, print0, world
 from plumbing.slices import decode, reconstructions
 from plumbing.weights import load_lpips
 from sample import sample
-from studies.distances import fidelity, ssim
+from studies.distances import fidelity, plain, ssim
 from studies.extractors import Extractor
 from studies.perturbed import perturbed_reconstructions
 from studies.references import class_accuracy, collect, joint_hash, load_reference
 
-PROTOCOLS = {
+PROTOCOLS = {  # of other features than Inception's they are rfd-val, pfd-val, gfd-train
     "rfid-val": "reconstructions of all validation images against these images",
     "pfid-val": "the same with half of the tokens swapped for near codes",
     "gfid-train": "samples, classes in turn, against the central crops of all training images",
@@ -39,11 +39,13 @@ HOW = ("protocol", "num_images", "image_size", "classes", "extractor_hash", "res
 
 
 def read_result(path):
-    """One JSON of --metrics; raises UserError if it is none."""
+    """One JSON of --metrics, older ones with today's names; raises UserError if it is none."""
     try:
         result = json.loads(Path(path).read_text())
         if {*HOW, "results", "images_hash"} <= result.keys():
-            return result
+            layer = result["feature_layer"]
+            numbers = {plain(name, layer): value for name, value in result["results"].items()}
+            return result | dict(protocol=plain(str(result["protocol"]), layer), results=numbers)
     except (OSError, ValueError, AttributeError):  # no file, no text, no JSON, no object
         pass
     raise UserError(f"{path} is no result of sample.py --metrics")
@@ -80,7 +82,7 @@ def evaluate(args, device):
     if protocol != "gfid-train":
         val = images_of(args.ckpt, config, args.data)[1]
         if args.num not in (None, len(val)):
-            raise UserError(f"{protocol} takes all {len(val)} validation images; leave --num out")
+            raise UserError(f"this takes all {len(val)} validation images; leave --num out")
         args.num, names = len(val), val.class_names
         measure = measure_view if args.predict else measure_reconstructions
         measured, info = measure(args, features, val, device)
@@ -92,7 +94,8 @@ def evaluate(args, device):
     for tail, extractor in extractors.items():
         extractor.check_number(args.num, "images")
         references[tail] = load_reference(args, extractor, config, protocol.split("-")[1])
-        how = dict(protocol=protocol, num_images=args.num, image_size=config["image_size"], **extractor.info)
+        how = dict(protocol=plain(protocol, extractor.info["feature_layer"]), num_images=args.num,
+                   image_size=config["image_size"], **extractor.info)
         mine[tail] = how | dict(classes=None) | info
 
     def known():
@@ -116,7 +119,7 @@ def evaluate(args, device):
     for tail in there:
         print0(f"{outs[tail]} is there already")
     if len(there) < len(outs):
-        rows = collect(measured, parts, protocol, args.num)
+        rows = collect(measured, parts, mine[""]["protocol"], args.num)
 
         def finish():
             seconds = rows["seconds"].sum().item()
@@ -135,16 +138,17 @@ def evaluate(args, device):
             shutil.rmtree(parts)
 
         on_rank0(finish)
-    results = on_rank0(lambda: {tail: json.loads(path.read_text()) for tail, path in outs.items()})
+    results = on_rank0(lambda: {tail: read_result(path) for tail, path in outs.items()})
     for tail, result in results.items():
-        print0(f"{protocol}: {PROTOCOLS[protocol]}; {args.num:,} images, features of {sources[tail]}")
+        print0(f"{result['protocol']}: {PROTOCOLS[protocol]}; {args.num:,} images, features of "
+               f"{sources[tail]}")
         for name, value in result["results"].items():
             print0(f"  {name:28s} {value:.5g}" if isinstance(value, float) else f"  {name:28s} {value}")
     return results[""]
 
 
 def results_of(protocol, rows, reference, info, extractor, names):
-    """The numbers of one protocol from the rows of all images: {name: number}"""
+    """The numbers of one protocol from the rows of all images: {name: number}, named by `plain`"""
     numbers = fidelity(rows["features"], rows["logits"], reference)
     if protocol in ("rfid-val", "pfid-val"):
         usage, perplexity = codebook_usage(count_codes(rows["tokens"], info["K"]))
@@ -159,7 +163,7 @@ def results_of(protocol, rows, reference, info, extractor, names):
     if accuracy:
         numbers |= dict(class_accuracy=accuracy.pop("all"), class_accuracy_by_class=accuracy,
                         class_accuracy_of_reference=reference["reference_accuracy"])
-    return numbers
+    return {plain(name, extractor.info["feature_layer"]): value for name, value in numbers.items()}
 
 
 def measure_samples(args, features, device):

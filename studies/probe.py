@@ -70,7 +70,7 @@ def probe_of(ckpt):
 
 def probes(args, device):
     """`compare A.pt B.pt`: the probe, PSNR and code stability of tokenizers on the same images; with
-    --extractor rFID too, by its own protocol. A folder of --data is split into training and validation
+    --extractor rFD too, by its own protocol. A folder of --data is split into training and validation
     images as train.py does. For a tokenizer of another kind call `probe` with its tokens."""
     rows, measured, ckpts = [], {}, [read_checkpoint(path, ("phase1", "phase2")) for path in args.files]
     for path, ckpt in zip(args.files, ckpts, strict=True):
@@ -98,11 +98,13 @@ def probes(args, device):
             words = ["--ckpt", path, "--metrics", "--lpips", "none", "--out", out]
             words += ["--extractor", args.extractor, *(["--data", args.data] if args.data else [])]
             measured[str(path)] = evaluate(sample_args([*map(str, words)]), device)
-            row["rfid"] = measured[str(path)]["results"]["rfid"]
+            found = measured[str(path)]["results"]
+            row |= {name: found[name] for name in ("rfid", "rfd") if name in found}
         rows.append(row)
     if measured:
         refuse_unlike(measured)
-    names = ["bits_per_image", "unigram_bits_per_image", "relative", "psnr", *["rfid"] * bool(args.extractor)]
+    names = ["bits_per_image", "unigram_bits_per_image", "relative", "psnr",
+             *(name for name in ("rfid", "rfd") if name in rows[0])]
     print_table([["", *names], *([row["ckpt"], *(number(row[name]) for name in names)] for row in rows)])
     return rows
 

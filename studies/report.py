@@ -86,7 +86,7 @@ def html_table(lines, best=(), kind=""):
     return f'<div class="scroll"><table class="{kind}">{"".join(rows)}</table></div>'
 
 
-LOW = ("fid", "kid", "l1", "lpips", "nats")  # what is better when it is lower; of usage none is
+LOW = ("fid", "kid", "fd", "kd", "l1", "lpips", "nats")  # what is better when it is lower; of usage none is
 
 
 def metric_tables(results):

@@ -43,7 +43,7 @@ def draw_sweep(rows, name, result, path):
     plt = pyplot()
     fig, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
     x = [row[name] for row in rows]
-    left.plot(x, [row["fid"] for row in rows], "o-")
+    left.plot(x, [row["fid" if "fid" in row else "fd"] for row in rows], "o-")
     left.set(xlabel=name, ylabel="Frechet distance")
     for key, marker in zip(("precision", "recall", "class_accuracy"), "s^D", strict=True):
         if key in rows[0]:

@@ -19,6 +19,7 @@ from plumbing.paths import as_path
 from plumbing.processes import print0
 from recipes.ablations import TABLES
 from recipes.options import find_preset, train_args
+from studies.distances import plain
 from studies.metrics import HOW, read_result
 
 
@@ -209,6 +210,7 @@ class Table:
     def show(self):
         """Prints the table, the paper's numbers beside ours; writes it as text and JSON."""
         columns, rows, how = self.table["columns"], [], {}
+        names = {c: plain(c, "" if self.extractor.endswith(".pt") else "2048") for c in columns}  # ours
         for label, ablation, paper, decoder in (
                 (row.label, row.name, row.paper, row.decoder) for row in self.table["rows"]):
             commands, files = self.row(ablation, decoder)
@@ -236,10 +238,11 @@ class Table:
                          f"{result['extractor']}" for stage, result in first.items())
         print0(f"\n{self.table['title']}\npaper: {self.table['scale']}\nours: preset {self.args.preset}, "
                f"steps {steps or 'none yet'}; {told or 'nothing measured yet'}\n")
-        lines = [["", *(f"paper: {c}" for c in columns), *(f"ours: {c}" for c in (*columns, *extra))]]
+        shown = (*names.values(), *extra)
+        lines = [["", *(f"paper: {c}" for c in columns), *(f"ours: {c}" for c in shown)]]
         for row in rows:
             lines.append([row["label"], *(number(row["paper"][c]) for c in columns),
-                          *(number(row["ours"].get(c)) for c in (*columns, *extra))])
+                          *(number(row["ours"].get(c)) for c in shown)])
         text = print_table(lines)
         sets = "".join(f" --set {item}" for item in self.args.set)
         more = [key for key in ("data", "stages", "samples", "extractor") if getattr(self.args, key)]
@@ -252,8 +255,8 @@ class Table:
         self.root.mkdir(parents=True, exist_ok=True)
         for suffix, content in (("json", json.dumps(about, indent=1)), ("md", text)):
             save_atomic(lambda p, c=content: p.write_text(c + "\n"), self.root / f"{self.name}.{suffix}")
-        if self.name == "fig5b" and all("rfid" in row["ours"] for row in rows):
-            draw_alpha(rows, first["phase1"]["extractor"], self.root / "fig5b_curves.png")
+        if self.name == "fig5b" and all(names["rfid"] in row["ours"] for row in rows):
+            draw_alpha(rows, first["phase1"]["extractor"], names, self.root / "fig5b_curves.png")
         for label, commands in self.missing():
             print0(f"\nmissing for {label}:")
             for _, words in commands:
@@ -307,15 +310,15 @@ def row_seconds(path):
     return header(path)["seconds"] if path.suffix == ".pt" else read_result(path)["seconds"]
 
 
-def draw_alpha(rows, extractor, path):
-    """Fig. 5b: rFID, and FID of both priors' samples, over alpha; ours alone."""
+def draw_alpha(rows, extractor, names, path):
+    """Fig. 5b: distances of reconstructions and of both priors' samples over alpha; ours alone."""
     alphas = [float(row["ablation"].removeprefix("alpha=")) for row in rows]
     fig = new_figure(5, 3.4)
     left = fig.subplots()
     right = left.twinx()
-    left.plot(alphas, [row["ours"]["rfid"] for row in rows], "ko-", label="reconstructions (rFID)")
+    left.plot(alphas, [row["ours"][names["rfid"]] for row in rows], "ko-", label="reconstructions")
     for key, style, label in (("ar_fid", "C0s--", "AR samples"), ("nar_fid", "C1^:", "NAR samples")):
-        right.plot(alphas, [row["ours"].get(key, math.nan) for row in rows], style, label=label)
+        right.plot(alphas, [row["ours"].get(names[key], math.nan) for row in rows], style, label=label)
     left.set(xlabel="α", ylabel="Fréchet distance, reconstructions")
     right.set_ylabel("Fréchet distance, samples")
     lines = left.get_lines() + right.get_lines()

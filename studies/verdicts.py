@@ -2,13 +2,15 @@
 
 import math
 
+from studies.distances import plain_names
+
 
 class Spread:
     """Means over seeds and their 95 % intervals: the variance between seeds is pooled over all arms that have
     several (Student's t with the degrees of freedom of the pool), so that arms of one seed have one too."""
 
     def __init__(self, rows):
-        self.rows = rows
+        self.rows = [plain_names(row) for row in rows]  # those of older runs too
 
     def values(self, arm, key):
         return [row[key] for row in self.rows if row["arm"] == arm and row.get(key) is not None]
@@ -115,7 +117,7 @@ def judge_claims(spread):
     def between(low, ends):
         """rFD between the ends is below theirs: judged at `low`, refuted only if above everywhere"""
         for end in ends:
-            found = [part(f"rFD at {arm} minus {end}", arms(arm, end), "rec_phase1_rfid")
+            found = [part(f"rFD at {arm} minus {end}", arms(arm, end), "rec_phase1_rfd")
                      for arm in (low, *inner)]
             refuted = all(fine is False for fine, _ in found)
             yield True if found[0][0] else False if refuted else None, "; ".join(text for _, text in found)
@@ -128,9 +130,9 @@ def judge_claims(spread):
         return beside(f"{text}, paired by seed", arms(a, b, spread.by_seed), names)
 
     ends, inner = ("alpha=1", "alpha=0"), ("alpha=0.2", "alpha=0.6", "alpha=0.8")
-    fds = [("AR FD", "ar_phase1_fid"), ("NAR FD", "nar_phase1_fid")]
+    fds = [("AR FD", "ar_phase1_fd"), ("NAR FD", "nar_phase1_fd")]
     after = [(name + ", phase 1 + 2", key.replace("phase1", "phase2")) for name, key in fds]
-    three = [("rFD", "rec_phase1_rfid"), *fds]
+    three = [("rFD", "rec_phase1_rfd"), *fds]
     nats = [("AR nats", "ar_nats"), ("NAR nats", "nar_nats")]
     relative = [("AR nats / unigram", "ar_relative"), ("NAR nats / unigram", "nar_relative")]
     steps = [("D minus low", "D", "alpha=0"), ("sem minus D", "alpha=1", "D"),
@@ -150,7 +152,7 @@ def judge_claims(spread):
           *between("alpha=0.4", ends)],
          [both_ways("alpha = 1 minus 0", *ends, three),
           both_ways("alpha = 0.4 minus 0", "alpha=0.4", "alpha=0", three[:1]),
-          beside("alpha = 1 minus 0", arms(*ends), [("view FD", "view_view_fid")]),
+          beside("alpha = 1 minus 0", arms(*ends), [("view FD", "view_view_fd")]),
           beside("terms of the loss at alpha = 1, alpha = 1 minus 0", arms(*ends),
                  [("relu5_3", "judge_relu5_3"), ("logit", "judge_logit")]),
           beside("alpha = 1 minus 0 with the literal Eq. 4", arms("alpha=1", "literal"), three),
@@ -174,7 +176,7 @@ def judge_claims(spread):
          [beside("longer phase 1 minus phase 1", arms("longer", "alpha=1"), three),
           both_ways("longer phase 1 minus phase 1", "longer", "alpha=1", three),
           both_ways("with attention minus without", "alpha=1", "no-attention",
-                    [("rFD, phase 1 + 2", "rec_phase2_rfid"), *after])]),
+                    [("rFD, phase 1 + 2", "rec_phase2_rfd"), *after])]),
         ("(6) the order of Table 6: sem below D below low below E, by the FD of samples",
          [part(f"{name}, {text}", arms(a, b), key) for text, a, b in steps for name, key in fds],
          [both_ways(text, a, b, three) for text, a, b in steps]),

@@ -11,8 +11,8 @@ from plumbing.errors import UserError
 from recipes.ablations import CLAIMS
 from studies.verdicts import Spread, judge_claims
 
-FDS = ("rec_phase1_rfid", "ar_phase1_fid", "nar_phase1_fid", "rec_phase2_rfid", "ar_phase2_fid",
-       "nar_phase2_fid")
+FDS = ("rec_phase1_rfd", "ar_phase1_fd", "nar_phase1_fd", "rec_phase2_rfd", "ar_phase2_fd",
+       "nar_phase2_fd")
 LOSSES = ("ar_nats", "nar_nats", "ar_relative", "nar_relative")
 
 
@@ -25,13 +25,13 @@ def as_the_paper_says():
             level = 1.0
         for seed in range(arm.seeds):
             row = dict.fromkeys((*FDS, *LOSSES), 10 - 4 * level + 0.02 * (seed - 1))
-            row["rec_phase1_rfid"] = 5 + 8 * (level - 0.5) ** 2 + 0.02 * (seed - 1)
+            row["rec_phase1_rfd"] = 5 + 8 * (level - 0.5) ** 2 + 0.02 * (seed - 1)
             for key in FDS[3:]:
                 row[key] -= 0.5 + 0.01 * seed
             if name == "longer":
                 row = {key: value - 0.2 for key, value in row.items()}
             row = {key: value for key, value in row.items()
-                   if (len(arm.phases) == 2 or "phase2" not in key) and (arm.draws or "rfid" in key)}
+                   if (len(arm.phases) == 2 or "phase2" not in key) and (arm.draws or "rfd" in key)}
             row |= {f"{key}_2": 3 * row[key] for key in FDS if key in row}
             rows.append(row | dict(arm=name, seed=seed))
     return rows
@@ -56,10 +56,10 @@ def test_every_statement_holds_where_the_numbers_are_as_the_paper_says():
 
 
 @pytest.mark.parametrize("claim, key, arm, change", [
-    ("(a)", "nar_phase1_fid", "alpha=1", 100), ("(a)", "rec_phase1_rfid", "alpha=0", -100),
-    ("(b)", "ar_relative", "alpha=1", 10), ("(d)", "ar_phase2_fid", "alpha=", 100),
-    ("(d')", "nar_phase1_fid", "longer", -100), ("(6)", "ar_phase1_fid", "D", 100),
-    ("(6)", "ar_phase1_fid", "D", -100), ("(6)", "nar_phase1_fid", "E", -100)])
+    ("(a)", "nar_phase1_fd", "alpha=1", 100), ("(a)", "rec_phase1_rfd", "alpha=0", -100),
+    ("(b)", "ar_relative", "alpha=1", 10), ("(d)", "ar_phase2_fd", "alpha=", 100),
+    ("(d')", "nar_phase1_fd", "longer", -100), ("(6)", "ar_phase1_fd", "D", 100),
+    ("(6)", "ar_phase1_fd", "D", -100), ("(6)", "nar_phase1_fd", "E", -100)])
 def test_one_number_on_the_other_side_refutes_a_statement(claim, key, arm, change):
     assert verdicts(shifted(arm, key, change))[claim] == "does not hold"
 
@@ -69,7 +69,7 @@ def test_a_wide_spread_or_a_missing_arm_decides_nothing():
     for row in rows:
         row["ar_relative"] = row.get("ar_relative", 0) + 40 * (row["seed"] - 1)
     assert verdicts(rows)["(b)"] == "not decided"
-    rows = shifted("alpha=0.4", "rec_phase1_rfid", 100)  # the best rFD may lie elsewhere between the ends
+    rows = shifted("alpha=0.4", "rec_phase1_rfd", 100)  # the best rFD may lie elsewhere between the ends
     assert verdicts(rows)["(a)"] == "not decided"
     rows = [row for row in as_the_paper_says() if row["arm"] != "E"]
     assert verdicts(rows) == {**dict.fromkeys(ALL, "holds"), "(6)": "not decided"}
@@ -78,9 +78,9 @@ def test_a_wide_spread_or_a_missing_arm_decides_nothing():
 
 
 @pytest.mark.parametrize("claim, key, arm", [
-    ("(a)", "ar_phase1_fid_2", "alpha=1"), ("(a)", "rec_phase1_rfid_2", "alpha=0.4"),
-    ("(d)", "nar_phase2_fid_2", "alpha=1"), ("(d')", "nar_phase1_fid_2", "longer"),
-    ("(6)", "ar_phase1_fid_2", "E")])
+    ("(a)", "ar_phase1_fd_2", "alpha=1"), ("(a)", "rec_phase1_rfd_2", "alpha=0.4"),
+    ("(d)", "nar_phase2_fd_2", "alpha=1"), ("(d')", "nar_phase1_fd_2", "longer"),
+    ("(6)", "ar_phase1_fd_2", "E")])
 def test_scorers_that_disagree_on_a_sign_decide_nothing(claim, key, arm):
     change = -100 if arm in ("longer", "E") else 100
     rows = shifted(arm, key, change)

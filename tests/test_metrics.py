@@ -1,8 +1,10 @@
 """Claims about sample.py --metrics and its parts in perceptual.py: the numbers, and how they are told."""
 
+import argparse
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +30,7 @@ import studies.metrics
 import studies.references
 import studies.probe
 import studies.tables
+import studies.verdicts
 from helpers import ROOT, call, command, fork, wait_for, wait_until
 from PIL import Image
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -269,7 +272,7 @@ def test_the_scorer_is_a_residual_network_of_another_family_with_the_members_of_
 
 def test_a_result_of_reconstructions_holds_the_numbers_and_how_they_were_measured(run, scorer, references):
     result = measure(run, "phase2.pt", scorer, references)
-    assert result["protocol"] == "rfid-val" and result["num_images"] == 20 == result["reference_images"]
+    assert result["protocol"] == "rfd-val" and result["num_images"] == 20 == result["reference_images"]
     assert {*studies.metrics.HOW, "extractor", "tokenizer", "decoder", "batch", "command", "seconds",
             "images_hash", "torch_fidelity", "threads"} <= result.keys()
     tokenizer, ckpt = plumbing.models.load_model(run / "phase2.pt", ("phase2",))
@@ -290,12 +293,13 @@ def test_a_result_of_reconstructions_holds_the_numbers_and_how_they_were_measure
     extractor = studies.extractors.Extractor(scorer, 32, torch.device("cpu"))
     real, fake = extractor(x), extractor(x_hat)
     expected = fidelity(fake["features"], fake["logits"], reference_statistics(real["features"]))
-    assert numbers["rfid"] == pytest.approx(expected["fid"], rel=1e-2) and numbers["rfid"] > 0
+    assert numbers["rfd"] == pytest.approx(expected["fid"], rel=1e-2) and numbers["rfd"] > 0
     assert 0 <= numbers["class_accuracy"] <= 1 and len(numbers["class_accuracy_by_class"]) == 10
     assert all(math.isfinite(v) for v in numbers.values() if isinstance(v, float))
 
 
-def test_a_second_extractor_measures_the_same_images_in_the_same_pass(run, scorer, monkeypatch):
+def test_a_second_extractor_measures_the_same_images_in_the_same_pass(
+        run, scorer, monkeypatch, capsys):
     references = run / "references"
     words = ("ar.pt", scorer, references, "--num", 40)
     alone, other = measure(run, *words), measure(run, "ar.pt", run / "vgg.pt", references, "--num", 40)
@@ -303,11 +307,13 @@ def test_a_second_extractor_measures_the_same_images_in_the_same_pass(run, score
     drawn = []
     real = plumbing.slices.decode
     monkeypatch.setattr(plumbing.slices, "decode", lambda *args: drawn.append(1) or real(*args))
+    capsys.readouterr()
     both = measure(run, *words, "--second", run / "vgg.pt"), json.loads((run / "result_2.json").read_text())
+    assert not re.search("[fk]id|inception", capsys.readouterr().out)
     for ours, theirs in zip(both, (alone, other), strict=True):
         told = {"seconds", "command"}
         assert {**ours, **dict.fromkeys(told)} == {**theirs, **dict.fromkeys(told)}
-    assert both[0]["results"]["fid"] != both[1]["results"]["fid"] and drawn
+    assert both[0]["results"]["fd"] != both[1]["results"]["fd"] and drawn
     drawn.clear()
     (run / "result_2.json").unlink()  # half of it is there: the images are drawn again, the numbers stay
     assert measure(run, *words, "--second", run / "vgg.pt")["results"] == alone["results"] and drawn
@@ -360,8 +366,8 @@ def test_near_codes_are_the_nearest_that_the_decoder_sees_for_every_kind_of_code
 def test_p_fd_measures_images_of_swapped_tokens(run, scorer, references):
     plain = measure(run, "phase1.pt", scorer, references)
     swapped = measure(run, "phase1.pt", scorer, references, "--perturb")
-    assert swapped["protocol"] == "pfid-val" and swapped["images_hash"] != plain["images_hash"]
-    assert {"pfid", "pkid", "usage", "psnr"} <= swapped["results"].keys() and "rfid" not in swapped["results"]
+    assert swapped["protocol"] == "pfd-val" and swapped["images_hash"] != plain["images_hash"]
+    assert {"pfd", "pkd", "usage", "psnr"} <= swapped["results"].keys() and "rfd" not in swapped["results"]
     assert swapped["results"]["psnr"] != plain["results"]["psnr"]
     assert swapped["results"]["usage"] == plain["results"]["usage"]  # of the tokens of the images
     model, ckpt = plumbing.models.load_model(run / "phase1.pt", ("phase1",))
@@ -390,8 +396,8 @@ def test_samples_and_references_are_exchanged_in_the_form_of_adm(run, scorer, re
     f = rows["features"].double().numpy()
     gap, a, b = f.mean(0) - real.mean(0), np.cov(f, rowvar=False), np.cov(real, rowvar=False)
     expected = gap @ gap + np.trace(a) + np.trace(b) - 2 * np.sqrt(np.linalg.eigvals(a @ b)).real.sum()
-    assert result["results"]["fid"] == pytest.approx(expected, rel=1e-3)
-    assert {"fid", "inception_score"} <= result["results"].keys() and "kid" not in result["results"]
+    assert result["results"]["fd"] == pytest.approx(expected, rel=1e-3)
+    assert {"fd", "class_score"} <= result["results"].keys() and "kd" not in result["results"]
     assert result["reference"] == "npz reference.npz" and len(result["reference_hash"]) == 16
 
 
@@ -410,8 +416,8 @@ def test_samples_measured_in_other_batches_are_the_same_pictures_with_the_same_n
     assert results[0]["images_hash"] == results[1]["images_hash"]
     for key, value in results[0]["results"].items():
         assert results[1]["results"][key] == pytest.approx(value, rel=1e-6), key
-    assert results[0]["protocol"] == "gfid-train" and results[0]["reference_images"] == 60
-    assert {"fid", "inception_score", "kid", "precision", "recall", "class_accuracy"} <= results[0][
+    assert results[0]["protocol"] == "gfd-train" and results[0]["reference_images"] == 60
+    assert {"fd", "class_score", "kd", "precision", "recall", "class_accuracy"} <= results[0][
         "results"].keys()
     assert results[0]["seed"] == 0 and ("top_p" in results[0], "nar_steps" in results[0]) == (
         name == "ar.pt", name == "nar.pt")  # what the prior does not read decides nothing
@@ -579,7 +585,7 @@ def test_an_evaluation_that_another_process_is_making_is_refused(run, scorer, re
         return real(*words)
 
     monkeypatch.setattr(plumbing.slices, "generate_tokens", meanwhile)
-    assert measure(run, "ar.pt", scorer, references, "--num", 40)["results"]["fid"] > 0
+    assert measure(run, "ar.pt", scorer, references, "--num", 40)["results"]["fd"] > 0
     assert errors == [2]
 
 
@@ -613,7 +619,7 @@ def test_an_unconditional_prior_of_labelled_images_is_measured(trained, data, sc
         shutil.copy(trained / f"{name}.pt", tmp_path)
     call("ar", tmp_path, data, conditional=False)
     result = measure(tmp_path, "ar.pt", scorer, references, "--num", 20)
-    assert result["classes"] is None and result["results"]["fid"] > 0
+    assert result["classes"] is None and result["results"]["fd"] > 0
     assert "class_accuracy" not in result["results"]
 
 
@@ -623,11 +629,11 @@ def test_a_sweep_measures_each_value_once_and_writes_a_csv_and_a_plot(run, score
         "--ckpt", run / "ar.pt", "--metrics", "--extractor", scorer, "--references", references,
         "--device", "cpu", *words]))))
     lines = (run / "sweep_ar_top_p.csv").read_text().splitlines()
-    assert lines[0].startswith("top_p,fid,inception_score,kid,precision,recall") and len(lines) == 3
+    assert lines[0].startswith("top_p,fd,class_score,kd,precision,recall") and len(lines) == 3
     results = [json.loads((run / "sweep_ar_top_p" / f"{v}.json").read_text()) for v in (0.5, 1.0)]
     assert [r["top_p"] for r in results] == [0.5, 1.0]
     assert results[0]["images_hash"] != results[1]["images_hash"]
-    assert lines[1].split(",")[1] == str(results[0]["results"]["fid"])
+    assert lines[1].split(",")[1] == str(results[0]["results"]["fd"])
     assert Image.open(run / "sweep_ar_top_p.png").size[0] > 1000
     monkeypatch.setattr(plumbing.slices, "generate_tokens", None)  # nothing is drawn a second time
     sample.main(recipes.options.sample_args(list(map(str, [
@@ -719,10 +725,10 @@ def test_images_that_are_not_finite_are_refused_and_not_rounded_to_black(run, sc
 
 
 def fake_result(**changes):
-    how = dict(protocol="gfid-train", num_images=100, image_size=32, images_hash="i", classes=[0, 1],
+    how = dict(protocol="gfd-train", num_images=100, image_size=32, images_hash="i", classes=[0, 1],
                extractor_hash="e", resize="none",
                feature_layer="pool", reference="train", reference_images=60, reference_hash="r")
-    return how | dict(extractor="resnet.pt", results=dict(fid=3.5, precision=0.25)) | changes
+    return how | dict(extractor="resnet.pt", results=dict(fd=3.5, precision=0.25)) | changes
 
 
 @pytest.mark.parametrize("key", studies.metrics.HOW)
@@ -739,13 +745,13 @@ def test_numbers_of_unlike_protocols_never_share_a_column(key, tmp_path, capsys)
 
 
 def test_like_results_stand_side_by_side(tmp_path, capsys):
-    for name, fid in (("a", 3.5), ("b", 4.25)):
-        (tmp_path / f"{name}.json").write_text(json.dumps(fake_result(results=dict(fid=fid, precision=0.25))))
+    for name, fd in (("a", 3.5), ("b", 4.25)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(fake_result(results=dict(fd=fd, precision=0.25))))
     visualize.main(
         recipes.options.visualize_args(["metrics", str(tmp_path / "a.json"), str(tmp_path / "b.json")])
     )
     out = capsys.readouterr().out
-    assert "gfid-train" in out and "3.5" in out and "4.25" in out and "precision" in out
+    assert "gfd-train" in out and "3.5" in out and "4.25" in out and "precision" in out
     (tmp_path / "a.json").write_text("[]")
     with pytest.raises(SystemExit):
         visualize.main(recipes.options.visualize_args(["metrics", str(tmp_path / "a.json")]))
@@ -753,6 +759,41 @@ def test_like_results_stand_side_by_side(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         visualize.main(recipes.options.visualize_args(["metrics", str(tmp_path / "nowhere.json")]))
     assert stop.value.code == 2
+
+
+def test_a_number_is_called_fid_in_the_features_of_inception_alone(tmp_path):
+    """Distances of our own classifier were called fid, rfid, inception_score and gfid-train too."""
+    draw = torch.Generator().manual_seed(0)
+    features, logits = torch.randn(50, 4, generator=draw), torch.randn(50, 3, generator=draw)
+    rows = dict(features=features, logits=logits, tokens=torch.zeros(50, 4, dtype=torch.int64),
+                top1=features[:, 0], nats_per_token=features[:, 0])
+    reference, names = reference_statistics(features + 1), {}
+    for layer in ("pool", "2048"):
+        extractor = argparse.Namespace(info=dict(feature_layer=layer), class_names=["other"])
+        names[layer] = {name for protocol in ("rfid-val", "pfid-val", "gfid-train", "view-val") for name in
+                        studies.metrics.results_of(protocol, rows, reference, dict(K=4), extractor, [])}
+    both = "precision recall usage perplexity top1 nats_per_token "
+    assert names["pool"] == set((both + "fd kd class_score rfd rkd pfd pkd view_fd view_kd").split())
+    assert names["2048"] == set(
+        (both + "fid kid inception_score rfid rkid pfid pkid view_fid view_kid").split())
+
+
+def test_results_and_rows_with_the_former_names_are_still_read(tmp_path):
+    """Of metrics_*.json, claims.jsonl and forks.json in which every distance is called an FID."""
+    assets, path = ROOT / "assets", tmp_path / "result.json"
+    for file in sorted(assets.glob("*cifar10_metrics_*.json")):
+        old, new = json.loads(file.read_text()), studies.metrics.read_result(file)
+        assert list(old["results"].values()) == list(new["results"].values())
+        assert "fid" not in str([new["protocol"], *new["results"]]) and {"fd", "rfd"} & new["results"].keys()
+        path.write_text(json.dumps(old | dict(feature_layer="2048")))
+        assert studies.metrics.read_result(path) == old | dict(feature_layer="2048")  # an FID stays one
+    rows = [json.loads(line) for line in (assets / "claims.jsonl").read_text().splitlines()]
+    kept = json.loads((assets / "claims.json").read_text())["verdicts"]
+    assert [parts for *_, parts in studies.verdicts.judge_claims(studies.verdicts.Spread(rows))] == [
+        one["parts"] for one in kept]
+    forks = json.loads((assets / "forks.json").read_text())
+    found = studies.fork_table.correlations([row for row in forks["rows"] if row["seed"] == 0])
+    assert sum(found.values(), ()) == pytest.approx(sum(map(tuple, forks["correlations"].values()), ()))
 
 
 # Tables ---------------------------------------------------------------------------------------------------
@@ -801,10 +842,11 @@ def test_a_table_trains_and_measures_every_row_once_and_shows_the_paper_beside(
     assert len(ran) == 2 + 2 * 4  # judge and scorer; and for each row two stages and two results
     found = json.loads((tmp_path / "table1.json").read_text())
     assert [row["paper"]["ar_fid"] for row in found["rows"]] == [16.97, 17.19]
-    assert all(row["ours"]["rfid"] > 0 and row["ours"]["ar_fid"] > 0 for row in found["rows"])
-    assert found["how"]["phase1"]["protocol"] == "rfid-val" and found["how"]["ar"]["num_images"] == 20
+    assert all(row["ours"]["rfd"] > 0 and row["ours"]["ar_fd"] > 0 for row in found["rows"])
+    assert found["how"]["phase1"]["protocol"] == "rfd-val" and found["how"]["ar"]["num_images"] == 20
     assert found["how"]["ar"]["extractor"].endswith("scorer/resnet.pt")
-    assert "paper: ar_fid" in (tmp_path / "table1.md").read_text()
+    told = (tmp_path / "table1.md").read_text()
+    assert "paper: ar_fid" in told and "ours: ar_fd" in told and "ours: ar_fid" not in told
     capsys.readouterr()
     ran.clear()
     visualize.main(table("table1", tmp_path, data, *words))
@@ -864,7 +906,7 @@ def test_fig_5b_is_drawn_over_alpha_and_fig_7b_decodes_with_both_phases(data, tm
     stages = [words[2] for words in ran if words[0].endswith("train.py")]
     assert stages.count("phase1") == 1 and stages.count("phase2") == 1 and stages.count("ar") == 1
     rows = json.loads((tmp_path / "fig7b.json").read_text())["rows"]
-    assert rows[0]["ours"]["ar_fid"] != rows[1]["ours"]["ar_fid"]
+    assert rows[0]["ours"]["ar_fd"] != rows[1]["ours"]["ar_fd"]
     assert rows[1]["paper"]["nar_fid"] == 4.99
     ran.clear()
     visualize.main(table("fig5b", tmp_path, data, "--stages", "phase1", "--run"))
@@ -882,7 +924,7 @@ def test_the_claims_are_told_from_the_measured_numbers_of_each_run(data, tmp_pat
     (row,) = [json.loads(line) for line in (tmp_path / "claims.jsonl").read_text().splitlines()]
     assert (row["arm"], row["seed"], row["alpha"], len(row["commands"])) == ("alpha=1", 0, 1, 4 + 7)
     folder = tmp_path / "alpha=1,seed=0"
-    for name, key in dict(rec_phase1="rfid", ar_phase2="fid", nar_phase1="recall", view="view_fid").items():
+    for name, key in dict(rec_phase1="rfd", ar_phase2="fd", nar_phase1="recall", view="view_fd").items():
         measured = json.loads((folder / f"metrics_{name}.json").read_text())["results"]
         assert row[f"{name}_{key}"] == measured[key]
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -890,9 +932,9 @@ def test_the_claims_are_told_from_the_measured_numbers_of_each_run(data, tmp_pat
     assert row["nar_relative"] == pytest.approx(last["val_loss"] / last["unigram_entropy"])
     told = (tmp_path / "claims.md").read_text()
     assert told.count("**not decided**") >= 4 and "runs: 1" in told and "(one seed: no interval)" in told
-    assert f"{row['rec_phase1_rfid_2']:.4g}" in told and (tmp_path / "claims_fig5b.png").exists()
+    assert f"{row['rec_phase1_rfd_2']:.4g}" in told and (tmp_path / "claims_fig5b.png").exists()
     measured = json.loads((folder / "metrics_ar_phase2_2.json").read_text())  # the second scorer's
-    assert row["ar_phase2_fid_2"] == measured["results"]["fid"] != row["ar_phase2_fid"]
+    assert row["ar_phase2_fd_2"] == measured["results"]["fd"] != row["ar_phase2_fd"]
     assert measured["extractor"] == str(tmp_path / "second" / "vgg.pt")
     (seen,) = json.loads((tmp_path / "claims_fig11.json").read_text())
     curves = json.loads((tmp_path / "claims_fig10.json").read_text())
@@ -918,8 +960,8 @@ def test_the_claims_are_told_from_the_measured_numbers_of_each_run(data, tmp_pat
     assert "missing for alpha=1, seed 0: 1 commands" in capsys.readouterr().out
     short = json.loads((tmp_path / "claims.jsonl").read_text())
     left_out = {key for key in row if key.startswith("nar_phase1_")}
-    assert "nar_phase1_fid_2" in left_out and set(row) - set(short) == left_out
-    assert short["ar_phase1_fid"] == row["ar_phase1_fid"] and len(short["commands"]) == 10
+    assert "nar_phase1_fd_2" in left_out and set(row) - set(short) == left_out
+    assert short["ar_phase1_fd"] == row["ar_phase1_fd"] and len(short["commands"]) == 10
 
 
 def test_the_table_of_forks_trains_and_measures_its_rows_and_ranks_them(data, tmp_path, monkeypatch, capsys):
@@ -941,18 +983,18 @@ def test_the_table_of_forks_trains_and_measures_its_rows_and_ranks_them(data, tm
         ("plain", "phase1"), ("plain, phase 1 + 2", "phase2"), ("frozen", "phase1"),
         ("plain, seed 1", "phase1")]
     for row, folder in zip(found, ("plain", "plain", "frozen", "plain,seed=1"), strict=True):
-        for key, name in dict(rfid="rfid", pfid="pfid", ar="fid", nar="fid").items():
+        for key, name in dict(rfid="rfd", pfid="pfd", ar="fd", nar="fd").items():
             path = tmp_path / folder / f"metrics_{key}_{row['decoder']}.json"
-            column = key if key == name else f"{key}_fid"
+            column = name if name != "fd" else f"{key}_fd"
             assert row[column] == json.loads(path.read_text())["results"][name]
         assert row["relative"] == json.loads((tmp_path / folder / "compare.json").read_text())[0]["relative"]
     ckpt = plumbing.files.read_checkpoint(tmp_path / "frozen" / "phase1.pt", ("phase1",))
     told = [[cell.strip() for cell in line.split("|")] for line in (tmp_path / "forks.md").open()]
-    rfd = [found[i]["rfid"] for i in (0, 3)]
+    rfd = [found[i]["rfd"] for i in (0, 3)]
     assert found[3]["seed"] == 1 and rfd[0] != rfd[1]
     wanted = f"{sum(rfd) / 2:.4g} ± {abs(rfd[0] - rfd[1]) / 2**0.5:.2g}"
     assert ["plain, 2 seeds", wanted] in [line[1:3] for line in told]
-    assert ckpt["config"]["fork"] == "frozen" and found[0]["pfid"] != found[0]["rfid"]
+    assert ckpt["config"]["fork"] == "frozen" and found[0]["pfd"] != found[0]["rfd"]
     ran.clear()
     monkeypatch.setattr(studies.fork_table, "compare", None)  # what is there is not made again
     visualize.main(table("forks", tmp_path, data, *words))
@@ -969,15 +1011,15 @@ def test_the_scorers_of_a_table_are_three_times_as_wide_as_its_judge(kind, tmp_p
 
 def test_the_rank_correlations_are_spearman_s_of_the_rows_after_phase_1():
     row = dict(decoder="phase1")
-    rows = [dict(row, rfid=a, ar_fid=fid, pfid=-a, relative=a, nar_fid=fid, fork=f"fork {a}")
-            for a, fid in ((1, 10), (2, 30), (3, 20), (4, 40))]
-    rows += [dict(rows[0], rfid=9, ar_fid=0, decoder="phase2")]
+    rows = [dict(row, rfd=a, ar_fd=fd, pfd=-a, relative=a, nar_fd=fd, fork=f"fork {a}")
+            for a, fd in ((1, 10), (2, 30), (3, 20), (4, 40))]
+    rows += [dict(rows[0], rfd=9, ar_fd=0, decoder="phase2")]
     found = studies.fork_table.correlations(rows)
-    assert found["rfid, ar_fid"] == (pytest.approx(0.8), 4)  # 1 - 6 * 2 / (4 * 15)
-    assert found["pfid, nar_fid"] == (pytest.approx(-0.8), 4)
+    assert found["rfd, ar_fd"] == (pytest.approx(0.8), 4)  # 1 - 6 * 2 / (4 * 15)
+    assert found["pfd, nar_fd"] == (pytest.approx(-0.8), 4)
     # mean ranks of rFD, p-FD, probe: 2, 7/3, 8/3, 3; of the samples: 1, 3, 2, 4
     assert studies.fork_table.disagreeing(rows, 1) == ["fork 1"]
-    assert studies.fork_table.disagreeing([dict(r, pfid=r["rfid"]) for r in rows]) == ["fork 2", "fork 3"]
+    assert studies.fork_table.disagreeing([dict(r, pfd=r["rfd"]) for r in rows]) == ["fork 2", "fork 3"]
     assert studies.fork_table.correlations(rows[:2]) == {}
     assert "rank correlation of rFD: +0.80 with AR FD" in "\n".join(studies.fork_table.orders(rows))
 
@@ -1007,8 +1049,9 @@ def test_the_commands_of_a_table_go_through_torchrun_where_several_processes_are
     words = ["table5", "--preset", "imagenet-ablation", "--out", str(tmp_path), "--nproc", "8"]
     words += ["--data", "DIR", "--workers", "4", "--set", "phase1.lr=2e-4"]
     visualize.main(recipes.options.visualize_args(words))
-    lines = [line.strip() for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
-    assert len(lines) == 4 * 6
+    out = capsys.readouterr().out
+    lines = [line.strip() for line in out.splitlines() if line.startswith("  ")]
+    assert len(lines) == 4 * 6 and "ours: ar_fid" in out  # in Inception's features
     start = "torchrun --standalone --nproc_per_node=8 train.py --stage phase1 --preset imagenet-ablation"
     assert lines[0].startswith(f"{start} --data DIR --workers 4 --set phase1.lr=2e-4 --ablation vqgan --out")
     assert not any("vgg.pt" in line for line in lines) and "--num 50000" in lines[-1]

@@ -527,10 +527,10 @@ def test_a_figure_tells_with_which_loss_the_tokenizer_was_trained_whatever_the_p
 
 def test_the_report_is_one_page_that_needs_no_other_file(run):
     (run / "metrics_ar.json").write_text(json.dumps(dict(
-        protocol="gfid-train", num_images=100, image_size=32, classes=None, images_hash="i",
+        protocol="gfd-train", num_images=100, image_size=32, classes=None, images_hash="i",
         extractor_hash="e", resize="none",
         feature_layer="pool", reference="train", reference_images=60, reference_hash="r",
-        extractor="<b>resnet.pt</b>", results=dict(fid=3.25))))
+        extractor="<b>resnet.pt</b>", results=dict(fd=3.25))))
     visualize.main(recipes.options.visualize_args(["report", str(run), "--num", "20", "--device", "cpu"]))
     page = (run / "report.html").read_text()
     assert len(page) < 8 * 2**20 and "http" not in page.replace("http-equiv", "")
@@ -546,11 +546,11 @@ def test_the_report_is_one_page_that_needs_no_other_file(run):
 def test_results_measured_alike_share_a_table_in_which_the_best_is_marked():
     def result(num, **results):
         how = dict.fromkeys(studies.metrics.HOW, "x")
-        return how | dict(protocol="gfid-train", num_images=num, extractor="r.pt", results=results)
+        return how | dict(protocol="gfd-train", num_images=num, extractor="r.pt", results=results)
 
     tables = list(studies.report.metric_tables(dict(
-        a=result(100, fid=3.0, precision=0.5, usage=1.0), b=result(100, fid=2.0, precision=0.25, usage=1.0),
-        c=result(50, fid=1.0))))
+        a=result(100, fd=3.0, precision=0.5, usage=1.0), b=result(100, fd=2.0, precision=0.25, usage=1.0),
+        c=result(50, fd=1.0))))
     assert len(tables) == 2 and "50 images" in tables[1] and "best" not in tables[1]
     assert re.findall('class="best">([^<]*)<', tables[0]) == ["0.5", "2"]  # more precision, less distance
     assert tables[0].count("<tr>") == 3 and "<th>precision</th>" in tables[0]
