@@ -16,7 +16,7 @@ from plumbing.models import load_model
 from plumbing.processes import print0, setup_device
 from plumbing.slices import decode
 from recipes.ablations import CLAIMS, Row
-from recipes.options import train_args, visualize_args
+from recipes.options import visualize_args
 from studies.distances import plain_names
 from studies.metrics import HOW, read_result
 from studies.tables import Table, finished, print_table, refuse_unlike, row_seconds, table
@@ -43,8 +43,6 @@ class Claims(Table):
             args.set = self.SHORT + args.set
         super().__init__(args)
         self.table = dict(rows=[row for row in ROWS if args.preset != "demo" or row.name.endswith("|0")])
-        _, words = self.train("phase1", self.root)
-        self.config = train_args(words[1:])[1]
         self.second = str(self.root / "second" / "vgg.pt")
 
     def judge(self, arm):

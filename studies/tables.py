@@ -16,9 +16,10 @@ from plumbing.drawing import new_figure, save_figure
 from plumbing.errors import UserError
 from plumbing.files import header, save_atomic, writable
 from plumbing.paths import as_path
+from plumbing.preflight import build_on_meta
 from plumbing.processes import print0
 from recipes.ablations import TABLES
-from recipes.options import find_preset, train_args
+from recipes.options import STAGES, find_preset, train_args
 from studies.distances import plain
 from studies.metrics import HOW, read_result
 
@@ -96,6 +97,7 @@ class Table:
         self.stages = args.stages.split(",")
         self.device = ["--device", args.device] if args.device != "auto" else []
         self.settings = dict(preset=args.preset, data=args.data, set=args.set)
+        self.config = train_args(self.train("phase1", self.root)[1][1:])[1]  # that of a row without changes
         note = self.root / "settings.json"
         writable(note)
         if note.exists() and placed(json.loads(note.read_text())) != placed(self.settings):
@@ -133,8 +135,7 @@ class Table:
 
     def wide(self):
         """What makes a scorer `WIDER` times as wide as the judge."""
-        _, words = self.train("vgg", self.root)
-        return ["--set", f"judge.width={self.WIDER * train_args(words[1:])[1]['judge']['width']}"]
+        return ["--set", f"judge.width={self.WIDER * self.config['judge']['width']}"]
 
     def row(self, ablation, decoder):
         """The commands of a row, [(file that it makes, command)]; and {column prefix: result file}."""
@@ -178,6 +179,7 @@ class Table:
 
     def run(self):
         """Runs what is missing, one command after the other; a row that fails is left, the others go on."""
+        build_on_meta(self.config, STAGES)  # a wrong --set is refused before anything is written
         text = json.dumps(self.settings)
         save_atomic(lambda p: p.write_text(text), self.root / "settings.json")
         rows, spent, failed, begin = list(self.missing()), {}, [], time.time()

@@ -884,6 +884,21 @@ def test_rows_of_other_settings_never_stand_in_one_table(data, tmp_path, monkeyp
     assert out.count("missing for") == 4 and "train.py" not in out
 
 
+@pytest.mark.parametrize("item, named", [
+    ("phase1.stepz=3", "phase1.stepz"), ("tokenizer.codebok_size=8", "tokenizer.codebook_size"),
+    ("prior.n_head=3", "multiple of n_head"), ("judge.width=0", "judge.width")])
+@pytest.mark.parametrize("name", ["table1", "claims", "forks"])
+def test_a_wrong_setting_of_a_table_is_refused_before_anything_is_written(
+        name, item, named, tmp_path, capsys, monkeypatch):
+    """settings.json kept it, and then refused the right command in the same folder."""
+    monkeypatch.setattr(studies.tables, "run_command", None)
+    words = [name, "--preset", "demo", "--set", item, "--out", str(tmp_path / "out"), "--run"]
+    with pytest.raises(SystemExit) as stop:
+        visualize.main(recipes.options.visualize_args(words))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and named in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
 def test_a_failed_row_is_told_and_the_others_go_on(data, tmp_path, monkeypatch, capsys):
     ran = in_process(monkeypatch, fail=["vqgan"])
     with pytest.raises(SystemExit) as stop:
