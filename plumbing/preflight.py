@@ -20,10 +20,8 @@ from recipes.options import KINDS, STAGES
 
 
 def stages_of(args, config):
-    """The stages that a command trains, in their order (a fork may have another); of --explain all."""
-    if args.explain:
-        return STAGES
-    if args.stage != "all":
+    """The stages that a command trains, in their order (a preset may have its own); of --explain all."""
+    if args.stage not in (None, "all") and not args.explain:
         return [args.stage]
     return [stage for stage in config.get("stages", STAGES) if stage != "vgg" or config["vgg"] == "judge"]
 

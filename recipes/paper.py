@@ -63,7 +63,8 @@ IMAGENET = recipe("imagenet", CLASSES, conditional=True)
 PRESETS = {
     "imagenet": IMAGENET,
     # Tables 1, 5 and 6 and Fig. 5: one phase, batch 64, 500,000 steps of everything
-    "imagenet-ablation": variant(IMAGENET, phase1=dict(batch=64, alpha=0.0),
+    "imagenet-ablation": variant(IMAGENET, stages=["phase1", "ar", "nar"],
+                                 phase1=dict(batch=64, alpha=0.0),
                                  ar=dict(batch=64, steps=500_000), nar=dict(batch=64, steps=500_000)),
     "ffhq": recipe("ffhq", NO_CLASSES, conditional=False),
     "lsun-cat": recipe("lsun_cat", NO_CLASSES, conditional=False),

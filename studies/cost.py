@@ -8,12 +8,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from perceptual import LAYER_SETS, VGGTaps, adv_loss, disc_loss, layer_weights, perceptual_loss
+from plumbing.shapes import Shapes
 from plumbing.weights import build_vgg16
 from tokenizer import TokenizerConfig, VQTokenizer
 from visualize import told_loss
 
 PEAK = 989e12  # dense bf16 FLOP/s of an H100, by its data sheet
-REACHED = dict(phase1=0.13, phase2=0.08, ar=0.2, nar=0.17)  # of it by preset imagenet (docs/full-scale.md)
+# of it by preset imagenet (docs/full-scale.md); a judge was not measured
+REACHED = dict(vgg=0.13, phase1=0.13, phase2=0.08, ar=0.2, nar=0.17)
 
 
 def cost(steps, *networks):
@@ -50,75 +52,91 @@ def to_fake(network):
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
-def print_cost(name, c, flops, kept, trainable, frozen=0, processes=8):
-    """FLOPs of a stage, memory and time on GPUs. Weights, gradients and Adam's moments are float32."""
+def hours(name, flops, c):
+    """H100-hours of a stage in words, at the share of the peak that one H100 reached."""
+    found = flops * c["batch"] * c["steps"] / PEAK / REACHED[name] / 3600
+    return f"{found:.0f}" if found >= 1 else f"{found:.1g}"
+
+
+def print_cost(name, c, flops, kept, trainable, frozen, processes):
+    """FLOPs of a stage, and memory and time on GPUs if there are any. Weights, gradients and Adam's moments
+    are float32."""
     per_gpu = max(1, c["batch"] // processes)
     memory = (16 * trainable + 4 * frozen + per_gpu * kept) / 2**30
-    run = flops * c["batch"] * c["steps"]
-    share = REACHED.get(name, REACHED["phase1"])  # a judge was not measured
-    print(f"  cost of {name}: {flops / 1e9:,.1f} GFLOP an image, {run:.2e} FLOP in all; estimated: "
-          f"{memory:.1f} GiB a GPU at {per_gpu} images, {run / PEAK / share / 3600:.3g} H100-hours at "
-          f"{share:.0%} of the peak")
+    text = f"{flops / 1e9:,.1f} GFLOP an image, {flops * c['batch'] * c['steps']:.2e} FLOP in all"
+    if processes > 1:
+        text += (f"; estimated: {memory:.1f} GiB a GPU at {per_gpu} images, "
+                 f"{hours(name, flops, c)} H100-hours at {REACHED[name]:.0%} of the peak")
+    print(f"  cost of {name}: {text}")
 
 
-def explain(config, networks, processes=8):
+def explain(config, networks):
     """Prints modules, sizes, recipe and cost of a preset; all tensors are fake, nothing is computed.
 
-    networks: of all stages, as a run builds them on the meta device first
+    networks: of its stages, as a run builds them on the meta device first. What they cost is told for eight
+              GPUs; up to 64 pixels, which a CPU trains, in FLOPs alone.
     """
+    small = config["image_size"] <= 64
+    processes, known = 1 if small else 8, dict(shapes=len(Shapes.NAMES), cifar10=10).get(config["data"])
+    classes = known or (10 if small else 1000)
+    called = f"{classes} classes" + " assumed" * (not known)  # of a folder they are counted when it is read
 
-    def count(module):
-        return sum(p.numel() for p in module.parameters())
+    def count(*modules, trainable=False):
+        return sum(p.numel() for m in modules for p in m.parameters() if p.requires_grad or not trainable)
 
-    def row(name, module, state, c):
+    def row(name, module, c):
+        total, trained = count(module), count(module, trainable=True)
         recipe = f"lr {c['lr']:g} {c['schedule']}"
         if c["schedule"] != "constant":
             recipe += f" to {c['lr_end']:g}" + f" from step {c['lr_start']}" * bool(c["lr_start"])
-        print(f"  {name:30s} {count(module):>13,}  {state:9s}  {recipe if state == 'trainable' else ''}")
+        state = "trainable" if trained == total else f"{trained:,} trainable" if trained else "frozen"
+        print(f"  {name:30s} {total:>13,}  {f'{state}  {recipe}' if trained else state if total else ''}")
 
     def stage(name, c):
-        share = c["batch"] / processes
-        print(f"{name}: {c['steps']:,} steps of {c['batch']} images = {processes} processes x {share:g}, "
-              f"or fewer with --micro-batch; {'AdamW' if c['weight_decay'] else 'Adam'} {tuple(c['betas'])}, "
+        share = f" = {processes} processes x {c['batch'] / processes:g}, or fewer with --micro-batch"
+        print(f"{name}: {c['steps']:,} steps of {c['batch']} images{share * (processes > 1)}; "
+              f"{'AdamW' if c['weight_decay'] else 'Adam'} {tuple(c['betas'])}, "
               f"weight decay {c['weight_decay']:g}, {config['precision']}")
 
-    first, second, disc, judge = networks["phase1"], networks["phase2"], networks["disc"], config["judge"]
+    first, disc, judge = networks["phase1"], networks["disc"], config["judge"]
+    phases = {name: networks[name] for name in ("phase1", "phase2") if name in networks}
     N, *k = first.token_shape
     sizes = dict(config["tokenizer"], image_size=config["image_size"])
-    own = dict(width=judge["width"], num_classes=10, hidden=judge["hidden"], skip_pools=judge["skip_pools"])
+    own = {key: judge[key] for key in ("width", "hidden", "skip_pools")} | dict(num_classes=classes)
     with torch.device("meta"):
         table1 = {name: VQTokenizer(TokenizerConfig(**sizes | {name: 2})) for name in (
             "num_attention", "decoder_extra_blocks")} if config["fork"] is None else {}
         prior = {(name, n): type(networks[name])(replace(networks[name].config, num_classes=n))
-                 for name in ("ar", "nar") for n in (0, 1000)}
+                 for name in ("ar", "nar") for n in (0, classes)}
+        vgg = build_vgg16(**own, batch_norm=True)
         taps = VGGTaps(build_vgg16(**own if config["vgg"] == "judge" else {}))
-    vgg = networks.get("vgg", taps)
     with FakeTensorMode():  # as "meta", but autocast and attention believe to be on a CPU
-        for network in (vgg, taps, first, second, disc, *prior.values()):
+        for network in (vgg, taps, disc, *phases.values(), *prior.values()):
             to_fake(network)
         x, tokens = torch.zeros(1, 3, *[config["image_size"]] * 2), torch.zeros(1, N, *k, dtype=torch.int64)
         label, noise = torch.zeros(1, dtype=torch.int64), torch.zeros(1, N + 1)
         if config["vgg"] == "judge":
-            stage("vgg (10 classes assumed)", judge)
-            row("judge, a narrow VGG-16", vgg, "trainable", judge)
+            stage(f"vgg, {called}", judge)
+            row("judge, a narrow VGG-16", vgg, judge)
             print_cost("vgg", judge, *cost([lambda: vgg(x).sum().backward()], vgg), count(vgg), 0, processes)
-        for name, tokenizer in (("phase1", first), ("phase2", second)):
-            c, frozen = config[name], "frozen" if name == "phase2" else "trainable"
+        for name, tokenizer in phases.items():
+            c = config[name]
             stage(f"{name}, {told_loss(c)}", c)
-            row("encoder", tokenizer.encoder, frozen, c)
-            row("codebook", tokenizer.quantizer, frozen, c)
-            row("decoder", tokenizer.decoder, "trainable", c)
+            if name == "phase2":
+                tokenizer.freeze_latent_space()
+            row("encoder", tokenizer.encoder, c)
+            row("codebook", tokenizer.quantizer, c)
+            row("decoder", tokenizer.decoder, c)
             print(f"  {'tokenizer':30s} {count(tokenizer):>13,}")
             extra = getattr(tokenizer, "TRAINING_ONLY", None)
             extra = [p.numel() for n, p in tokenizer.named_parameters() if extra and n.startswith(extra)]
             if extra:
                 print(f"  {'without what only training needs':30s} {count(tokenizer) - sum(extra):>13,}")
-            row("discriminator", disc, "trainable", c)
-            row("VGG-16", taps, "frozen", c)
+            disc.requires_grad_(True)
+            row("discriminator", disc, c)
+            row("VGG-16", taps, c)
             weights = LAYER_SETS[{"lpips": "low"}.get(c["layers"], c["layers"])] if c["layers"] else (
                 layer_weights(c["alpha"]))
-            if name == "phase2":
-                tokenizer.freeze_latent_space()
 
             def autoencode(tokenizer=tokenizer, weights=weights):
                 x_hat, _, losses = tokenizer(x)
@@ -130,12 +148,12 @@ def explain(config, networks, processes=8):
                 disc.requires_grad_(True)
                 disc_loss(disc(x), disc(x)).backward()
 
-            trainable = count(disc) + (count(tokenizer.decoder) if name == "phase2" else count(tokenizer))
+            trainable = count(disc, tokenizer, trainable=True)
             flops, kept = cost([autoencode, discriminate], tokenizer, disc, taps)
             if c["r1_gamma"]:
                 # R1 differentiates twice, which costs about as much as the discriminator's whole step
                 flops += cost([discriminate], disc)[0] // c["r1_every"]
-            frozen = count(taps) + count(disc) + count(tokenizer) - trainable
+            frozen = count(taps, disc, tokenizer) - trainable
             print_cost(name, c, flops, kept, trainable, frozen, processes)
         if table1:
             names = {"+Attention x2": "num_attention", "+Conv x2": "decoder_extra_blocks"}
@@ -143,9 +161,9 @@ def explain(config, networks, processes=8):
                                           for label, name in names.items()))
         for name in ("ar", "nar"):
             stage(f"{name}, {first.grid_size}^2 tokens of {first.codebook_size} codes", config[name])
-            free, told = prior[name, 0], prior[name, 1000]
-            row("prior, unconditional", free, "trainable", config[name])
-            row("prior, 1000 classes", told, "trainable", config[name])
+            free, told = prior[name, 0], prior[name, classes]
+            row("prior, unconditional", free, config[name])
+            row(f"prior, {called}", told, config[name])
             shown = told.inputs(tokens, noise)[0]
             flops, kept = cost([lambda told=told, shown=shown: told(shown, label).sum().backward()], told)
             print_cost(name, config[name], flops, kept, count(told), 0, processes)

@@ -15,24 +15,27 @@ from plumbing.images import psnr, to_float, to_uint8
 from plumbing.models import load_model
 from plumbing.processes import peak_memory, print0, rank
 from plumbing.slices import generate_images
+from recipes.options import STAGES
 from visualize import alpha_of, load_pairs, views_grid
 
 
 @torch.no_grad()
-def tokenizer_summary(run, first, second):
-    """Both phases on all validation images: usage, distances, and whether phase 2 moved a token."""
-    sums, counts, changed, total = {}, 0, 0, len(run.val)
+def tokenizer_summary(run, phases):
+    """The phases {name: tokenizer} on all validation images: usage, distances, and whether phase 2, if there
+    is one, moved a token."""
+    first, sums, counts, changed, total = phases["phase1"], {}, 0, 0, len(run.val)
     for start in tqdm(range(0, total, 50), "reconstructing", disable=None if rank() == 0 else True):
         indices = range(start, min(start + 50, total))
         x = to_float(torch.stack([run.val.view(i) for i in indices]), run.device)
         labels = torch.tensor([run.val.label(i) for i in indices], device=run.device)
         tokens = first.encode(x)
-        changed += (tokens != second.encode(x)).sum().item()
+        if "phase2" in phases:
+            changed += (tokens != phases["phase2"].encode(x)).sum().item()
         counts = counts + count_codes(tokens.cpu(), first.codebook_size)
         values = {"judge_accuracy": hits(run, x, labels)}
         if hasattr(first, "numbers"):  # a fork's own
             values |= first.numbers(tokens)
-        for name, tokenizer in (("phase1", first), ("phase2", second)):
+        for name, tokenizer in phases.items():
             x_hat = tokenizer.decode(tokens)
             values[f"psnr_{name}"] = psnr(x, x_hat)
             values[f"lpips_like_{name}"] = lpips_like(run.judge, x, x_hat)
@@ -43,8 +46,9 @@ def tokenizer_summary(run, first, second):
     means = {name: value / total for name, value in sums.items()}
     if counts.ndim > 1:
         means["usage_of_each"] = [codebook_usage(part)[0] for part in counts]
-    return dict(usage=usage, usage_tokens=total * first.token_shape[0], perplexity=perplexity,
-                phase2_tokens_changed=changed, **means)
+    if "phase2" in phases:
+        means = dict(phase2_tokens_changed=changed, **means)
+    return dict(usage=usage, usage_tokens=total * first.token_shape[0], perplexity=perplexity, **means)
 
 
 def hits(run, x, labels):
@@ -81,17 +85,18 @@ def summarize(run):
     Each prior draws 1,000 samples, or ten for each validation image where there are few.
     """
     num = min(1000, 10 * len(run.val))
-    first, _ = load_model(run.out / "phase1.pt", ("phase1",), run.device)
-    second, _ = load_model(run.out / "phase2.pt", ("phase2",), run.device)
+    names = [name for name in ("phase1", "phase2") if name in run.config.get("stages", STAGES)]
+    phases = {name: load_model(run.out / f"{name}.pt", (name,), run.device)[0] for name in names}
+    second = phases[names[-1]]
     summary = dict(
         preset=run.args.preset, data=str(run.config["data"]), num_samples=num, num_val=len(run.val))
-    summary |= tokenizer_summary(run, first, second)
-    summary["recon_class_accuracy"] = summary["recon_class_accuracy_phase2"]
+    summary |= tokenizer_summary(run, phases)
+    summary["recon_class_accuracy"] = summary[f"recon_class_accuracy_{names[-1]}"]
     for stage in ("ar", "nar"):
         summary |= sample_summary(run, stage, second, num)
     x = torch.stack([run.val.view(i) for i in range(min(10, len(run.val)))])
-    tokens = first.encode(to_float(x, run.device))
-    run.sheet("phases", torch.cat([x, *(to_uint8(t.decode(tokens)) for t in (first, second))]), len(x))
+    tokens = phases["phase1"].encode(to_float(x, run.device))
+    run.sheet("phases", torch.cat([x, *(to_uint8(t.decode(tokens)) for t in phases.values())]), len(x))
     pairs, x = load_pairs([run.out / "ar.pt"], min(64, len(run.val)), run.device)
     summary["view"] = pairs[0]["numbers"]
     save_figure(views_grid("view", pairs, x), run.out / "view.png", [summary["view"]])

@@ -992,3 +992,28 @@ def test_explain_counts_what_each_stage_costs(capsys):
     assert gflop["phase2:"] < gflop["phase1:"]
     assert gflop["ar:"] == pytest.approx(gflop["nar:"], rel=0.01)  # one has the logits of [MASK] too
     assert all("H100-hours" in line and "GiB a GPU at" in line for line in lines.values())
+    hours = [re.search(r"([\d.]+) H100-hours", line)[1] for line in lines.values()]
+    table = [[cell.strip(" `") for cell in line.split("|")[1:-1]]
+             for line in (ROOT / "docs" / "full-scale.md").read_text().splitlines() if line.startswith("|")]
+    first, second, priors = [row for row in table if "H100-hours" in row[0]][:3]
+    assert [first[1], second[1], *priors[1].split("; ")] == hours
+    for i, name in enumerate(table[0][1:], 1):  # an image costs the same in all of these presets
+        told = [studies.cost.hours(stage, 1e9 * gflop[f"{stage}:"], recipes.options.PRESETS[name][stage])
+                for stage in ("phase1", "phase2", "ar", "nar")]
+        assert [first[i], second[i] or told[1], *priors[i].split("; ")] == told, name
+
+
+@pytest.mark.parametrize("preset, told, not_told", [
+    ("frozen.demo", [r"encoder +[\d,]+  frozen", r"phase2, "], r"encoder.*trainable"),
+    ("simvq.demo", [r"codebook +3,072  1,024 trainable"], r"codebook.* 3,072 trainable"),
+    ("lfq.demo", [r"codebook +0 *\n"], "codebook.*trainable"),
+    ("imagenet-ablation", [r"1000 classes assumed", "8 processes x 8"], "phase2"),
+    ("demo", ["vgg, 10 classes:", "prior, 10 classes "], "H100|processes|1000 classes|assumed"),
+    ("demo --data DIR", ["vgg, 10 classes assumed", "prior, 10 classes assumed "], "H100|processes|1000 classes")])
+def test_explain_tells_of_each_stage_what_it_trains_and_no_more_than_is_known(
+        preset, told, not_told, monkeypatch, capsys):
+    """Frozen weights were trainable, a preset of one phase had two, ten classes were a thousand."""
+    monkeypatch.setattr(studies.cost, "cost", lambda *args: (1, 1))
+    train.main(*recipes.options.train_args(["--explain", "--preset", *preset.split()]))
+    out = capsys.readouterr().out
+    assert all(re.search(pattern, out) for pattern in told) and not re.search(not_told, out), out

@@ -24,6 +24,7 @@ import recipes.options
 import studies.metrics
 import studies.probe
 import studies.report
+import studies.summary
 from helpers import ROOT, command, open_run
 from PIL import Image
 
@@ -145,6 +146,17 @@ def test_stage_all_leaves_a_summary_with_all_numbers_and_the_pictures(trained):
     assert summary["num_val"] == 20 and summary["preset"] == "demo"
     for name in ("phases", "samples_ar", "samples_nar", "view", "reconstructions_phase1"):
         assert Image.open(trained / f"{name}.png").size[0] > 100
+
+
+def test_the_summary_of_a_preset_of_one_phase_tells_of_no_other(run, data):
+    """As `imagenet-ablation` is: its --stage all trains no phase 2."""
+    (run / "phase2.pt").unlink()
+    opened = open_run("all", run, data)
+    opened.config["stages"] = ["vgg", "phase1", "ar", "nar"]
+    studies.summary.summarize(opened)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["recon_class_accuracy"] == summary["recon_class_accuracy_phase1"]
+    assert not [name for name in summary if "phase2" in name] and summary["ar_top1"] >= 0
 
 
 def test_the_numbers_of_the_summary_are_those_of_a_direct_computation(trained, data):
