@@ -18,6 +18,7 @@ from plumbing.images import make_sheet, to_float, to_uint8
 from plumbing.models import load_model, load_tokenizer_of
 from plumbing.processes import print0, setup_device
 from plumbing.slices import decode, generate_images, generate_tokens
+from plumbing.stages import DEPENDS
 from studies.metrics import HOW, read_result
 from visualize import load_images, load_pairs
 
@@ -84,6 +85,20 @@ def html_table(lines, best=(), kind=""):
         cells = [f"<{tag}>{html.escape(str(word))}</{tag[:2]}>" for tag, word in zip(tags, line, strict=True)]
         rows.append(f"<tr>{''.join(cells)}</tr>")
     return f'<div class="scroll"><table class="{kind}">{"".join(rows)}</table></div>'
+
+
+def configuration(config, stages):
+    """{section: values} as each stage was made with them; of stages that are not there nothing.
+
+    config: of the run, for what belongs to no stage;  stages: {stage: configuration in its checkpoint}
+    """
+    keys = {stage: [*DEPENDS[stage], *["sample"] * (stage in ("ar", "nar"))] for stage in DEPENDS}
+    shown = {key: value for key, value in config.items() if key not in sum(keys.values(), [])}
+    for stage, own in stages.items():
+        for key in keys[stage]:
+            same = shown.get(key, own.get(key)) == own.get(key)
+            shown[key if same else f"{key} of {stage}"] = own.get(key)
+    return shown
 
 
 LOW = ("fid", "kid", "fd", "kd", "l1", "lpips", "nats")  # what is better when it is lower; of usage none is
@@ -239,9 +254,11 @@ def write_report(args):
             if stage == "nar":
                 strip = decoding_strip(prior, tokenizer, settings, classes, device)
                 section("NAR decoding, step by step", *strip)
+    found |= {"vgg": run / "vgg.pt"} if (run / "vgg.pt").is_file() else {}
+    made = {stage: read_checkpoint(path, (stage,))["config"] for stage, path in found.items()}
     section("Configuration", html_table([["section", "values"], *(
         [key, ", ".join(f"{k} = {v}" for k, v in value.items()) if isinstance(value, dict) else value]
-        for key, value in config.items())], kind="values"))
+        for key, value in configuration(config, made).items())], kind="values"))
     title = f"SeQ-GAN run: {run.absolute().name}" + f" ({note})" * bool(note)
     page = PAGE % dict(title=html.escape(title), shown=shown, body="\n".join(sections),
                        again=AGAIN * bool(args.watch))

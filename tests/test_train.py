@@ -1009,7 +1009,8 @@ def test_explain_counts_what_each_stage_costs(capsys):
     ("lfq.demo", [r"codebook +0 *\n"], "codebook.*trainable"),
     ("imagenet-ablation", [r"1000 classes assumed", "8 processes x 8"], "phase2"),
     ("demo", ["vgg, 10 classes:", "prior, 10 classes "], "H100|processes|1000 classes|assumed"),
-    ("demo --data DIR", ["vgg, 10 classes assumed", "prior, 10 classes assumed "], "H100|processes|1000 classes")])
+    ("demo --data DIR", ["vgg, 10 classes assumed", "prior, 10 classes assumed "],
+     "H100|processes|1000 classes")])
 def test_explain_tells_of_each_stage_what_it_trains_and_no_more_than_is_known(
         preset, told, not_told, monkeypatch, capsys):
     """Frozen weights were trainable, a preset of one phase had two, ten classes were a thousand."""

@@ -604,6 +604,24 @@ def test_a_watched_report_is_written_again_when_the_run_has_news_and_reloads_its
         recipes.options.visualize_args(["table1", "--watch"])
 
 
+def test_the_report_shows_each_stage_s_configuration_as_its_own_checkpoint_has_it(run):
+    """It showed that of phase 1's checkpoint for all, so the steps of a preset that a flag had changed."""
+    changed = {"phase2": ("phase2", "steps", 8), "nar": ("prior", "n_layer", 7), "vgg": ("judge", "steps", 9)}
+    for stage, (section, key, value) in changed.items():
+        ckpt = torch.load(run / f"{stage}.pt", weights_only=True)
+        ckpt["config"][section][key] = value
+        torch.save(ckpt, run / f"{stage}.pt")
+    (run / "ar.pt").unlink()
+    visualize.main(recipes.options.visualize_args(["report", str(run), "--device", "cpu", "--num", "4"]))
+    page = (run / "report.html").read_text()
+    shown = dict(re.findall("<tr><td>([^<]*)</td><td>([^<]*)</td></tr>", page.split("<h2>Configuration")[1]))
+    assert "steps = 8" in shown["phase2"] and "steps = 6" in shown["phase1"] and "steps = 9" in shown["judge"]
+    assert "n_layer = 7" in shown["prior"] and "top_p" in shown["sample"] and shown["image_size"] == "32"
+    assert "ar" not in shown  # not trained: the preset's values would be nobody's
+    both = studies.report.configuration({}, dict(ar=dict(prior=1, ar=2), nar=dict(prior=3, nar=4)))
+    assert (both["prior"], both["prior of nar"], both["ar"], both["nar"]) == (1, 3, 2, 4)
+
+
 def test_a_report_of_a_run_that_has_only_begun_shows_what_is_there(run):
     for name in ("phase2", "ar", "nar", "vgg"):
         (run / f"{name}.pt").unlink()
