@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from plumbing.errors import InUse, UserError, warn
+from plumbing.errors import InUse, UserError, one_line, warn
 
 FORMAT = 4  # of the checkpoint files; train.py writes them
 EXPORTED = ("format", "stage", "step", "config", "model_config", "class_names", "tokenizer_hash",
@@ -95,6 +95,33 @@ def save_torch(thing, path):
     save_atomic(write, path)
 
 
+def load_torch(path, mmap=False):
+    """What torch.save wrote, on the CPU whatever device it was on. Pickled code is never executed.
+
+    mmap: tensors are read when they are used, but those of a file of the form before torch 1.6 at once
+    """
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and begins(path) == b"PK")
+
+
+def begins(path, length=2):
+    with open(path, "rb") as file:
+        return file.read(length)
+
+
+def reason(path, error):
+    """Why `load_torch` refused a file, in words; "wrong checksum" only where one is wrong."""
+    if isinstance(error, OSError):
+        return one_line(error)
+    if begins(path) == b"PK" and not intact(path):
+        return "wrong checksum"
+    if begins(path, 9)[8:] == b"{":
+        return ("a safetensors file; of an exported model name the folder, of another one "
+                "torch.save what safetensors.torch.load_file gives")
+    if begins(path) != b"PK" or isinstance(error, pickle.UnpicklingError):
+        return "code, or no file of torch.save; torch.save its state dict alone from where you trust it"
+    return one_line(error)
+
+
 def save_checkpoint(ckpt, path):
     """Writes X.pt. From the second time on, two intact checkpoints exist at every instant: X.next.pt is
     complete before X.pt becomes X.previous.pt and leaves it its name."""
@@ -109,10 +136,13 @@ def promote(path):
 
 
 def intact(path):
-    """Whether every checksum in a file of torch.save is right (torch.load itself checks none)."""
+    """Whether every checksum in a file of torch.save is right; torch.load checks none.
+    raises: PermissionError, which is no damage"""
     try:
         with zipfile.ZipFile(path) as file:
             return file.testzip() is None
+    except PermissionError:
+        raise
     except (OSError, ValueError, EOFError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error):
         return False
 
@@ -154,20 +184,25 @@ def read_checkpoint(path, stages):
     if not path.is_file():
         raise UserError(f"no checkpoint {path}" + ("; it is a folder, name a file in it" * path.is_dir()))
     try:
-        if not intact(path):
-            raise ValueError("wrong checksum")
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, LookupError, pickle.UnpicklingError) as error:
-        reason = "wrong checksum" if str(error) == "wrong checksum" else type(error).__name__
-        if reason == "UnpicklingError":
-            reason += ": code, or an old form; torch.save its state dict alone from where you trust it"
-        raise UserError(f"{path} is damaged or no checkpoint ({reason}); name another one") from None
+        if begins(path) == b"PK" and not intact(path):  # an old form has no checksums
+            raise ValueError
+        ckpt = load_torch(path)
+    except Exception as error:  # torch.load fails in many ways
+        told = reason(path, error)
+        raise UserError(f"{path} is damaged or no checkpoint ({told}); name another one") from None
     if not isinstance(ckpt, dict) or not {"format", "stage", "model"} <= ckpt.keys():
         ckpt = next(filter(None, (opened(ckpt, path) for opened in FOREIGN)), ckpt)
     if not isinstance(ckpt, dict) or not {"format", "stage", "model"} <= ckpt.keys():
-        keys = ", ".join(map(str, list(ckpt)[:4])) if isinstance(ckpt, dict) else type(ckpt).__name__
-        raise UserError(f"{path} is not a checkpoint of this project (it holds {keys})")
+        raise UserError(f"{path} is not a checkpoint of this project (it holds {shown_keys(ckpt)})")
     return of_stage(ckpt, path, stages)
+
+
+def shown_keys(thing, most=4):
+    """The first keys of a dict, and those of a dict below them, in words."""
+    if not isinstance(thing, dict):
+        return type(thing).__name__
+    return ", ".join(f"{key} of {shown_keys(thing[key], 2)}" if isinstance(thing[key], dict) else str(key)
+                     for key in list(thing)[:most])
 
 
 def of_stage(ckpt, path, stages):
@@ -202,7 +237,10 @@ def read_export(folder):
 
 
 def header(path):
-    """A checkpoint without what holds tensors; its checksum is not looked at. raises: UserError if damaged"""
+    """A checkpoint without what holds tensors; its checksum is not looked at.
+
+    raises: UserError for a file that cannot be read or is no checkpoint, which says to delete it if damaged
+    """
     about = os.stat(path)
     return header_of(path, about.st_mtime_ns, about.st_size, about.st_ino)
 
@@ -210,10 +248,12 @@ def header(path):
 @functools.lru_cache(1024)  # a table asks each checkpoint again and again
 def header_of(path, *_):
     try:
-        ckpt = torch.load(path, weights_only=True, mmap=True)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError):
-        raise UserError(f"{path} is damaged; delete it and --run again") from None
-    return {key: value for key, value in ckpt.items() if key not in ("model", "ema", "train")}
+        ckpt = load_torch(path, mmap=True)
+        return {key: value for key, value in ckpt.items() if key not in ("model", "ema", "train")}
+    except Exception as error:
+        told = reason(path, error)
+        raise UserError(f"{path} is damaged; delete it and --run again" if told == "wrong checksum" else
+                        f"{path} is no checkpoint of this project ({told}); move it away") from None
 
 
 def not_finite(thing, name=""):

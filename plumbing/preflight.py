@@ -1,9 +1,7 @@
 """What the stages of a command would refuse, found before the first of them begins."""
 
-import contextlib
 import difflib
 import json
-import pickle
 from dataclasses import fields
 from pathlib import Path
 
@@ -11,7 +9,7 @@ import torch
 
 from plumbing.drawing import pyplot
 from plumbing.errors import UserError, as_user_error
-from plumbing.files import read_checkpoint
+from plumbing.files import header, intact, read_checkpoint
 from plumbing.models import new_discriminator, new_prior, parts
 from plumbing.processes import on_rank0, print0, world
 from plumbing.stages import DEPENDS, SECTION, needs_judge, refuse_other_config, refuse_other_images
@@ -162,8 +160,12 @@ def check_folder(run, stages):
     """raises: UserError for a checkpoint of a later stage that this run's values or images cannot continue"""
     for stage in stages[1:]:  # the first one's is looked at, and set aside if damaged, when it starts
         path = run.out / f"{stage}.pt"
-        with contextlib.suppress(RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError):
-            ckpt = torch.load(path, weights_only=True, mmap=True)
-            if isinstance(ckpt, dict) and {"config", "fingerprint", "class_names"} <= ckpt.keys():
-                refuse_other_config(path, DEPENDS[stage], ckpt["config"], run.config)
-                refuse_other_images(path, ckpt, run)
+        try:
+            ckpt = header(path) if path.is_file() else {}
+        except UserError:
+            if intact(path):
+                raise
+            continue
+        if {"config", "fingerprint", "class_names"} <= ckpt.keys():
+            refuse_other_config(path, DEPENDS[stage], ckpt["config"], run.config)
+            refuse_other_images(path, ckpt, run)

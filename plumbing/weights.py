@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from plumbing.errors import UserError, as_user_error, one_line, warn
+from plumbing.files import load_torch, reason
 from plumbing.processes import GlobalBatchNorm, fetched, on_rank0
 
 VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
@@ -188,10 +189,10 @@ def _read_state_dict(path):
         if not digest.startswith(expected[1]):
             raise ValueError(f"{path} is damaged (sha256 {digest[:8]}...); fetch {VGG_URL} (528 MB) again")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return load_torch(path)
     except Exception as error:  # torch.load fails in many ways on a file that is not a plain state dict
-        reason = f"{path} is no readable state dict ({one_line(error)})"
-        raise ValueError(f"{reason}; the official one is {VGG_URL} (528 MB)") from error
+        told = f"{path} is no readable state dict ({reason(path, error)})"
+        raise ValueError(f"{told}; the official one is {VGG_URL} (528 MB)") from error
 
 
 def build_lpips(vgg):

@@ -1,13 +1,14 @@
 """Networks whose features the metrics compare."""
 
 import hashlib
+import io
 from pathlib import Path
 
 import torch
 
 from plumbing.errors import UserError
 from plumbing.fast import in_slices
-from plumbing.files import weights_hash
+from plumbing.files import load_torch, weights_hash
 from plumbing.models import load_model
 from plumbing.paths import expanded
 from plumbing.processes import fetched
@@ -67,7 +68,9 @@ def load_inception(source):
                 with open(path, "rb") as file:
                     if not hashlib.file_digest(file, "sha256").hexdigest().startswith(path.stem[-8:]):
                         raise ValueError("its hash is wrong")
-            torch.load(path, weights_only=True, mmap=True)  # torch-fidelity would execute pickled code
+            state, path = load_torch(path), io.BytesIO()  # torch-fidelity would execute pickled code
+            torch.save(state, path)
+            path.seek(0)
         return create_feature_extractor("inception-v3-compat", ["2048", "logits_unbiased"], cuda=False,
                                         feature_extractor_weights_path=path, verbose=False)
     except Exception as error:  # no network, no file, or a state dict of something else

@@ -11,7 +11,7 @@ import torch
 
 from plumbing.data import FolderData, images_of
 from plumbing.errors import InUse, UserError
-from plumbing.files import claim, intact, save_torch
+from plumbing.files import claim, intact, load_torch, save_torch
 from plumbing.processes import barrier, mix, on_rank0, print0, rank, world
 from studies.distances import reference_statistics
 
@@ -43,7 +43,7 @@ def collect(chunks, parts, what, num):
     barrier()
     if rank() > 0:
         return None
-    saved = [torch.load(path, weights_only=True) for path in sorted(parts.glob("*.pt"))]
+    saved = [load_torch(path) for path in sorted(parts.glob("*.pt"))]
     rows = {name: torch.cat([part[name] for part in saved]) for name in saved[0]}
     if len(rows["digests"]) != num:
         raise UserError(f"{parts} holds {len(rows['digests'])} images and not {num}; delete it")
@@ -114,7 +114,7 @@ def load_reference(args, extractor, config, split):
 
     def check():
         try:
-            found.append(torch.load(path, weights_only=True) if intact(path) else {})
+            found.append(load_torch(path) if intact(path) else {})
             if "mu" not in found[0]:
                 raise ValueError
         except (RuntimeError, ValueError, TypeError, EOFError, pickle.UnpicklingError):

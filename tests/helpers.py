@@ -71,6 +71,15 @@ def open_run(*words, **sets):
     return plumbing.run.Run(*recipes.options.train_args(command(*words, **sets)))
 
 
+def save_from_gpu(thing, path, **how):
+    """torch.save as on a machine with a GPU, which no machine without one reads as it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        torch.save(thing, path, **how)
+    with pytest.raises(RuntimeError, match="CUDA"):
+        torch.load(path, weights_only=True)
+
+
 BEFORE = dict(vgg=[], phase1=["vgg"], phase2=["vgg", "phase1"], ar=["phase1", "phase2", "codes"])
 BEFORE["nar"] = BEFORE["ar"]
 

@@ -31,7 +31,7 @@ import studies.references
 import studies.probe
 import studies.tables
 import studies.verdicts
-from helpers import ROOT, call, command, fork, wait_for, wait_until
+from helpers import ROOT, call, command, fork, save_from_gpu, wait_for, wait_until
 from PIL import Image
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -216,8 +216,11 @@ def inception_file(tmp_path_factory):
     return path
 
 
-def test_inception_is_torch_fidelity_s_with_the_weights_of_a_local_file(inception_file):
-    extractor, images = studies.extractors.Extractor(inception_file, 32, torch.device("cpu")), pictures(2, 0)
+def test_inception_is_torch_fidelity_s_with_the_weights_of_a_local_file(inception_file, tmp_path):
+    """Also of one that was saved on a GPU."""
+    save_from_gpu(torch.load(inception_file, weights_only=True), tmp_path / "gpu.pth")
+    extractor = studies.extractors.Extractor(tmp_path / "gpu.pth", 32, torch.device("cpu"))
+    images = pictures(2, 0)
     theirs = FeatureExtractorInceptionV3(
         "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=inception_file)
     features, logits = theirs(images.repeat(4, 1, 1, 1))  # 8 images, as ours fills a slice up

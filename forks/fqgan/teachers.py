@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from plumbing.errors import as_user_error, one_line
+from plumbing.files import load_torch
 from plumbing.processes import fetched
 from plumbing.stages import judge_sizes
 
@@ -127,7 +128,7 @@ def load_teacher(source):
             return Teacher(visual, width, (0.48145466, 0.4578275, 0.40821073),
                            (0.26862954, 0.26130258, 0.27577711))
         else:
-            state = torch.load(source, map_location="cpu", weights_only=True)
+            state = load_torch(source)
         return Teacher(Dino(state), state["cls_token"].shape[2], (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     except OSError as error:
         raise RuntimeError(f"teacher {source} could not be fetched ({one_line(error)}); fetch its file "
