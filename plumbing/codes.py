@@ -1,16 +1,20 @@
 """Tokens of a data set: cached for the priors, and how evenly they use the codebook."""
 
+import itertools
 import math
 import random
+import sys
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 from plumbing.errors import warn
-from plumbing.files import intact, latent_hash, save_torch
+from plumbing.files import intact, latent_hash, load_torch, save_torch
 from plumbing.images import to_float
-from plumbing.processes import all_reduce_mean, mix, my_rows, on_rank0, print0, rank, to_device, world
+from plumbing.processes import (
+    agreed, all_reduce_mean, mix, my_rows, on_rank0, print0, rank, to_device, world,
+)
 
 
 def cached_codes(run, tokenizer):
@@ -28,18 +32,20 @@ def cached_codes(run, tokenizer):
     def valid():
         if path.exists() and not intact(path):
             warn(f"{path} is damaged; its codes are made again")
-        return intact(path) and torch.load(path, weights_only=True, mmap=True).get("key") == key
+        return intact(path) and load_torch(path, mmap=True).get("key") == key
 
     if not on_rank0(valid):
         print0(f"\nencoding {len(data)} training images in {V} variants and {len(run.val)} validation images")
         views = [(data, i, mix(run.config["seed"], "variant", v, i) if v > 1 else None, v % 2 == 1)
                  for v in range(V) for i in range(len(data))]
-        train, labels = encode_all(run, tokenizer, views)
-        val, val_labels = encode_all(run, tokenizer, [(run.val, i, None, False) for i in range(len(run.val))])
-        codes = dict(key=key, train=train.unflatten(0, (V, len(data))), labels=labels[: len(data)].clone(),
-                     val=val, val_labels=val_labels)
+        val, n = [(run.val, i, None, False) for i in range(len(run.val))], len(views)
+        part = path.with_suffix(".part.pt")
+        tokens, labels = encode_all(run, tokenizer, [views, val], key, part)
+        codes = dict(key=key, train=tokens[:n].unflatten(0, (V, len(data))), val=tokens[n:],
+                     labels=labels[: len(data)].clone(), val_labels=labels[n:].clone())
         on_rank0(lambda: save_torch(codes, path))
-    codes, K = torch.load(path, weights_only=True, mmap=True), tokenizer.codebook_size
+        on_rank0(lambda: part.unlink(missing_ok=True))
+    codes, K = load_torch(path, mmap=True), tokenizer.codebook_size
     codes["unigram"] = unigram_entropy(codes["train"][0], K)
     print0(f"ln K = {math.log(K):.4f} nats; unigram entropy of the codes = {codes['unigram']:.4f} nats")
     return codes
@@ -48,26 +54,50 @@ def cached_codes(run, tokenizer):
 def kept_codes(run, tokenizer_hash):
     """What `cached_codes` left in a run folder, if it is intact and of this tokenizer, else None."""
     path = run / "codes.pt"
-    codes = torch.load(path, weights_only=True, mmap=True) if intact(path) else None
+    codes = load_torch(path, mmap=True) if intact(path) else None
     return codes if codes and codes["key"][0] == tokenizer_hash else None
 
 
-def encode_all(run, tokenizer, views, batch=128):
-    """Tokens (len(views), *token_shape) and labels of (data, index, crop seed, flip) views; processes share
-    the work."""
+def encode_all(run, tokenizer, parts, key, path, batch=128):
+    """Tokens (n, *token_shape) and labels (n,) of lists of (data, index, crop seed, flip) views; processes
+    share the work.
+
+    path: where a signal that stops the run leaves what is done, under `key`; the same command goes on there
+    """
     dtype = torch.int16 if tokenizer.codebook_size <= 2**15 else torch.int32
-    tokens = torch.zeros(len(views), *tokenizer.token_shape, dtype=dtype)
-    labels = torch.zeros(len(views), dtype=torch.int64)
-    starts = range(rank() * batch, len(views), world() * batch)
-    for start in tqdm(starts, "encoding", disable=None if rank() == 0 else True):
-        chunk = views[start : start + batch]
-        x = torch.stack([data.view(*view) for data, *view in chunk])
-        labels[start : start + batch] = torch.tensor([data.label(index) for data, index, *_ in chunk])
-        with run.autocast:
-            tokens[start : start + batch] = tokenizer.encode(to_float(x, run.device)).to(dtype)
+    chunks = [part[i : i + batch] for part in parts for i in range(0, len(part), batch)]
+    ends = [0, *itertools.accumulate(map(len, chunks))]
+    tokens = torch.zeros(ends[-1], *tokenizer.token_shape, dtype=dtype)
+    labels = torch.zeros(ends[-1], dtype=torch.int64)
+
+    def begun():  # how many chunks; of other processes all rows are zero
+        kept = load_torch(path) if intact(path) else {}
+        if kept.get("key") != key:
+            return 0
+        tokens.copy_(kept["tokens"])
+        labels.copy_(kept["labels"])
+        return kept["done"]
+
+    done, stop, run.in_loop = on_rank0(begun), 0, True
+    rounds = range(done, len(chunks), world())
+    for start in tqdm(rounds, "encoding", disable=None if rank() == 0 else True):
+        done = min(start + world(), len(chunks))
+        if (mine := start + rank()) < len(chunks):
+            rows, chunk = slice(ends[mine], ends[mine + 1]), chunks[mine]
+            x = torch.stack([data.view(*view) for data, *view in chunk])
+            labels[rows] = torch.tensor([data.label(index) for data, index, *_ in chunk])
+            with run.autocast:
+                tokens[rows] = tokenizer.encode(to_float(x, run.device)).to(dtype)
+        if (stop := agreed(run.request)) > 1:
+            break
+    run.in_loop = False
     if world() > 1:  # rows of other processes are zero here
         dist.all_reduce(tokens.view(torch.uint8))  # gloo and NCCL have no int16
         dist.all_reduce(labels)
+    if stop > 1:
+        on_rank0(lambda: save_torch(dict(key=key, done=done, tokens=tokens, labels=labels), path))
+        print0(f"stopped after {ends[done]} of {ends[-1]} views; the same command goes on from there")
+        sys.exit(stop)
     return tokens, labels
 
 

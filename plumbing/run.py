@@ -60,7 +60,7 @@ class Run:
         self.autocast = torch.autocast(
             self.device.type, torch.bfloat16, enabled=config["precision"] == "bf16")
         self.note = "random VGG weights: a test run" if config["vgg"] == "random" else ""
-        self.lock, self.request, self.agreed, self.in_loop, self.place = None, 0, 0, False, "start"
+        self.lock, self.request, self.agreed, self.in_loop, self.place = None, 0, 0, False, "the start"
         self.opened = None
 
     @cached_property

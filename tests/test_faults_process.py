@@ -202,7 +202,7 @@ def test_sighup_while_a_run_validates_saves_that_step(trained, data, tmp_path):
 @pytest.mark.parametrize("module, name, stage", [
     (plumbing.codes, "encode_all", "ar"), (studies.summary, "summarize", "all")])
 def test_sighup_between_two_stages_ends_at_once_and_the_same_command_goes_on(
-    trained, data, tmp_path, module, name, stage
+    trained, data, tmp_path, capfd, module, name, stage
 ):
     out = tmp_path / "out"
     out.mkdir()
@@ -218,6 +218,7 @@ def test_sighup_between_two_stages_ends_at_once_and_the_same_command_goes_on(
     wait_until((out / "napping").exists)
     os.kill(victim, signal.SIGHUP)
     assert wait_for(victim, 20) == 129
+    assert "stopped after the start, nothing saved is lost; the same command goes" in capfd.readouterr().out
     call("ar", out, data)
     check_equal(trained, out, "ar")
 

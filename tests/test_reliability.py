@@ -7,7 +7,9 @@ finite, a dead worker. Runs are the tiny ones of helpers.py, in forked children 
 import json
 import math
 import os
+import pickle
 import random
+import re
 import resource
 import shutil
 import signal
@@ -21,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import plumbing.codes
 import plumbing.data
 import plumbing.files
 import plumbing.images
@@ -30,10 +33,13 @@ import plumbing.parallel
 import plumbing.run
 import plumbing.shapes
 import plumbing.validation
+import plumbing.weights
 import recipes.options
+import safetensors.torch
+import studies.tables
 from helpers import (
     ROOT, SCRIPTS, STEPS, call, command, contents, differing, earlier, fork, forked, open_run, refusal, rows,
-    wait_for, wait_until, write_pictures,
+    save_from_gpu, wait_for, wait_until, write_pictures,
 )
 from PIL import Image
 
@@ -41,7 +47,8 @@ import sample
 import train
 from prior_ar import sample_logits, top_p_filter
 from plumbing.errors import UserError
-from plumbing.files import intact, newest_intact, read_checkpoint, save_checkpoint
+from plumbing.files import header, intact, newest_intact, read_checkpoint, save_checkpoint
+from plumbing.preflight import check_folder
 
 # Killed and started again ---------------------------------------------------------------------------------
 
@@ -290,6 +297,69 @@ def test_damaged_codes_are_made_again(trained, data, tmp_path, capsys):
     made, expected = (torch.load(folder / "codes.pt", weights_only=True) for folder in (out, trained))
     assert intact(out / "codes.pt") and differing(made, expected) == []
     check_equal(trained, out, "ar")
+
+
+def test_encoding_that_is_stopped_keeps_what_is_done_and_goes_on_there(
+        trained, data, tmp_path, capfd, monkeypatch):
+    out = earlier(trained, tmp_path / "out", "ar")
+    (out / "codes.pt").unlink()
+    real, encoded = plumbing.codes.to_float, []
+
+    def child():
+        plumbing.codes.to_float = lambda *args: os.kill(os.getpid(), signal.SIGINT) or real(*args)
+        call("ar", out, data)
+
+    assert forked(child) == 130
+    assert "stopped after 120 of 140 views; the same command goes on" in capfd.readouterr().out
+    assert not (out / "codes.pt").exists()
+    monkeypatch.setattr(plumbing.codes, "to_float", lambda x, *args: encoded.append(len(x)) or real(x, *args))
+    call("ar", out, data)
+    assert encoded == [20] and not (out / "codes.part.pt").exists()
+    made, expected = (torch.load(folder / "codes.pt", weights_only=True) for folder in (out, trained))
+    assert differing(made, expected) == []
+    check_equal(trained, out, "ar")
+
+
+# Files that are not damaged -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", [{}, dict(_use_new_zipfile_serialization=False)])
+def test_a_checkpoint_from_a_gpu_and_one_of_the_old_form_are_read_everywhere(trained, data, tmp_path, how):
+    ckpt = read_checkpoint(trained / "ar.pt", ["ar"])
+    save_from_gpu(ckpt, tmp_path / "ar.pt", **how)
+    assert differing(read_checkpoint(tmp_path / "ar.pt", ["ar"]), ckpt) == []
+    assert header(tmp_path / "ar.pt")["step"] == STEPS and studies.tables.finished(tmp_path / "ar.pt", [])
+    save_from_gpu(ckpt["model"], tmp_path / "x.pth", **how)
+    assert not differing(plumbing.weights._read_state_dict(tmp_path / "x.pth"), ckpt["model"])
+    run = open_run("all", tmp_path, data, prior__n_embd=64)
+    with pytest.raises(UserError, match="ar.pt was made with prior.n_embd = 32, not 64 as here"):
+        check_folder(run, ["nar", "ar"])
+
+
+def test_only_a_wrong_checksum_is_called_damage_and_nothing_else_is_to_be_deleted(
+        trained, data, tmp_path, monkeypatch):
+    path, run = tmp_path / "ar.pt", open_run("all", tmp_path, data)
+    tensors = safetensors.torch.save({"a": torch.zeros(3)})
+    for content, told in ((tensors, "a safetensors file; "), (b"text", "no file of torch.save"),
+                          (pickle.dumps(os.system), "code, or no file")):
+        path.write_bytes(content)
+        for read in (header, lambda path: read_checkpoint(path, ["ar"])):
+            with pytest.raises(UserError, match=told) as error:
+                read(path)
+            assert not re.search("delete|checksum", str(error.value).removeprefix(str(path)))
+    save_checkpoint(some_checkpoint(1), path)
+    spoil(path, 0.5)
+    check_folder(run, ["nar", "ar"])  # its stage sets it aside
+    with pytest.raises(UserError, match="ar.pt is damaged; delete it"):
+        header(path)
+
+    def denied(*args):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(plumbing.files.zipfile, "ZipFile", denied)
+    with pytest.raises(PermissionError):
+        newest_intact(path)
+    assert path.exists()
 
 
 # Disk, folder, lock ---------------------------------------------------------------------------------------
@@ -869,10 +939,11 @@ except SystemExit as stop:
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
-def test_every_torch_load_reads_weights_only():
-    for name in SCRIPTS:
-        for line in (ROOT / f"{name}.py").read_text().splitlines():
-            assert "torch.load(" not in line or "weights_only=True" in line, line
+def test_every_file_of_torch_is_read_by_the_one_function_that_executes_nothing_and_asks_for_no_gpu():
+    ours = [path for path in ROOT.rglob("*.py") if path.parts[len(ROOT.parts)] in
+            (*(f"{name}.py" for name in SCRIPTS), "plumbing", "studies", "forks", "recipes")]
+    lines = [line for path in ours for line in path.read_text().splitlines() if " torch.load(" in line]
+    assert len(lines) == 1 and 'map_location="cpu", weights_only=True' in lines[0], lines
 
 
 # Property tests: many seeded random cases -----------------------------------------------------------------
