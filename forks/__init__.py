@@ -9,6 +9,8 @@ A folder `forks` on PYTHONPATH is searched too. Nothing here imports torch.
 import importlib
 import pkgutil
 
+from plumbing.errors import of_fork, one_line, print_traceback
+
 __path__ = pkgutil.extend_path(__path__, __name__)
 
 
@@ -26,7 +28,8 @@ def load(name):
     try:
         module = importlib.import_module(f"forks.{name}")
     except Exception as error:  # whatever its author wrote
-        raise ValueError(f"fork {name} cannot be imported: {type(error).__name__}: {error}") from error
+        print_traceback()
+        raise ValueError(f"fork {name} cannot be imported: {of_fork(error) or one_line(error)}") from error
     if not callable(getattr(module, "parts", None)):
         raise ValueError(f"{module.__file__} has no function parts(), which tells what it replaces")
     return module

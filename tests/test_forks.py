@@ -20,12 +20,19 @@ import recipes.options
 import studies.cost
 from forks.lfq import LFQTokenizer
 from forks.noattention import PlainDecoderTokenizer
+from plumbing.errors import UserError
 from plumbing.files import read_checkpoint
+from plumbing.preflight import build_on_meta
+from plumbing.processes import one_line_errors
+from recipes.small import variant
 from tokenizer import TokenizerConfig, VQTokenizer
 
 BLOCK = re.compile(r"^```python\n(# forks/mine\.py.*?)^```", re.M | re.S)
 EXAMPLE, SHORT = (BLOCK.search((ROOT / page).read_text())[1] for page in ("docs/forking.md", "README.md"))
 SETS = {key: value for key, value in TINY.items() if "codebook" not in key and "warm_start" not in key}
+
+
+TINY_SIZES = dict(base_width=8, channel_mult=[1, 2], codebook_dim=4, codebook_size=8, image_size=16)
 
 
 def python(code, *words, path):
@@ -136,8 +143,8 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("preset, told", [
-    ("raises.demo", "fork raises cannot be imported: ZeroDivisionError"),
-    ("syntax.demo", "fork syntax cannot be imported: SyntaxError"),
+    ("raises.demo", "fork raises cannot be imported: raises.py:2: ZeroDivisionError"),
+    ("syntax.demo", "fork syntax cannot be imported: syntax.py:1: SyntaxError"),
     ("empty.demo", "has no function parts()"), ("nobody.demo", "there is no fork 'nobody'"),
     ("mine.other", "--preset mine.other"), ("nothing", "--preset nothing"),
     ("../mine.demo", "no plain word"), ("os.path.demo", "no plain word"), ("a b.demo", "no plain word"),
@@ -151,6 +158,60 @@ def test_a_fork_that_is_missing_or_broken_is_one_line(folder, tmp_path, preset, 
                               path=root)
     assert code == 2 and error.startswith("error: ") and error.count("\n") == 1 and told in error, error
     assert not (tmp_path / "x").exists()
+
+
+CRASH = """import torch
+from recipes.small import DEMO, variant
+from tokenizer import TokenizerConfig, VQTokenizer
+class Crash(VQTokenizer):
+    def __init__(self, config):
+        super().__init__(config)
+        if config.codebook_dim == 11: torch.zeros(2) + torch.zeros(3)
+        if config.codebook_dim == 12: config.nothing
+        if config.codebook_dim == 13: torch.nn.GroupNorm(3, 4)
+        if config.codebook_dim == 14: TokenizerConfig(channel_mult=[])
+    def forward(self, x, *rest):
+        return super().forward(x[0], *rest)
+    @staticmethod
+    def check(config):
+        if config["tokenizer"]["codebook_dim"] == 15: raise ValueError("15 is odd")
+        if config["tokenizer"]["codebook_dim"] == 16: a, b = ()
+def parts():
+    return dict(tokenizer=Crash)
+PRESETS = dict(demo=variant(DEMO, fork="crash"))
+"""
+
+
+@pytest.fixture
+def crash(tmp_path, monkeypatch):
+    """The configuration of a fork whose parts raise exceptions, for a number of channels each."""
+    (tmp_path / "forks").mkdir()
+    (tmp_path / "forks" / "crash.py").write_text(CRASH)
+    monkeypatch.setattr(forks, "__path__", [*forks.__path__, str(tmp_path / "forks")])
+    yield lambda n: variant(recipes.options.find_preset("crash.demo"), tokenizer=dict(codebook_dim=n))
+    del sys.modules["forks.crash"]
+
+
+@pytest.mark.parametrize("channels, told", [
+    (11, "crash.py:7: RuntimeError: "), (12, "crash.py:8: AttributeError: "),
+    (13, "crash.py:9: ValueError: num_channels"), (14, "base_width 128, channel_mult"), (15, "15 is odd"),
+    (16, "crash.py:16: ValueError: not enough values")])
+def test_an_exception_of_a_fork_s_own_code_keeps_file_and_line_and_a_refusal_has_none(crash, channels, told):
+    """Refusals are those of our checks (14) and of the fork's `check` (15)."""
+    with pytest.raises(UserError, match=f"^{told}"):
+        build_on_meta(crash(channels), ["phase1"])
+
+
+def test_an_exception_in_a_fork_s_forward_is_one_line_and_a_whole_traceback_on_demand(
+        crash, capsys, monkeypatch):
+    tokenizer = forks.load("crash").parts()["tokenizer"](TokenizerConfig(**TINY_SIZES))
+    for traceback in ("", "1"):
+        monkeypatch.setenv("SEQGAN_TRACEBACK", traceback)
+        with pytest.raises(SystemExit) as stop, one_line_errors():
+            tokenizer(torch.zeros(1, 3, 16, 16))
+        *before, last = capsys.readouterr().err.splitlines()
+        assert stop.value.code == 1 and last.startswith("error: crash.py:12: ValueError: images must be")
+        assert ("Traceback (most recent call last):" in before) == bool(before) == bool(traceback)
 
 
 @pytest.mark.parametrize("name", ["../x", "os.path", "a b", "", ".", "fqgan.tokenizer", None, 3, "__init__ "])
@@ -214,10 +275,9 @@ def test_the_gradient_of_a_lookup_free_code_is_that_of_the_latent():
 
 
 def test_phase_2_without_attention_has_the_decoder_of_phase_1():
-    sizes = dict(base_width=8, channel_mult=[1, 2], codebook_dim=4, codebook_size=8, image_size=16)
     counts = {}
     for kind in (VQTokenizer, PlainDecoderTokenizer):
-        tokenizer = kind(TokenizerConfig(**sizes))
+        tokenizer = kind(TokenizerConfig(**TINY_SIZES))
         before = sum(p.numel() for p in tokenizer.parameters())
         tokenizer.add_attention()
         counts[kind] = sum(p.numel() for p in tokenizer.parameters()) - before
@@ -258,8 +318,6 @@ def test_presets_of_forks_are_found_by_their_names_and_carry_their_fork():
 
 
 def test_every_preset_of_a_fork_builds_its_networks():
-    from plumbing.preflight import build_on_meta
-
     for fork in sorted({path.stem for path in (ROOT / "forks").iterdir()} - {"__init__", "__pycache__"}):
         for name in forks.load(fork).PRESETS:
             config = recipes.options.find_preset(f"{fork}.{name}")
