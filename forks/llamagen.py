@@ -11,9 +11,8 @@ DECODER = ("decoder.conv_blocks.{}.res.{}", "decoder.conv_blocks.{}.attn.{}",
 NAMES = ENCODER, DECODER, lambda i, L: i
 
 
-def opened(raw):
-    """Our checkpoint of a published one, or None if it is none of this family."""
-    state = next((raw[key] for key in ("ema", "model") if isinstance(raw.get(key), dict)), raw)
+def opened(state):
+    """Our checkpoint of a published state dict, or None if it is none of this family."""
     if "encoder.conv_blocks.0.res.0.norm1.weight" not in state:
         return None
     sizes = sizes_of(state, ENCODER[0])

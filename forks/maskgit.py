@@ -3,9 +3,11 @@
 import torch.nn.functional as F
 from torch import nn
 
-from forks.vqgan import sizes_of
+from forks.vqgan import Weights, sizes_of
 from plumbing.models import as_checkpoint
 from tokenizer import VQTokenizer
+
+FAMILY = "open-muse's MaskGIT tokenizer"
 
 
 class Block(nn.Module):
@@ -79,16 +81,16 @@ class MaskGITTokenizer(VQTokenizer):
     Encoder, Decoder = MaskGITEncoder, MaskGITDecoder
 
 
-def opened(raw):
-    """Our checkpoint of a published one, or None if it is none of this family."""
-    state = raw.get("model") if isinstance(raw.get("model"), dict) else raw
+def opened(state):
+    """Our checkpoint of a published state dict, or None if it is none of this family."""
     if "encoder.mid.0.conv1.weight" not in state or "encoder.conv_in.bias" in state:
         return None
     sizes = dict(sizes_of(state, "encoder.down.{}.block.{}"), codebook="plain")
     sizes.pop("z_channels")
-    weights = {key: value for key, value in state.items() if key != "quantize.embedding.weight"}
-    weights["quantizer.codebook.weight"] = state["quantize.embedding.weight"]  # sizes_of saw it
-    return as_checkpoint("maskgit", sizes, weights, "open-muse's MaskGIT tokenizer")
+    taken = Weights(state, FAMILY)
+    weights = {key: taken.take(key) for key in state}
+    weights["quantizer.codebook.weight"] = weights.pop("quantize.embedding.weight")  # sizes_of saw it
+    return as_checkpoint("maskgit", sizes, weights, FAMILY)
 
 
 def parts():

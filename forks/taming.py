@@ -23,9 +23,8 @@ class TamingTokenizer(VQGANTokenizer):
                 module.num_groups = 32
 
 
-def opened(raw):
-    """Our checkpoint of a published one, or None if it is none of this family."""
-    state = raw.get("state_dict") if isinstance(raw.get("state_dict"), dict) else raw
+def opened(state):
+    """Our checkpoint of a published state dict, or None if it is none of this family."""
     if "encoder.mid.block_1.norm1.weight" not in state:
         return None
     sizes = sizes_of(state, ENCODER[0])

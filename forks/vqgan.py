@@ -9,6 +9,7 @@ from torch import nn
 
 from plumbing.errors import UserError
 from plumbing.fast import group_norm
+from plumbing.files import not_finite
 from recipes.small import of_fork
 from tokenizer import DecoderStage, Downsample, TokenizerConfig, Upsample, VQTokenizer
 
@@ -134,7 +135,10 @@ PRESETS = of_fork("vqgan", tokenizer=dict(z_channels=64))
 
 
 class Weights:
-    """A state dict that is taken apart, tensor by tensor.  raises: UserError that names a key it lacks"""
+    """A state dict that is taken apart, tensor by tensor.
+
+    raises: UserError that names a key which is not there or whose tensor is not finite
+    """
 
     def __init__(self, state, of):
         self.left, self.of = dict(state), of
@@ -142,6 +146,8 @@ class Weights:
     def take(self, key):
         if key not in self.left:
             raise UserError(f"these are no weights of {self.of}: there is no {key}")
+        if not_finite(self.left[key], key):
+            raise UserError(f"{key} holds a nan or an infinity; fetch the file again, or another one")
         return self.left.pop(key)
 
     def layer(self, name, theirs):

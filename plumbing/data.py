@@ -259,8 +259,11 @@ def is_folder(source):
 def images_of(path, config, data=None):
     """(train, val) of `--data`, or without it of the run that wrote the checkpoint `path`.
 
-    raises: UserError that names the checkpoint if the folders or archives of its run are not there
+    raises: UserError that names the checkpoint if the folders or archives of its run are not there, or if it
+            names none
     """
+    if data is None and config["data"] is None:
+        raise UserError(f"{path} tells of no images; pass --data PATH")
     for source in (config["data"], config["val"]) if data is None else ():
         if is_archive(source):
             kind, there = "archive", all(matches(source).values())

@@ -6,7 +6,7 @@ import torch
 
 import forks
 from perceptual import LAYERS, LOGIT, PatchDiscriminator, StyleDiscriminator, VGGTaps
-from plumbing.errors import UserError, as_user_error, warn
+from plumbing.errors import UserError, as_user_error, of_fork, warn
 from plumbing.files import FOREIGN, FORMAT, latent_hash, newest_intact, read_checkpoint
 from plumbing.processes import on_rank0, rank
 from plumbing.stages import refuse_other_config, refuse_other_images
@@ -42,7 +42,7 @@ def new_prior(config, stage, tokenizer, num_classes):
         sizes = Prior.Config(tokenizer.codebook_size, *shape, num_classes=num_classes, **config["prior"])
     except TypeError as error:  # k sub-tokens at a position, say
         raise ValueError(f"the prior of this preset does not take tokens (B, {', '.join(map(str, shape))}), "
-                         f"one of the tokenizer's own fork may ({error})") from None
+                         f"one of the tokenizer's own fork may ({of_fork(error) or error})") from error
     return Prior(sizes)
 
 
@@ -151,17 +151,33 @@ def opened(raw, path):
     """A checkpoint of a family that some fork knows, in our form, else None.
 
     raises: UserError for one of a known family whose keys are not all there, or too many, or of other shapes
+            or not finite
     """
-    for name in forks.names() if isinstance(raw, dict) else ():
-        try:
-            found = getattr(forks.load(name), "opened", lambda raw: None)(raw)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
-        except ValueError:  # somebody's own fork that cannot be imported
-            continue
-        if found:
-            return found
+    for state in states(raw):
+        for name in forks.names():
+            try:
+                found = getattr(forks.load(name), "opened", lambda state: None)(state)
+            except UserError as error:
+                raise UserError(f"{path}: {error}") from None
+            except ValueError:  # somebody's own fork that cannot be imported
+                continue
+            if found:
+                return found
     return None
+
+
+def states(raw):
+    """The state dicts in what a public file holds, averaged ones first: also those below the usual words, and
+    without the usual prefixes of names."""
+    if not isinstance(raw, dict):
+        return
+    for word in ("ema", "state_dict", "model"):
+        yield from states(raw.get(word))
+    state = {key: value for key, value in raw.items() if isinstance(key, str) and torch.is_tensor(value)}
+    for prefix in ("", "module.", "_orig_mod.", "first_stage_model.") * 2:  # one may stand before another
+        inner = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        state = inner or state
+    yield state
 
 
 FOREIGN.append(opened)

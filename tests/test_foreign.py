@@ -19,7 +19,7 @@ import sample
 import train
 import visualize
 from forks.maskgit import MaskGITDecoder, MaskGITEncoder
-from plumbing.files import latent_hash, read_checkpoint
+from plumbing.files import latent_hash, read_checkpoint, weights_hash
 from plumbing.models import load_model
 
 K, N_Z, CHANNELS = 16, 8, [32, 64]  # codes, their width, the stages' widths: f = 2, one block a stage
@@ -197,18 +197,43 @@ def test_files_that_lack_weights_or_have_strange_ones_are_refused(family, publis
             (lambda s: s.pop("decoder.conv_out.bias"), "decoder.conv_out.bias"),
             (lambda s: s.pop("quantize.embedding.weight"), "quantize.embedding.weight"),
             (lambda s: s.update({"encoder.extra.weight": torch.zeros(3)}), "encoder.extra.weight"),
+            (lambda s: s["decoder.conv_in.bias"].fill_(torch.nan), "decoder.conv_in.bias holds a nan"),
             (lambda s: s.update({"decoder.conv_out.weight": torch.zeros(3, 5, 3, 3)}), "decoder.conv_out")):
-        whole = {**raw, "state_dict": dict(inner)} if "state_dict" in raw else dict(inner)
+        state = {key: value.clone() for key, value in inner.items()}
+        whole = {**raw, "state_dict": state} if "state_dict" in raw else state
         change(whole.get("state_dict", whole))
         torch.save(whole, path)
         error = refused(capsys, path)
         assert told in error and str(path) in error
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_usual_words_and_prefixes_around_a_published_state_are_taken_off(family, published, tmp_path):
+    file, path = published[family][0], tmp_path / "x.pt"
+    raw, wanted = torch.load(file, weights_only=True), read_checkpoint(file, ["phase1"])
+    inner = raw.get("state_dict", raw.get("model", raw))
+
+    def named(prefix):
+        return {prefix + key: value for key, value in inner.items()}
+
+    for whole in ({"model": {}, "ema": inner, "step": 3}, {"model": inner}, {"state_dict": {"model": inner}},
+                  named("module."), {"model": named("module._orig_mod.")}, named("_orig_mod.module."),
+                  {"state_dict": {**named("first_stage_model."), "model.out.weight": torch.zeros(2)}}):
+        torch.save(whole, path)
+        assert weights_hash(read_checkpoint(path, ["phase1"])["model"]) == weights_hash(wanted["model"])
+
+
+def test_a_published_file_without_images_asks_for_data_and_for_no_preset(published, capsys):
+    error = refused(capsys, published["taming"][0])
+    assert "pass --data" in error and "preset" not in error
+
+
 def test_what_is_no_tokenizer_at_all_is_refused(tmp_path, capsys):
     path = tmp_path / "x.pt"
     torch.save({"fc.weight": torch.zeros(3, 3)}, path)
     assert "not a checkpoint of this project (it holds fc.weight)" in refused(capsys, path)
+    torch.save({"net": {"a.weight": torch.zeros(2)}, "step": 3}, path)
+    assert "it holds net of a.weight, step" in refused(capsys, path)
     torch.save([1, 2], path)
     assert "not a checkpoint" in refused(capsys, path)
     torch.save({"state_dict": os.system}, path)  # Lightning's files hold objects of its own
