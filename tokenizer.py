@@ -14,7 +14,7 @@ from torch import nn
 
 from plumbing.fast import attention, group_norm
 from plumbing.kmeans import OfflineKMeans
-from plumbing.processes import all_reduce_mean
+from plumbing.processes import all_reduce_mean, full_float32
 
 ALLOWED = dict(
     codebook=("plain", "entropy", "fn", "kmeans"),  # the four rows of Table 5
@@ -287,11 +287,11 @@ def entropy_loss(avg_probs):
 class VectorQuantizer(nn.Module):
     """Nearest-code lookup with straight-through gradient (Eq. 1) and the latent terms of Eq. 2.
 
-    All arithmetic is float32, also under autocast. `config.codebook` picks the row of Table 5: "plain" VQGAN;
-    "entropy" adds the term of Sec. 3.4; "fn" normalises vectors and codes (the paper uses n_z = 32, K = 8192
-    with it); "kmeans" is `KMeansQuantizer`.
+    Its forward pass is full float32. `config.codebook` is a row of Table 5: "plain" VQGAN, "entropy"
+    with the term of Sec. 3.4, "fn" with unit vectors (n_z = 32, K = 8192 there), "kmeans" `KMeansQuantizer`.
     """
 
+    READS = ("codebook", "distance", "entropy_set")  # of TokenizerConfig; a subclass may read fewer
     MOST_DISTANCES = 2**26  # that `quantize` holds at a time, 256 MiB
 
     def __init__(self, config):
@@ -317,7 +317,7 @@ class VectorQuantizer(nn.Module):
 
     def quantize(self, z_hat):
         """Indices of the nearest codes (Eq. 1): (B, n_z, h, w) -> (B, h, w) int64. No gradient."""
-        with torch.no_grad(), torch.autocast(z_hat.device.type, enabled=False):
+        with torch.no_grad(), full_float32(z_hat):
             codes, z = self.codes, self.flatten(z_hat)
             parts = z.split(max(1, self.MOST_DISTANCES // len(codes)))
             indices = torch.cat([code_distances(part, codes).argmin(1) for part in parts])
@@ -338,7 +338,7 @@ class VectorQuantizer(nn.Module):
                       only, `loss_commit` the encoder only (Eq. 2 puts beta here), `loss_entropy` both
         """
         B, n_z, h, w = z_hat.shape
-        with torch.autocast(z_hat.device.type, enabled=False):
+        with full_float32(z_hat):
             z, codes = self.flatten(z_hat), self.codes  # (M, n_z), (K, n_z)
             distances = code_distances(z, codes)  # (M, K)
             indices = distances.argmin(1)  # Eq. 1
@@ -374,7 +374,7 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def probs(self, z_hat):
         """D_bar over the vectors of one micro-batch: (B, n_z, h, w) -> (K,) float32. No gradient."""
-        with torch.autocast(z_hat.device.type, enabled=False):
+        with full_float32(z_hat):
             z = self.flatten(z_hat)
             return average_probs(self.soften(code_distances(z, self.codes), z))
 

@@ -13,7 +13,7 @@ from plumbing.errors import warn
 from plumbing.files import intact, latent_hash, load_torch, save_torch
 from plumbing.images import to_float
 from plumbing.processes import (
-    agreed, all_reduce_mean, mix, my_rows, on_rank0, print0, rank, to_device, world,
+    agreed, all_reduce_mean, full_float32, mix, my_rows, on_rank0, print0, rank, to_device, world,
 )
 
 
@@ -125,7 +125,8 @@ def nearest_others(codes, count):
     """(K, n_z) -> (K, count) int64, the nearest other codes of each code; K - 1 of them at most."""
     found = []
     for rows in torch.arange(len(codes), device=codes.device).split(1024):
-        far = torch.cdist(codes[rows], codes)
+        with full_float32(codes):
+            far = torch.cdist(codes[rows], codes)
         far[torch.arange(len(rows)), rows] = math.inf
         found.append(far.topk(min(count, len(codes) - 1), largest=False).indices)
     return torch.cat(found)

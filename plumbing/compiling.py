@@ -33,8 +33,9 @@ def compile_network(model):
             block.compile()
         return
     quantizer = getattr(model, "quantizer", None)
-    if quantizer is not None:  # random keys, collectives and branches on the step stay outside
-        quantizer.forward = torch.compiler.disable(quantizer.forward)
+    if quantizer is not None:  # random keys, collectives, branches on the step, products without TF32
+        for name in ("forward", "quantize", "lookup"):
+            setattr(quantizer, name, torch.compiler.disable(getattr(quantizer, name)))
     model.compile()
 
 

@@ -147,6 +147,19 @@ def setup_device(name, timeout=1800):
     return device
 
 
+@contextlib.contextmanager
+def full_float32(x):
+    """Around products that choose codes: no autocast on the device of x, and no TF32, which rounds factors to
+    10 bits (`setup_device` turns it on for GPUs). Backward passes run outside: their products may be TF32."""
+    matmul = torch.backends.cuda.matmul
+    was, matmul.allow_tf32 = matmul.allow_tf32, False
+    try:
+        with torch.autocast(x.device.type, enabled=False):
+            yield
+    finally:
+        matmul.allow_tf32 = was
+
+
 def mix(*parts):
     """A 63-bit seed from any numbers and strings, the same on every machine."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()

@@ -5,6 +5,8 @@ import itertools
 import torch
 import torch.nn.functional as F
 
+from plumbing.processes import full_float32
+
 
 def disentanglement(codes):
     """How alike the codes of different sub-codebooks are: mean over pairs, images and positions of
@@ -33,7 +35,7 @@ def representation_loss(features, targets):
     if features.shape != targets.shape:
         shapes = tuple(features.shape), tuple(targets.shape)
         raise ValueError(f"student and teacher differ in shape: {shapes[0]} and {shapes[1]}")
-    with torch.autocast(features.device.type, enabled=False):  # similarities near 1 need float32
+    with full_float32(features):  # similarities near 1 need it
         a, b = F.normalize(features.float(), dim=1), F.normalize(targets.detach().float(), dim=1)
         return F.cross_entropy(a @ b.T, torch.arange(len(a), device=a.device))
 
