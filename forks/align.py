@@ -39,7 +39,8 @@ class AlignedTokenizer(VQTokenizer):
         for judge in self.judges:
             with torch.no_grad():
                 target = F.adaptive_avg_pool2d(judge(x, ["relu5_3"])["relu5_3"], z_hat.shape[2:])
-            losses["loss_align"] = 1 - F.cosine_similarity(self.to_features(z_hat), target).mean()
+            found = self.to_features(z_hat).float()  # a cosine in bf16 has three digits
+            losses["loss_align"] = 1 - F.cosine_similarity(found, target.float()).mean()
         return self.decoder(z_st), indices.flatten(1, 2), losses
 
     @staticmethod

@@ -1,6 +1,7 @@
-"""Tokens of a frozen classifier: relu5_3 of the judge is quantized as it is, and only a decoder is trained.
+"""Tokens of a frozen classifier: relu5_3 of the judge is quantized as it is. The codebook is trained in
+phase 1, the decoder in both phases.
 
-The end of the scale of alpha: no pixel has a say in the tokens. Ours.
+The end of the scale of alpha: no pixel has a say in the latents. Ours.
 """
 
 from torch import nn

@@ -17,8 +17,8 @@ class FSQConfig(TokenizerConfig):
         super().__post_init__()
         self.levels = tuple(self.levels)
         sizes = len(self.levels), math.prod(self.levels)
-        if sizes != (self.codebook_dim, self.codebook_size) or min(self.levels) < 3:
-            raise ValueError(f"{self.levels}: codebook_dim levels above 2, codebook_size is their product")
+        if sizes != (self.codebook_dim, self.codebook_size) or not all(2 < L <= 1000 for L in self.levels):
+            raise ValueError(f"{self.levels}: codebook_dim levels, 3 to 1000, codebook_size is their product")
 
 
 class FiniteScalarQuantizer(torch.nn.Module):
@@ -32,7 +32,7 @@ class FiniteScalarQuantizer(torch.nn.Module):
 
     def bound(self, z):
         """Each channel into the span of its L levels; an even L is shifted, and so needs to be above 2."""
-        half, offset = (self.levels - 1) * 1.001 / 2, 0.5 * (self.levels % 2 == 0)
+        half, offset = (self.levels - 1) * 1.001 / 2, 0.5 * (self.levels % 2 == 0)  # fits to L = 1000
         return (z.float() + (offset / half).atanh()).tanh() * half - offset
 
     def quantize(self, z_hat):  # (B, n_z, h, w) -> (B, h, w) int64
@@ -55,6 +55,6 @@ def parts():
     return dict(tokenizer=FSQTokenizer)
 
 
-PRESETS = of_fork("fsq", tokenizer=dict(codebook_dim=3))
+PRESETS = of_fork("fsq", tokenizer=dict(codebook_dim=3, warm_start=0))
 for sizes in (preset["tokenizer"] for preset in PRESETS.values()):
     sizes["levels"] = {64: [4, 4, 4], 256: [8, 8, 4]}[sizes["codebook_size"]]  # ours

@@ -3,27 +3,32 @@
 import torch
 import torch.nn.functional as F
 
-from forks.fqgan.tokenizer import TEMPERATURE, vector_entropy
+from forks.fqgan.tokenizer import UnitQuantizer, vector_entropy
+from plumbing.processes import full_float32
 from recipes.small import of_fork
 from tokenizer import VectorQuantizer, VQTokenizer, average_probs
 
 
 class IndexBackpropagationQuantizer(VectorQuantizer):
-    """Logits are the products of a latent with all codes; the token is their argmax."""
+    """Logits are the products of a latent with all codes; the token is their argmax. Codes start at N(0, 1),
+    as published: a softmax over tiny products is flat and sends the encoder no gradient."""
+
+    READS, soften = ("entropy_set",), UnitQuantizer.soften
+
+    def __init__(self, config):
+        super().__init__(config)
+        torch.nn.init.normal_(self.codebook.weight)
 
     def logits(self, z_hat):
         return self.flatten(z_hat) @ self.codes.T  # (M, K)
 
-    def soften(self, distances, z):
-        return distances / TEMPERATURE
-
     def quantize(self, z_hat):
-        with torch.no_grad(), torch.autocast(z_hat.device.type, enabled=False):
+        with torch.no_grad(), full_float32(z_hat):
             return self.logits(z_hat).argmax(1).view(z_hat.shape[0], *z_hat.shape[2:])
 
     def forward(self, z_hat, global_probs=None):
         B, n_z, h, w = z_hat.shape
-        with torch.autocast(z_hat.device.type, enabled=False):
+        with full_float32(z_hat):
             z, logits = self.flatten(z_hat), self.logits(z_hat)
             probs = logits.softmax(1)
             hard = F.one_hot(probs.argmax(1), probs.shape[1]).float()
@@ -39,7 +44,7 @@ class IndexBackpropagationQuantizer(VectorQuantizer):
         return z_st.view(B, h, w, n_z).permute(0, 3, 1, 2).contiguous(), probs.argmax(1).view(B, h, w), losses
 
     def probs(self, z_hat):  # of one micro-batch, (K,)
-        with torch.no_grad(), torch.autocast(z_hat.device.type, enabled=False):
+        with torch.no_grad(), full_float32(z_hat):
             return average_probs(self.soften(-self.logits(z_hat), None))
 
 
@@ -52,4 +57,4 @@ def parts():
     return dict(tokenizer=IBQTokenizer)
 
 
-PRESETS = of_fork("ibq", phase1=dict(gamma=0.05))
+PRESETS = of_fork("ibq", tokenizer=dict(warm_start=0), phase1=dict(gamma=0.05))

@@ -5,14 +5,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from forks.fqgan.tokenizer import UnitQuantizer, vector_entropy
+from plumbing.processes import full_float32
 from recipes.small import of_fork
 from tokenizer import VectorQuantizer, VQTokenizer, average_probs
 
 
 class LookupFreeQuantizer(nn.Module):
-    """The sign of each channel is one bit of the token; none of the 2^n_z codes is stored. The entropy is
-    over all of them; the article's split into groups of bits, for K = 2^18, is left out."""
+    """The sign of each channel is one bit of the token, that of channel i, from 0 on, the bit 2^i. No code is
+    stored. The entropy is over all 2^n_z; the article's groups of bits, for K = 2^18, are left out.
+    """
 
+    READS = ("entropy_set",)
     soften, usage_loss = UnitQuantizer.soften, VectorQuantizer.usage_loss  # at the published temperature
 
     def __init__(self, config):
@@ -33,11 +36,11 @@ class LookupFreeQuantizer(nn.Module):
         return -2 * z_hat.float().movedim(1, -1).flatten(0, 2) @ codes[0, :, 0]
 
     def probs(self, z_hat):  # of one micro-batch, (K,)
-        with torch.no_grad(), torch.autocast(z_hat.device.type, enabled=False):
+        with torch.no_grad(), full_float32(z_hat):
             return average_probs(self.soften(self.distances(z_hat), None))
 
     def forward(self, z_hat, global_probs=None):
-        with torch.autocast(z_hat.device.type, enabled=False):
+        with full_float32(z_hat):
             z, indices = z_hat.float(), self.quantize(z_hat)
             z_q, distances = self.lookup(indices), self.distances(z_hat)
             losses = {"loss_commit": F.mse_loss(z, z_q),  # and even over all codes, sure of each vector's:
@@ -54,6 +57,6 @@ def parts():
     return dict(tokenizer=LFQTokenizer)
 
 
-PRESETS = of_fork("lfq")
+PRESETS = of_fork("lfq", tokenizer=dict(warm_start=0))
 for sizes in (preset["tokenizer"] for preset in PRESETS.values()):
     sizes["codebook_dim"] = sizes["codebook_size"].bit_length() - 1

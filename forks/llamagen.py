@@ -1,4 +1,8 @@
-"""Opens the tokenizers of LlamaGen (arXiv 2406.06525): `vq_ds16_c2i.pt`, `vq_ds8_c2i.pt`."""
+"""Opens the tokenizers of LlamaGen (arXiv 2406.06525): `vq_ds16_c2i.pt`, `vq_ds8_c2i.pt`.
+
+Codes and latents are compared at unit length (`codebook_l2_norm`, as published). A file does not say so: one
+that was trained without opens too, and wrongly.
+"""
 
 from forks.taming import TamingTokenizer
 from forks.vqgan import converted, sizes_of

@@ -79,6 +79,7 @@ class MaskGITDecoder(nn.Module):
 
 class MaskGITTokenizer(VQTokenizer):
     Encoder, Decoder = MaskGITEncoder, MaskGITDecoder
+    UNREAD = ("num_mid_blocks", "decoder_extra_blocks", "num_attention", "bias", "latent_kernel")
 
 
 def opened(state):

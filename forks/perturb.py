@@ -4,18 +4,16 @@ from dataclasses import dataclass
 
 import torch
 
-from plumbing.codes import nearest_others
+from plumbing.processes import full_float32
 from recipes.small import of_fork
-from tokenizer import KMeansQuantizer, TokenizerConfig, VQTokenizer
+from tokenizer import KMeansQuantizer, TokenizerConfig, VQTokenizer, code_distances
 
 
 @dataclass
 class PerturbConfig(TokenizerConfig):
-    """The article's alpha, beta and delta, of which it anneals alpha; here all stay as they are (ours)."""
-
-    perturb_rate: float = 0.5  # alpha: share of an image's tokens
-    perturb_images: float = 0.1  # beta: share of the images of a batch
-    perturb_near: int = 8  # delta: how many nearest codes, the code itself not among them
+    perturb_rate: float = 0.5  # alpha, annealed there, not here (ours): share of tokens that are drawn anew
+    perturb_images: float = 0.1  # beta: int(beta B) images of a batch of B, but at least one (ours)
+    perturb_near: int = 8  # delta, annealed there, not here (ours): of how many codes nearest to the latent
 
     def __post_init__(self):
         super().__post_init__()
@@ -23,29 +21,36 @@ class PerturbConfig(TokenizerConfig):
             raise ValueError("perturb_rate, perturb_images are shares from 0 to 1, perturb_near at least 1")
 
 
-def swap(indices, codes, rate, images, count):
-    """(B, h, w) int64 -> the same with a share of the tokens replaced by one of the `count` nearest codes."""
-    where = torch.rand(len(indices), 1, 1, device=indices.device) < images
-    where = where & (torch.rand(indices.shape, device=indices.device) < rate)
-    near = nearest_others(codes, count)
-    pick = torch.randint(near.shape[1], indices.shape, device=indices.device)
-    return torch.where(where, near[indices, pick], indices)
-
-
 class PerturbedQuantizer(KMeansQuantizer):
-    """In phase 1 the decoder sees swapped codes; the tokens and the latent losses are those of the image."""
+    """In training the decoder sees swapped codes; tokens and latent losses are those of the image."""
+
+    def swap(self, z_hat, indices):
+        """(B, n_z, h, w) latents and their tokens (B, h, w) -> the tokens that the decoder sees."""
+        c, (B, *grid) = self.config, indices.shape
+        some = torch.randperm(B, device=z_hat.device)[: max(int(c.perturb_images * B), c.perturb_images > 0)]
+        with full_float32(z_hat):
+            far = code_distances(self.flatten(z_hat[some]), self.codes)  # (M, K)
+        near = far.topk(min(c.perturb_near, far.shape[1]), largest=False).indices
+        drawn = near.gather(1, torch.randint(near.shape[1], (len(near), 1), device=near.device))
+        hit = torch.rand(len(some), *grid, device=near.device) < c.perturb_rate
+        return indices.index_copy(0, some, drawn.view(hit.shape).where(hit, indices[some]))
 
     def forward(self, z_hat, global_probs=None):
         z_st, indices, losses = super().forward(z_hat, global_probs)
         if self.training and not self.bypass:
-            c = self.config
-            swapped = swap(indices, self.codes, c.perturb_rate, c.perturb_images, c.perturb_near)
-            z_st = z_st + (self.lookup(swapped) - self.lookup(indices)).detach()
+            z_st = z_st + (self.lookup(self.swap(z_hat, indices)) - self.lookup(indices)).detach()
         return z_st, indices, losses
 
 
 class PerturbTokenizer(VQTokenizer):
     Config, Quantizer = PerturbConfig, PerturbedQuantizer
+
+    def forward(self, x, global_probs=None):
+        if not (self.frozen and self.training):
+            return super().forward(x, global_probs)
+        z_hat, q = self.encoder(x), self.quantizer
+        indices = q.quantize(z_hat)
+        return self.decoder(q.lookup(q.swap(z_hat, indices))), indices.flatten(1, 2), {}
 
 
 def parts():

@@ -1,14 +1,15 @@
 """SimVQ (arXiv 2411.02038): the codes are a frozen random table times one learned matrix."""
 
-import torch
 from torch import nn
 
+from plumbing.processes import full_float32
 from recipes.small import of_fork
 from tokenizer import VectorQuantizer, VQTokenizer
 
 
 class LinearlyMovedQuantizer(VectorQuantizer):
-    """A step that changes the matrix W moves every code, also those that nothing fell on."""
+    """A step that changes the matrix W moves every code, also those that nothing fell on. The authors' layer
+    has a bias besides; ours is the product that the article writes."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -18,7 +19,7 @@ class LinearlyMovedQuantizer(VectorQuantizer):
 
     @property
     def codes(self):  # (K, n_z) float32
-        with torch.autocast(self.codebook.weight.device.type, enabled=False):
+        with full_float32(self.codebook.weight):
             return self.normalize(self.basis(self.codebook.weight.float()))
 
 
@@ -30,4 +31,4 @@ def parts():
     return dict(tokenizer=SimVQTokenizer)
 
 
-PRESETS = of_fork("simvq", tokenizer=dict(codebook="plain"))  # no entropy term
+PRESETS = of_fork("simvq", tokenizer=dict(codebook="plain", warm_start=0))  # no entropy term

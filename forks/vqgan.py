@@ -120,6 +120,7 @@ class VQGANLatentDecoder(VQGANDecoder):
 
 class VQGANTokenizer(VQTokenizer):
     Config, Encoder, Decoder = VQGANConfig, VQGANLatentEncoder, VQGANLatentDecoder
+    UNREAD = ("num_mid_blocks", "decoder_extra_blocks", "bias", "latent_kernel")  # SeQ-GAN's own blocks do
 
 
 def parts():

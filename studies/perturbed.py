@@ -38,7 +38,8 @@ def perturbed_reconstructions(tokenizer, data, num, batch, device, done=None):
     """As `reconstructions`, with the images of perturbed tokens.
 
     deviation: the article (arXiv 2503.08354) averages over shares of 0.5 to 0.9 and 200 to 360 near codes of
-               4096; here it is one share, and the same part of every codebook (ours).
+               4096, those nearest to the latent, the own code among them; here it is one share, the same part
+               of every codebook, and other codes, nearest to the own code: that needs no latents (ours).
     """
     near = near_codes(tokenizer, max(1, round(NEAR * tokenizer.codebook_size)))
     for start, x, _, tokens in reconstructions(tokenizer, data, num, batch, device, done):

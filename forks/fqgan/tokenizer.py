@@ -9,18 +9,16 @@ from torch import nn
 
 from forks.fqgan.losses import disentanglement, mean_cosine, representation_loss
 from forks.fqgan.teachers import check_teachers, load_teachers
-from forks.vqgan import VQGANDecoder, VQGANEncoder
+from forks.vqgan import VQGANDecoder, VQGANEncoder, VQGANTokenizer
 from plumbing.fast import group_norm
 from tokenizer import TokenizerConfig, VQTokenizer, VectorQuantizer
 
 TEMPERATURE = 0.01  # of the softmax over codes
-UNUSED = dict(decoder_extra_blocks=0, num_mid_blocks=2, bias=False, latent_kernel=1, codebook="entropy",
-              distance="squared", warm_start=0)  # what only SeQ-GAN's own parts read
 
 
 @dataclass
 class FactorizedConfig(TokenizerConfig):
-    """raises: ValueError for a value that does nothing here, and for widths that do not fit"""
+    """raises: ValueError for widths that do not fit"""
 
     num_codebooks: int = 1  # k sub-codebooks; above 1 tokens are (B, N, k)
     adapter_layers: int = 0  # Transformer blocks before each sub-codebook (FQGAN: 6)
@@ -29,9 +27,6 @@ class FactorizedConfig(TokenizerConfig):
     def __post_init__(self):
         super().__post_init__()
         self.teacher_widths = tuple(self.teacher_widths)
-        ignored = [name for name, default in UNUSED.items() if getattr(self, name) != default]
-        if ignored:
-            raise ValueError(f"{ignored[0]} is of SeQ-GAN's own parts; FQGAN has none")
         if self.num_codebooks < 1:
             raise ValueError(f"num_codebooks must be at least 1, got {self.num_codebooks}")
         if len(self.teacher_widths) not in (0, self.num_codebooks):
@@ -137,6 +132,8 @@ class FactorizedQuantizer(nn.Module):
     of a single codebook are (B, h, w), as VectorQuantizer's.
     """
 
+    READS = ("entropy_set",)
+
     def __init__(self, config):
         super().__init__()
         self.parts = nn.ModuleList(UnitQuantizer(config) for _ in range(config.num_codebooks))
@@ -180,7 +177,7 @@ class FactorizedTokenizer(VQTokenizer):
     """k = 2: 111,294,355 parameters, 150,410,131 with the students' heads; 3: 131,657,883, 159,295,515."""
 
     Config, Encoder, Quantizer = FactorizedConfig, BranchedEncoder, FactorizedQuantizer
-    Decoder = FactorizedDecoder
+    Decoder, UNREAD = FactorizedDecoder, VQGANTokenizer.UNREAD
     WEIGHTS = VQTokenizer.WEIGHTS | {"loss_disentangle": "disentangle", "loss_represent": "represent"}
     check = staticmethod(check_teachers)  # of a whole preset, before anything is trained
     TRAINING_ONLY = "quantizer.heads."  # weights of the students, which no token and no image needs
@@ -188,6 +185,8 @@ class FactorizedTokenizer(VQTokenizer):
     def __init__(self, config):
         super().__init__(config)
         self.teachers = []  # a plain list: neither saved nor hashed
+        used = dict(loss_disentangle=config.num_codebooks > 1, loss_represent=any(config.teacher_widths))
+        self.WEIGHTS = {name: weight for name, weight in self.WEIGHTS.items() if used.get(name, True)}
         if config.num_codebooks > 1:
             self.token_shape = (self.grid_size**2, config.num_codebooks)  # (N, k)
 
