@@ -30,7 +30,9 @@ from perceptual import LAYER_SETS, adv_loss, disc_loss, layer_weights, perceptua
 from plumbing.codes import batch_usage, cached_codes, code_batch
 from plumbing.errors import as_user_error
 from plumbing.files import latent_hash
-from plumbing.models import earlier_tokenizer, load_model, new_discriminator, new_prior, parts
+from plumbing.models import (
+    check_losses, earlier_tokenizer, load_model, new_discriminator, new_prior, parts,
+)
 from plumbing.parallel import accumulate
 from plumbing.preflight import build_on_meta, check_stages, given_tokenizer, stages_of
 from plumbing.processes import all_reduce_mean, mix, one_line_errors, seeded_rows, to_device
@@ -110,6 +112,8 @@ def build_tokenizer(run, stage):
             tokenizer = Tokenizer(Tokenizer.Config(**sizes))
             if run.args.tokenizer:
                 tokenizer.load_state_dict(load_model(run.args.tokenizer, ("phase1",))[0].state_dict())
+        if hasattr(tokenizer.quantizer, "fit"):  # K-means has a schedule
+            tokenizer.quantizer.fit(run.steps(stage))
         return tokenizer.to(run.device), {}
     tokenizer, ckpt = earlier_tokenizer(run, ("phase1",), "discriminator")
     torch.manual_seed(mix(run.config["seed"], "phase2"))
@@ -155,6 +159,7 @@ def latent_loss(losses, tokenizer, c):
 
     losses: {name: scalar} that the tokenizer gave; its WEIGHTS are numbers or names of values of `c`
     """
+    check_losses(tokenizer, losses)
     weights = {name: tokenizer.WEIGHTS[name] for name in losses}
     return sum((c[w] if isinstance(w, str) else w) * losses[name] for name, w in weights.items())
 

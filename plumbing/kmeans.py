@@ -3,7 +3,10 @@
 import torch
 import torch.distributed as dist
 
-from plumbing.processes import all_rows, world
+from plumbing.processes import all_rows, full_float32, print0, world
+
+
+SCHEDULE = ("warm_start", "kmeans_warmup", "kmeans_every", "kmeans_last")  # what it reads of TokenizerConfig
 
 
 class OfflineKMeans:
@@ -24,6 +27,9 @@ class OfflineKMeans:
             raise ValueError(f"kmeans_every must be at least 1, got {config.kmeans_every}")
         if config.codebook == "kmeans":
             self.reestimations = range(config.kmeans_warmup, config.kmeans_last + 1, config.kmeans_every)
+            if not self.reestimations:
+                raise ValueError(f"kmeans_last {config.kmeans_last} comes before kmeans_warmup "
+                                 f"{config.kmeans_warmup}, so there would be no K-means")
         used = config.warm_start or config.codebook == "kmeans"
         if used and config.codebook_size > self.RESERVOIR:
             raise ValueError(f"K-means takes its centres from {self.RESERVOIR:,} vectors, so not "
@@ -32,9 +38,21 @@ class OfflineKMeans:
         self.register_buffer("reservoir_keys", torch.full((self.RESERVOIR,), -1.0))
         self.key_seed = 0  # of the next random keys: a function of the step and the micro-batch
 
+    def fit(self, steps):
+        """In a run that ends before the first re-estimation, which would never quantize, all come earlier:
+        the first after a fifth of the steps. A function of the configuration, as the steps are."""
+        planned = self.reestimations
+        if planned[0] < max(1, steps):
+            return
+        first = max(min(1, steps - 1), steps // 5)
+        last, every = ((n * first) // planned[0] for n in (planned[-1], planned.step))
+        self.reestimations = range(first, last + 1, max(1, every))
+        print0(f"note: {steps} steps end before the first K-means, after step {planned[0]}; now after step"
+               f" {first}, a fifth of them")
+
     def forward(self, z_hat, global_probs=None):
         """As the quantizer's; in training z_hat goes through unquantized before the first re-estimation."""
-        with torch.autocast(z_hat.device.type, enabled=False):
+        with full_float32(z_hat):
             z = self.flatten(z_hat)
             if self.training and self.collecting:
                 self._fill_reservoir(z.detach())
@@ -47,8 +65,7 @@ class OfflineKMeans:
     def start_step(self, step):
         """Called before each training step (0-based): [the codebook's weight] if it was just overwritten, so
         that the caller resets its optimizer moments, else []."""
-        self.bypass = bool(self.reestimations) and step < self.reestimations[0]
-        self.collecting = bool(self.reestimations) and step < self.reestimations[-1]
+        self.bypass, self.collecting = step < self.reestimations[0], step < self.reestimations[-1]
         self.key_seed = step << 20
         return [self.codebook.weight] if step in self.reestimations and self.reestimate(seed=step) else []
 
@@ -92,7 +109,8 @@ def kmeans(x, num_centres, seed, iterations=10):
         to_new = (x - centres[i]).square().sum(1)
         gap = to_new if i == 0 else torch.minimum(gap, to_new)
     for _ in range(iterations):
-        nearest = torch.addmm(centres.square().sum(1), x, centres.T, alpha=-2).argmin(1)
+        with full_float32(x):
+            nearest = torch.addmm(centres.square().sum(1), x, centres.T, alpha=-2).argmin(1)
         counts = torch.bincount(nearest, minlength=num_centres).unsqueeze(1)
         means = torch.zeros_like(centres).index_add_(0, nearest, x) / counts.clamp(min=1)
         centres = torch.where(counts > 0, means, centres)  # an empty cluster keeps its centre

@@ -1,5 +1,7 @@
 """Models by name: the classes of a preset, which its fork may replace, and models from checkpoints."""
 
+import json
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -8,13 +10,14 @@ import forks
 from perceptual import LAYERS, LOGIT, PatchDiscriminator, StyleDiscriminator, VGGTaps
 from plumbing.errors import UserError, as_user_error, of_fork, warn
 from plumbing.files import FOREIGN, FORMAT, latent_hash, newest_intact, read_checkpoint
+from plumbing.kmeans import SCHEDULE, OfflineKMeans
 from plumbing.processes import on_rank0, rank
 from plumbing.stages import refuse_other_config, refuse_other_images
 from plumbing.weights import ResNet, fold_batch_norm, scale_taps, vgg_from_state_dict
 from prior_ar import ARPrior
 from prior_nar import NARPrior
 from recipes import paper
-from tokenizer import VQTokenizer
+from tokenizer import KMeansQuantizer, VectorQuantizer, VQTokenizer
 
 
 def parts(config):
@@ -22,6 +25,45 @@ def parts(config):
     ours, fork = dict(tokenizer=VQTokenizer, ar=ARPrior, nar=NARPrior), config.get("fork")
     with as_user_error():
         return ours | (forks.load(fork).parts() if fork is not None else {})
+
+
+def refuse_unread(Tokenizer, config):
+    """raises: ValueError for a setting that differs from its default and that this tokenizer does not read
+
+    A quantizer names in READS which of `codebook`, `distance`, `entropy_set` it reads; `OfflineKMeans` reads
+    `warm_start` and `kmeans_...`. A tokenizer names in UNREAD what its encoder and decoder do not read.
+    Checkpoints are not asked: some were written before this was refused.
+    """
+    Quantizer, codebook = Tokenizer.Quantizer, f"codebook={config.codebook}"
+    Quantizer = KMeansQuantizer if Quantizer is VectorQuantizer else Quantizer  # which takes its place
+    unread = dict.fromkeys(getattr(Tokenizer, "UNREAD", ()), Tokenizer.__name__)
+    if config.codebook != "entropy":
+        unread |= dict.fromkeys(("distance", "entropy_set"), codebook)
+    kmeans = config.codebook == "kmeans"
+    if issubclass(Quantizer, OfflineKMeans):
+        unread |= dict.fromkeys(SCHEDULE[:1] if kmeans else SCHEDULE[1:], codebook)
+    else:
+        unread |= dict.fromkeys(("codebook", *SCHEDULE) if kmeans else SCHEDULE, Quantizer.__name__)
+    reads = getattr(Quantizer, "READS", ())
+    unread |= {name: Quantizer.__name__ for name in VectorQuantizer.READS if name not in reads}
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name in unread and value != field.default:
+            raise ValueError(f"{unread[field.name]} does not read tokenizer.{field.name}, here {value}; pass "
+                             f"--set tokenizer.{field.name}={json.dumps(field.default)}")
+
+
+def check_losses(tokenizer, losses):
+    """raises: UserError unless the losses that `forward` returned in phase 1 are those of WEIGHTS
+
+    Of the paper's own, some may be missing: not every codebook has each. Before a K-means start, others too.
+    """
+    bypass = getattr(tokenizer.quantizer, "bypass", False)
+    own = {} if tokenizer.frozen or bypass else dict(tokenizer.WEIGHTS.items() - VQTokenizer.WEIGHTS.items())
+    for name in losses.keys() - tokenizer.WEIGHTS.keys():
+        raise UserError(f"{type(tokenizer).__name__}.forward returns {name}, but its WEIGHTS do not name it")
+    for name in own.keys() - losses.keys():
+        raise UserError(f"{type(tokenizer).__name__}.WEIGHTS name {name}, but its forward does not return it")
 
 
 def new_discriminator(config):

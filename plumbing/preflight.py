@@ -10,7 +10,7 @@ import torch
 from plumbing.drawing import pyplot
 from plumbing.errors import UserError, as_user_error
 from plumbing.files import header, intact, read_checkpoint
-from plumbing.models import new_discriminator, new_prior, parts
+from plumbing.models import new_discriminator, new_prior, parts, refuse_unread
 from plumbing.processes import on_rank0, print0, world
 from plumbing.stages import DEPENDS, SECTION, needs_judge, refuse_other_config, refuse_other_images
 from plumbing.weights import ResNet, build_vgg16
@@ -42,6 +42,7 @@ def build_on_meta(config, stages, given=None):
         Tokenizer = parts(config)["tokenizer"]
         check_tokenizer_values(config["tokenizer"], Tokenizer.Config)
         sizes = dict(config["tokenizer"], image_size=config["image_size"])
+        refuse_unread(Tokenizer, Tokenizer.Config(**sizes))
         if given:
             Tokenizer, sizes = parts(given["config"])["tokenizer"], given["model_config"]
         found["phase1"] = Tokenizer(Tokenizer.Config(**sizes))
@@ -115,7 +116,8 @@ def check_stages(run, stages, networks):
 
 
 def check_batch(run, stage):
-    """raises: UserError for a batch that the processes cannot share; a note tells of odd micro-batches"""
+    """raises: UserError for a batch that the processes cannot share; notes tell of odd micro-batches, and of
+    a learning rate that never decays"""
     c, count = run.config[SECTION[stage]], world()
     batch = c["batch"]
     if stage == run.args.stage and SECTION[stage] == "judge" and run.args.micro_batch:
@@ -123,6 +125,10 @@ def check_batch(run, stage):
     if batch % count:
         nearest = " or ".join(str(n) for n in (batch // count * count, (batch // count + 1) * count) if n)
         raise UserError(f"batch {batch} cannot be split over {count} processes; use {nearest}")
+    if c["schedule"] != "constant" and c["lr_start"] >= max(1, c["steps"]):
+        name = f"{SECTION[stage]}.lr_start"
+        print0(f"note: {stage}: the learning rate does not decay in {c['steps']} steps; that would begin at "
+               f"{name}={c['lr_start']}")
     if stage in ("phase1", "phase2") and run.config["discriminator"]["kind"] == "style" and c["adv_weight"]:
         told = odd_groups(batch // count, run.args.micro_batch)
         if told:

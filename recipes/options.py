@@ -143,10 +143,23 @@ def put(config, item):
     target[key] = expanded(value) if key in ("data", "val", "vgg", "teachers") else value
 
 
+def refuse_ignored(config, preset):
+    """raises: ValueError for a value that was changed and that nothing reads"""
+    unread = [("phase2", name, "phase 2 trains on fixed tokens, without the losses of phase 1")
+              for name in ("beta", "gamma")]
+    if config["discriminator"]["kind"] == "patch":
+        unread += [("discriminator", name, "PatchGAN has its own widths")
+                   for name in ("channel_multiplier", "max_width")]
+    for section, name, why in unread:
+        if config[section].get(name) != preset[section].get(name):
+            raise ValueError(f"{section}.{name} changes nothing: {why}; leave it out")
+
+
 def build_config(args):
     """The preset of the command line with `--data`, `--steps`, ... and every `--set` written into it."""
     check_values(vars(args), flag)
-    config = paper.variant(find_preset(args.preset))
+    preset = find_preset(args.preset)
+    config = paper.variant(preset)
     for item in args.set:
         put(config, item)
     for key in ("data", "val", "vgg", "seed", "limit", "precision"):
@@ -170,6 +183,7 @@ def build_config(args):
         for place, value in args.expanded.items():
             *section, key = place.split(".")
             (config[section[0]] if section else config)[key] = value
+    refuse_ignored(config, preset)
     guided = config["conditional"] and config["sample"].get("guidance", 1) != 1
     if guided and not config["prior"].get("class_dropout"):
         raise ValueError("sample.guidance needs a prior that knows the null class: --set "

@@ -24,6 +24,9 @@ BOUNDS = dict(  # of flags and of values of a preset, wherever a name occurs; VG
 
 def check_values(values, name):
     """raises: ValueError for a value outside its BOUNDS or CHOICES, nan too; name: how messages call a key"""
+    if values.get("schedule") == "exponential" and not values["lr_end"]:
+        raise ValueError(f"{name('lr_end')} must be above 0 with {name('schedule')}=exponential, which would "
+                         "otherwise be 0 from its first step on")
     for key, value in values.items():
         if value is not None and key in BOUNDS:
             low, high = BOUNDS[key]

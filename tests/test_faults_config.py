@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -193,6 +194,45 @@ WRONG = {  # section -> words that no preset can run with, and what the line nam
 }
 
 
+UNREAD = [  # what nothing reads, or what trains nothing
+    (["phase2.gamma=5.0"], "phase2.gamma changes nothing"),
+    (["phase2.beta=1.0"], "phase2.beta changes nothing"),
+    (["discriminator.kind=patch", "discriminator.max_width=8"], "discriminator.max_width changes nothing"),
+    (["discriminator.channel_multiplier=2", "discriminator.kind=patch"], "multiplier changes nothing"),
+    *((([f"{section}.schedule=exponential", f"{section}.lr_end=0.0"]), f"{section}.lr_end must be above 0")
+      for section in ("judge", "phase1", "phase2", "ar", "nar")),
+    (["nar.schedule=exponential"], "nar.lr_end must be above 0"), (["ar.lr=-0.001"], "ar.lr must be"),
+    (["ar.lr_end=-0.001"], "ar.lr_end must be"), (["ar.lr_start=-1"], "ar.lr_start must be"),
+    (["tokenizer.kmeans_every=5"], "codebook=entropy does not read tokenizer.kmeans_every"),
+    (["tokenizer.codebook=kmeans"], "codebook=kmeans does not read tokenizer.warm_start")]
+
+
+@pytest.mark.parametrize("sets, told", UNREAD)
+def test_a_value_that_nothing_reads_or_that_trains_nothing_is_refused(
+        sets, told, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(train, "Run", None)  # nothing is trained where nothing is refused
+    words = [word for item in sets for word in ("--set", item)]
+    words += ["--stage", "phase1", "--data", "shapes", "--device", "cpu", "--out", tmp_path / "out"]
+    assert told in refused(capsys, *words) and not (tmp_path / "out").exists()
+
+
+def test_values_of_a_preset_itself_are_not_refused():
+    """`max_width` of a small preset beside kind=patch."""
+    for words in (["--set", "discriminator.kind=patch"],
+                  ["--set", "discriminator.kind=patch", "--set", "discriminator.max_width=16"]):
+        recipes.options.train_args(["--stage", "phase1", *words])
+
+
+@pytest.mark.parametrize("steps, noted", [(361, False), (360, True), (2, True)])
+def test_a_learning_rate_that_never_decays_is_noted(steps, noted, capsys):
+    c = dict(recipes.options.PRESETS["demo"]["ar"], steps=steps)
+    run = types.SimpleNamespace(config=dict(ar=c), args=types.SimpleNamespace(stage="ar", micro_batch=None))
+    plumbing.preflight.check_batch(run, "ar")
+    run.config["ar"] = dict(c, schedule="constant")
+    plumbing.preflight.check_batch(run, "ar")
+    assert capsys.readouterr().out.count("does not decay in") == noted
+
+
 def refused(capsys, *words):
     """The one line on stderr of a command that ends with exit code 2."""
     capsys.readouterr()
@@ -313,7 +353,8 @@ def test_micro_batches_that_change_the_discriminator_s_groups_are_told(share, mi
 
 
 @pytest.mark.parametrize("sets, notes", [
-    ({}, 1), ({"discriminator.kind": "patch"}, 0), ({"phase1.adv_weight": 0.0}, 0)])
+    ({}, 1), ({"discriminator.kind": "patch", "discriminator.max_width": 16}, 0),
+    ({"phase1.adv_weight": 0.0}, 0)])
 def test_the_note_on_groups_comes_once_and_only_with_the_style_discriminator(
         sets, notes, trained, data, tmp_path, capsys):
     out = earlier(trained, tmp_path / "out", "phase1")

@@ -4,11 +4,13 @@
 processes on one thread.
 """
 
+import contextlib
 import os
 import re
 import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from torch import nn
 import forks
 import recipes.options
 import studies.cost
+import train
 from forks.lfq import LFQTokenizer
 from forks.noattention import PlainDecoderTokenizer
 from plumbing.errors import UserError
@@ -235,6 +238,19 @@ def test_a_checkpoint_can_name_a_fork_only(mine, tmp_path):
 def test_set_cannot_change_the_fork(tmp_path):
     code, _, error = script("train.py", "--stage", "phase1", "--set", "fork=lfq", "--out", tmp_path / "x")
     assert code == 2 and "--set fork=lfq" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("returned, frozen, bypass, told", [
+    (["loss_codebook"], False, False, "WEIGHTS name loss_mine, but its forward does not return it"),
+    (["loss_mine", "loss_mime"], False, False, "forward returns loss_mime, but its WEIGHTS do not name it"),
+    (["loss_mine"], False, False, ""), ([], True, False, ""), (["loss_codebook"], False, True, "")])
+def test_losses_and_weights_that_do_not_name_the_same_are_an_error(returned, frozen, bypass, told):
+    """A misspelt loss was never trained. Phase 2 has none, and a K-means start not all of them."""
+    mine = types.SimpleNamespace(WEIGHTS=VQTokenizer.WEIGHTS | {"loss_mine": 2.0}, frozen=frozen,
+                                 quantizer=types.SimpleNamespace(bypass=bypass))
+    losses = dict.fromkeys(returned, 1.0)
+    with pytest.raises(UserError, match=told) if told else contextlib.nullcontext():
+        assert train.latent_loss(losses, mine, dict(beta=1)) == sum(2 if "mine" in n else 1 for n in returned)
 
 
 # The forks that exist -------------------------------------------------------------------------------------

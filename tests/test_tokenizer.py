@@ -237,6 +237,7 @@ def test_attention_on_a_map_that_its_blocks_do_not_tile_is_refused():
         (dict(base_width=0), "no width"),
         (dict(latent_kernel=2), r"\(1, 3\)"),
         (dict(codebook="kmeans", kmeans_every=0), "kmeans_every must be at least 1"),
+        (dict(codebook="kmeans", kmeans_warmup=9, kmeans_last=8), "there would be no K-means"),
         (dict(codebook_size=20_000, warm_start=2), "16,384 vectors"),
     ],
 )
@@ -619,9 +620,27 @@ def test_a_compiled_tokenizer_gives_what_the_module_gives_while_codes_are_bypass
             expected = model(x)
             found = wrap(model, (x,), x.device, autocast, compiled=True)(x)
         assert model._compiled_call_impl is not None
+        for name in ("forward", "quantize", "lookup"):  # products without TF32
+            assert getattr(model.quantizer, name)._torchdynamo_disable
         torch.testing.assert_close(found, expected)
         found[0].float().sum().backward()
         assert model.encoder.conv_in.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("settings, steps, expected", [
+    (dict(warm_start=100), 550, [100]), (dict(warm_start=100), 101, [100]), (dict(warm_start=100), 100, [20]),
+    (dict(warm_start=100), 12, [2]), (dict(warm_start=100), 2, [1]), (dict(warm_start=0), 12, [0]),
+    (dict(codebook="kmeans"), 550, [*range(110, 331, 22)]),
+    (dict(codebook="kmeans", kmeans_warmup=2, kmeans_last=8, kmeans_every=3), 6, [2, 5, 8])])
+def test_a_run_that_ends_before_its_first_kmeans_quantizes_all_the_same(settings, steps, expected, capsys):
+    """A schedule in steps that a short run never reaches; it follows from the configuration alone."""
+    quantizer = tiny_tokenizer(**{"codebook": "entropy", **settings}).quantizer
+    planned = getattr(quantizer, "reestimations", range(1))
+    if hasattr(quantizer, "fit"):
+        quantizer.fit(steps)
+    found = getattr(quantizer, "reestimations", range(1))
+    assert [*found] == expected and (capsys.readouterr().out.count("note: ") == (planned != found))
+    assert not (steps > 1 and found[0] >= steps)
 
 
 def test_warm_start_gives_the_entropy_codebook_one_kmeans_and_then_its_usual_losses():

@@ -413,7 +413,7 @@ STILL = dict(vgg=dict(judge__lr=1e-10), phase1=dict(phase1__lr=1e-10, phase1__lr
 DIST = [(stage, (), STILL.get(stage, dict(prior__dropout=0.0))) for stage in recipes.options.STAGES]
 DIST += [("phase1", ("--micro-batch", 2), dict(STILL["phase1"], phase1__adv_start=1.0))]
 DIST += [("phase1", (), dict(STILL["phase1"], discriminator__kind="patch",
-                              phase1__adv_start=0.0))]
+                              discriminator__max_width=16, phase1__adv_start=0.0))]
 
 
 @pytest.fixture(scope="module")
@@ -1018,3 +1018,11 @@ def test_explain_tells_of_each_stage_what_it_trains_and_no_more_than_is_known(
     train.main(*recipes.options.train_args(["--explain", "--preset", *preset.split()]))
     out = capsys.readouterr().out
     assert all(re.search(pattern, out) for pattern in told) and not re.search(not_told, out), out
+
+
+def test_a_warm_start_beyond_the_last_step_is_shortened_where_a_run_begins(trained, data, tmp_path, capsys):
+    """12 or 80 steps of a preset trained without any quantization, silently."""
+    out = earlier(trained, tmp_path / "out", "phase1")
+    tokenizer, _ = train.build_tokenizer(open_run("phase1", out, data, tokenizer__warm_start=6), "phase1")
+    assert [*tokenizer.quantizer.reestimations] == [1] and tokenizer.config.warm_start == 6
+    assert "now after step 1, a fifth of them" in capsys.readouterr().out
