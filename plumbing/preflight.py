@@ -31,6 +31,12 @@ def build_on_meta(config, stages, given=None):
     returns: dict of what the stages build: vgg, resnet, phase1, phase2, disc, ar, nar, on the meta device
     raises:  UserError for what a network refuses
     """
+    import torchvision.models  # noqa: F401  now: with the meta device set, PyTorch before 2.10 cannot import it
+
+    own = parts(config)["tokenizer"]  # now too: tensors that a fork's module makes as it is imported are real
+    Tokenizer, sizes = own, dict(config["tokenizer"], image_size=config["image_size"])
+    if given:
+        Tokenizer, sizes = parts(given["config"])["tokenizer"], given["model_config"]
     found, phases, judge = {}, {"phase1", "phase2"} & {*stages}, config["judge"]
     with as_user_error(), torch.device("meta"):
         if "vgg" in stages or phases and config["vgg"] == "judge":
@@ -39,12 +45,8 @@ def build_on_meta(config, stages, given=None):
             found["resnet"] = ResNet(judge["width"])
         if not {*stages} - {"vgg", "resnet"}:
             return found
-        Tokenizer = parts(config)["tokenizer"]
-        check_tokenizer_values(config["tokenizer"], Tokenizer.Config)
-        sizes = dict(config["tokenizer"], image_size=config["image_size"])
-        refuse_unread(Tokenizer, Tokenizer.Config(**sizes))
-        if given:
-            Tokenizer, sizes = parts(given["config"])["tokenizer"], given["model_config"]
+        check_tokenizer_values(config["tokenizer"], own.Config)
+        refuse_unread(own, own.Config(**config["tokenizer"] | dict(image_size=config["image_size"])))
         found["phase1"] = Tokenizer(Tokenizer.Config(**sizes))
         if "phase2" in stages:
             found["phase2"] = Tokenizer(Tokenizer.Config(**sizes))

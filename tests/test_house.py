@@ -219,6 +219,26 @@ def test_the_scripts_start_without_the_compiler():
     assert done.stdout.strip() == "False", done.stderr  # it takes as long to import as all the rest of torch
 
 
+NO_IMPORTS = """
+import sys, torch, train
+from recipes.options import STAGES, find_preset
+
+class Finder:
+    def find_spec(name, path, target=None):
+        if name.split(".")[0] in ("torchvision", "forks") and torch.empty(0).is_meta:
+            sys.exit(f"{name} is imported while the meta device is set")
+
+sys.meta_path.insert(0, Finder)
+train.build_on_meta(find_preset("demo-fq"), STAGES)
+"""
+
+
+def test_nothing_is_imported_while_the_meta_device_is_set():
+    """With PyTorch 2.6 and 2.8 torch._dynamo cannot be, and no command that builds a judge started."""
+    done = subprocess.run([sys.executable, "-c", NO_IMPORTS], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_every_folder_is_told_in_the_readme():
     text = Path(ROOT / "README.md").read_text()
     assert all(f"`{folder}/`" in text for folder in (*FOLDERS, "docs"))
