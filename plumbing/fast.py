@@ -77,7 +77,7 @@ class KVCache:
             raise ValueError(f"KVCache takes one position at a time: it holds {full}, got {length} more")
         cpu = q.device.type == "cpu"
         if self.keys is None:
-            self.keys = k.new_zeros(batch, heads, 0, d, dtype=torch.float32 if cpu else k.dtype)
+            self.keys = (k.float() if cpu else k).new_zeros(batch, heads, 0, d)
             self.values, self.hidden = self.keys, self.keys.new_zeros(0)
         if self.length == len(self.hidden):
             more = min(32, self.num_tokens - self.length) if cpu else self.num_tokens

@@ -40,9 +40,7 @@ def train_judge(run, stage):
         sizes |= dict(hidden=c["hidden"], skip_pools=c["skip_pools"], batch_norm=True)
     torch.manual_seed(mix(run.config["seed"], stage))
     judge = (build_vgg16 if stage == "vgg" else ResNet)(**sizes)
-    # Below 8 channels oneDNN's kernels for AVX2 write beyond a ResNet's gradients in channels_last.
-    layout = torch.channels_last if c["width"] >= 8 else torch.contiguous_format
-    judge, judge.sizes = judge.to(device, memory_format=layout), sizes
+    judge, judge.sizes = judge.to(device, memory_format=torch.channels_last), sizes
     optimizer, ema = build_optimizer(judge, c), build_ema(judge, c["ema"])
     net = run.wrap(judge, run.example())
     start = run.start(stage, model=judge, optimizer=optimizer, ema=ema)

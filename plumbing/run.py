@@ -252,7 +252,7 @@ class Run:
         bad = 1 - norm.isfinite().long()
         in_a_row, skipped = self.skips.setdefault(name, torch.zeros(2, dtype=torch.int64, device=self.device))
         self.skips[name] = torch.stack([(in_a_row + 1) * bad, skipped + bad])
-        optimizer.found_inf = bad.float()
+        optimizer.found_inf = bad.to(torch.float32)
         optimizer.step()
 
     def count_skips(self):

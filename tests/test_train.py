@@ -36,7 +36,7 @@ import recipes.small
 import studies.cost
 import studies.summary
 from helpers import (
-    ROOT, SCRIPTS, STEPS, call, command, contents, differing, earlier, open_run, refusal, rows, script,
+    ROOT, SCRIPTS, STEPS, call, command, contents, differing, earlier, forked, open_run, refusal, rows, script,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -279,18 +279,41 @@ def check_losses(found, expected, rel):
         assert a == pytest.approx(b, rel=rel, abs=rel / 100)
 
 
+# Sums in another order are compared in double precision, where rounding grows to 1e-9 of a gradient at most.
+# In single precision it flips a ReLU, a maximum or a code now and then, which moves whole layers by percents.
+DOUBLE = "import torch; torch.set_default_dtype(torch.float64); torch.Tensor.float = torch.Tensor.double"
+
+
+def call_in_double(*words, **sets):
+    assert forked(lambda: (exec(DOUBLE, {}), call(*words, **sets)), patience=240) == 0
+
+
+def check_same_sums(found, expected, stage):
+    """The losses of two runs, and what Adam sums up of all gradients, differ by rounding alone."""
+    check_losses(losses(found, stage), losses(expected, stage), 1e-4)  # as many digits are logged
+    two, one = (moments(read_checkpoint(folder / f"{stage}.pt", (stage,))["train"])
+                for folder in (found, expected))
+    largest = max(m.norm() for m in one.values())
+    assert two.keys() == one.keys() and len(one) > 10 and largest.dtype == torch.float64
+    for name, mean in one.items():
+        if mean.norm() > 1e-7 * largest:  # less is nothing but rounding: a bias ahead of a norm
+            assert (two[name] - mean).norm() < 1e-6 * mean.norm(), name
+
+
+def moments(train):
+    """{name: Adam's mean of the gradients} of all optimizers in a checkpoint."""
+    return {f"{name}.{i}": state["exp_avg"] for name, part in train.items()
+            if isinstance(part, dict) and "state" in part for i, state in part["state"].items()}
+
+
 @pytest.mark.parametrize("adv_start", [1.0, 0.0])
 def test_micro_batches_of_the_tokenizer_equal_one_batch(trained, data, tmp_path, adv_start):
     """With the GAN too: groups of four neighbours share the minibatch statistics."""
     for name, micro in (("one", 8), ("four", 4)):
         out = earlier(trained, tmp_path / name, "phase1")
-        call("phase1", out, data, "--micro-batch", micro, phase1__adv_start=adv_start,
-             phase1__lr=1e-6, phase1__lr_end=1e-6)
+        call_in_double("phase1", out, data, "--micro-batch", micro, phase1__adv_start=adv_start)
     assert ("loss_disc" in rows(out)[0]) == (adv_start == 0)
-    one, four = (load_model(tmp_path / name / "phase1.pt", ["phase1"])[0] for name in ("one", "four"))
-    for a, b in zip(one.parameters(), four.parameters(), strict=True):
-        assert (a - b).abs().mean() < 5e-7  # six steps of 1e-6 each
-    check_losses(losses(tmp_path / "four", "phase1"), losses(tmp_path / "one", "phase1"), 1e-4)
+    check_same_sums(tmp_path / "four", tmp_path / "one", "phase1")
 
 
 class HostWaits(TorchDispatchMode):
@@ -377,13 +400,12 @@ def test_the_unigram_entropy_is_that_of_all_classes_in_whatever_order_the_images
 def test_micro_batches_of_the_priors_equal_one_batch(trained, data, tmp_path, stage):
     for name, micro in (("one", 8), ("three", 3)):
         out = earlier(trained, tmp_path / name, stage)
-        call(stage, out, data, "--micro-batch", micro, prior__dropout=0.0)
-    check_losses(losses(tmp_path / "three", stage), losses(tmp_path / "one", stage), 1e-4)
+        call_in_double(stage, out, data, "--micro-batch", micro, prior__dropout=0.0)
+    check_same_sums(tmp_path / "three", tmp_path / "one", stage)
 
 
-DRIVER = """
+DRIVER = DOUBLE + """
 import json, sys
-import torch
 import train
 from plumbing.processes import rank
 from recipes.options import train_args
@@ -406,14 +428,10 @@ if rank() == 0:
     print("REFUSED", json.dumps(found))
 train.main(*train_args(words))
 """
-# Adam's steps are as long where a gradient is rounding noise, and a weight that differs changes codes and
-# maxima: at this rate none moves. What Adam sums up is compared itself.
-STILL = dict(vgg=dict(judge__lr=1e-10), phase1=dict(phase1__lr=1e-10, phase1__lr_end=1e-10),
-             phase2=dict(phase2__lr=1e-10, phase2__lr_end=1e-10))
-DIST = [(stage, (), STILL.get(stage, dict(prior__dropout=0.0))) for stage in recipes.options.STAGES]
-DIST += [("phase1", ("--micro-batch", 2), dict(STILL["phase1"], phase1__adv_start=1.0))]
-DIST += [("phase1", (), dict(STILL["phase1"], discriminator__kind="patch",
-                              discriminator__max_width=16, phase1__adv_start=0.0))]
+DIST = [(stage, (), dict(prior__dropout=0.0)) for stage in recipes.options.STAGES]
+DIST += [("phase1", ("--micro-batch", 2), dict(phase1__adv_start=1.0))]
+DIST += [("phase1", (), dict(discriminator__kind="patch", discriminator__max_width=16,
+                              phase1__adv_start=0.0))]
 
 
 @pytest.fixture(scope="module")
@@ -435,22 +453,8 @@ def two_processes(trained, data, tmp_path_factory):
 def test_two_processes_equal_one_with_the_same_global_batch(two_processes, trained, data, tmp_path, case):
     stage, more, sets = DIST[case]
     out = earlier(trained, tmp_path / "one", stage)
-    call(stage, out, data, *[8 if word == 2 else word for word in more], **sets)
-    check_losses(losses(two_processes[1][case], stage), losses(out, stage), 1e-3)
-    two, one = (moments(read_checkpoint(folder / f"{stage}.pt", (stage,))["train"]) for folder in (
-        two_processes[1][case], out))
-    largest = max(m.norm() for m in one.values())
-    assert two.keys() == one.keys() and len(one) > 10
-    bound = 1e-1 if stage == "vgg" else 1e-4  # a ReLU or a maximum that flips moves a judge's layer by 3 %
-    for name, mean in one.items():  # of the gradients of all steps
-        if mean.norm() > 1e-5 * largest:
-            assert (two[name] - mean).norm() < bound * mean.norm(), name
-
-
-def moments(train):
-    """{name: Adam's mean of the gradients} of all optimizers in a checkpoint."""
-    return {f"{name}.{i}": state["exp_avg"] for name, part in train.items()
-            if isinstance(part, dict) and "state" in part for i, state in part["state"].items()}
+    call_in_double(stage, out, data, *[8 if word == 2 else word for word in more], **sets)
+    check_same_sums(two_processes[1][case], out, stage)
 
 
 @pytest.mark.dist
