@@ -28,7 +28,7 @@ from plumbing.compiling import check_compiler, compile_sampling
 from plumbing.data import images_of
 from plumbing.errors import UserError
 from plumbing.fast import pack_linears
-from plumbing.files import latent_hash, save_atomic, sweep, weights_hash, writable
+from plumbing.files import latent_hash, save_atomic, save_text, sweep, weights_hash, writable
 from plumbing.images import make_sheet
 from plumbing.models import load_model, load_tokenizer_of
 from plumbing.processes import on_rank0, one_line_errors, print0, setup_device
@@ -122,6 +122,17 @@ def reconstruct(args, device):
     return chunks, info, f"reconstructions_{ckpt['stage']}", min(8, args.num)
 
 
+def same_folder(folder, info):
+    """raises: UserError for a folder of images that holds other files, or those of another `info`"""
+    note, info = folder / "info.json", json.loads(json.dumps(info))
+    old = json.loads(note.read_bytes()) if note.exists() else info
+    other = [key for key in info if old.get(key) != info[key]]
+    if other:
+        raise UserError(f"{note} tells of other weights or settings ({other[0]} differs); pass another --out")
+    if folder.exists() and not note.exists() and any(p.name[0] != "." for p in folder.iterdir()):
+        raise UserError(f"{folder} holds other files; pass another --out")
+
+
 def write_files(chunks, info, folder, num):
     """One PNG an image. A folder that was begun with the same settings is completed; another is refused."""
 
@@ -129,14 +140,9 @@ def write_files(chunks, info, folder, num):
         return folder / f"{i:06d}.png"
 
     def begin():
-        note, text = folder / "info.json", json.dumps(info, indent=1) + "\n"
-        old = json.loads(note.read_text()) if note.exists() else json.loads(text)
-        if {key: old.get(key) for key in info} != json.loads(text):
-            raise UserError(f"{note} tells of other weights or settings; pass another --out")
-        if folder.exists() and not note.exists() and any(p.name[0] != "." for p in folder.iterdir()):
-            raise UserError(f"{folder} holds other files; pass another --out")
+        same_folder(folder, info)
         sweep(folder)
-        save_atomic(lambda p: p.write_text(text), note)
+        save_text(json.dumps(info, indent=1) + "\n", folder / "info.json")
 
     on_rank0(begin)
     for start, images in chunks(done=lambda indices: all(place(i).exists() for i in indices)):
@@ -184,7 +190,7 @@ def main(args):
         if os.path.exists(out) and out.is_dir() != (args.format == "files"):
             raise UserError(f"--out {out} is a {'folder' if out.is_dir() else 'file'}, which --format "
                             f"{args.format} does not write")
-        on_rank0(lambda: writable(out / "info.json" if args.format == "files" else out))
+        on_rank0(lambda: writable(out if suffix else out / "info.json", suffix=suffix or None))
         if args.format == "files":
             write_files(chunks, info, out, args.num)
         else:

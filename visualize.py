@@ -28,9 +28,9 @@ from PIL import Image
 import forks
 from perceptual import LOGIT, lpips_like
 from plumbing.data import images_of
-from plumbing.drawing import draw_grid, new_figure, save_figure
+from plumbing.drawing import draw_grid, new_figure, save_figure, writable_picture
 from plumbing.errors import UserError
-from plumbing.files import latent_hash, read_checkpoint, read_metrics, writable
+from plumbing.files import latent_hash, read_checkpoint, read_metrics
 from plumbing.images import psnr, to_float, to_uint8
 from plumbing.models import find_judge, load_model, load_tokenizer_of
 from plumbing.processes import one_line_errors, print0, setup_device
@@ -331,7 +331,7 @@ def figure_losses(args, device):
         relative = [loss / (entropy or math.nan) for loss in losses]  # one code has no entropy
         for axis, values in zip(axes, (losses, relative), strict=True):
             axis.plot(steps, values, "osD^vPX"[i % 7] + "-", markersize=3, color=f"C{i}",
-                      label=f"{name} {ckpt['stage'].upper()} ({told_loss(ckpt['config']['phase1'])})")
+                      label=f"{ckpt['stage'].upper()} {name} ({told_loss(ckpt['config']['phase1'])})")
         numbers.append(dict(ckpt=str(path), stage=ckpt["stage"], **alpha_of(ckpt["config"]), steps=steps,
                             val_loss=losses, unigram_entropy=entropy))
     for axis, label in zip(axes, ("nats per token", "relative to the unigram entropy"), strict=True):
@@ -368,9 +368,8 @@ def main(args):
     with one_line_errors():
         if not args.ckpt or args.figure in STUDIES:
             return study(args)
-        out = args.out or args.ckpt[0].parent / f"{args.figure}.png"
-        for suffix in (".png", ".json", *([".pdf"] if args.pdf else [])):
-            writable(out.with_suffix(suffix))
+        default = args.ckpt[0].parent / f"{args.figure}.png"
+        out = writable_picture(args.out, default, ".json", *[".pdf"] * args.pdf)
         fig, numbers = draw(args, setup_device(args.device))
         save_figure(fig, out, numbers, args.pdf)
         print0(f"wrote {out} and the numbers in {out.with_suffix('.json').name}")

@@ -158,10 +158,11 @@ def with_data(config, data):
     return dict(config, data=data, val=None if own else data)
 
 
-def load_data(config, keep=None):
+def load_data(config, keep=None, labels=True):
     """(train, val) ImageData of a run's configuration: 'shapes', 'cifar10', a folder of images or archives.
 
-    keep: a folder, that of the run, for the index of archives
+    keep:   a folder, that of the run, for the index of archives
+    labels: False where nobody needs the classes: they are left out, and need not be alike
     """
     source, S, seed, limit = config["data"], config["image_size"], config["seed"], config["limit"]
     if source in ("shapes", "cifar10") and config["val"] is not None:
@@ -179,7 +180,8 @@ def load_data(config, keep=None):
     files, names = scan(folder, "--data", keep)
     if val is not None:
         val_files, val_names = scan(val, flag, keep)
-        refuse_other_classes(folder, names, val, val_names)
+        if labels:
+            refuse_other_classes(folder, names, val, val_names)
     else:
         held_out = set(random.Random(mix(0, "split")).sample(range(len(files)), max(1, len(files) // 20)))
         if len(files) == 1:
@@ -187,10 +189,11 @@ def load_data(config, keep=None):
         val_files = [path for i, path in enumerate(files) if i in held_out]
         files = [path for i, path in enumerate(files) if i not in held_out] or files
     random.Random(mix(0, "val")).shuffle(val_files)  # so that the first ones are of all classes
-    if not names:
+    if labels and not names:
         print0(f"note: {folder} has no class sub-folders, so its images carry no labels")
     if limit and limit < len(files):
         files = random.Random(mix(seed, "limit")).sample(files, limit)
+    names = names if labels else []
     ours, theirs = (ArchiveData if is_archive(place) else FolderData for place in (folder, val or folder))
     train, val = ours(files, names, S, seed), theirs(val_files, names, S, seed)
     look_at_some(train)

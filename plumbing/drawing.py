@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from plumbing.errors import UserError
-from plumbing.files import save_atomic
+from plumbing.files import save_atomic, save_text, writable
 from plumbing.images import to_uint8
 from plumbing.processes import rank
 
@@ -18,16 +18,40 @@ def new_figure(width, height, **more):
     return plt.figure(figsize=(width, height), layout="constrained", **more)
 
 
+def literal(fig):
+    """Shows names as they are: "$" begins no formula, and bytes that are no UTF-8 are escaped."""
+    for text in filter(lambda text: text.get_text(), fig.findobj(pyplot().Text)):  # ticks have none as yet
+        text.set(text=text.get_text().encode("utf-8", "backslashreplace").decode(), parse_math=False)
+    return fig
+
+
+def writable_picture(given, default, *beside):
+    """The place of a PNG, `given` by --out or the default, after `writable` for it and for files of its name
+    with the suffixes `beside`.
+
+    raises: UserError also if one of these is there without the PNG of --out: it belongs to something else
+    """
+    path = given or default
+    writable(path, suffix=".png")
+    for other in map(path.with_suffix, beside):
+        writable(other)
+        if given and other.exists() and not path.exists():
+            raise UserError(f"--out {path} would overwrite {other}, which is of something else; pass another "
+                            "name")
+    return path
+
+
 def save_figure(fig, path, numbers, pdf=False):
     """PNG (300 dpi), PDF on request, and the numbers as JSON beside it."""
     path = Path(path)
     if rank() == 0:
+        literal(fig)
         save_atomic(lambda p: fig.savefig(p, format="png", dpi=300), path)
         if pdf:
             save_atomic(lambda p: fig.savefig(p, format="pdf", metadata={"CreationDate": None}),
                         path.with_suffix(".pdf"))
         text = json.dumps(numbers, indent=1, ensure_ascii=False) + "\n"
-        save_atomic(lambda p: p.write_text(text), path.with_suffix(".json"))
+        save_text(text, path.with_suffix(".json"))
     pyplot().close(fig)
 
 

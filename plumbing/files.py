@@ -32,7 +32,7 @@ def claim(folder):
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "a+")
+        lock = open(folder / ".lock", "a+", encoding="utf-8")
         locked = lock_file(lock)
     except BlockingIOError:
         lock.seek(0)
@@ -74,6 +74,11 @@ def save_atomic(write, path):
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def save_text(text, path):
+    """Writes text as UTF-8 in every locale. A name that is no UTF-8, as file systems allow, is escaped."""
+    save_atomic(lambda p: p.write_text(text, "utf-8", "backslashreplace"), path)
 
 
 def sweep(folder):
@@ -321,11 +326,12 @@ def lock_file(file):
     return True
 
 
-def writable(path, flag="--out"):
+def writable(path, flag="--out", suffix=None):
     """Tries whether a file can be made at `path`, folders above it included, and leaves nothing behind: so
     that a bad place is known before the work and not after it.
 
-    raises: UserError if it cannot be, or if a folder is there
+    suffix: that of what will be written, if `path` must end in it
+    raises: UserError if it cannot be, if a folder is there, or for another suffix
     """
     path, made = Path(path), None
     try:
@@ -343,6 +349,8 @@ def writable(path, flag="--out"):
     finally:
         if made:
             made.unlink()
+    if suffix not in (None, path.suffix.lower()):
+        raise UserError(f"{flag} {path} must end in {suffix}, the kind of file that is written")
 
 
 BAD_PLACE = (errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS,

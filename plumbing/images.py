@@ -1,9 +1,11 @@
 """Single images: from any file to pixels, from pixels to floats and back, and sheets of them."""
 
 import contextlib
+import io
 import logging
 import math
 import warnings
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,19 +16,20 @@ class BadImage(Exception):
     """A file that is no usable image; says why."""
 
 
-def load_rgb(path, min_side=1):
+def load_rgb(path, min_side=1, alpha=False):
     """Any image file as an RGB PIL image: rotated as its EXIF says, alpha over white, 16 bit scaled to 8.
 
+    path:   of a file, or a file in memory
+    alpha:  keep an alpha channel: RGBA where the file has one
     raises: BadImage if the file cannot be read, is of float type, has more pixels than Pillow's limit
             (89 million) or a side below `min_side`
     """
     try:
-        with quiet_decoders(), contextlib.ExitStack() as opened:
-            image = opened.enter_context(Image.open(path))
-            if image.format == "PNG":
-                image.verify()  # the checksums, which decoding leaves out; it has to be opened anew then
-                image = opened.enter_context(Image.open(path))
-            image = ImageOps.exif_transpose(image)
+        with quiet_decoders():
+            try:
+                image = upright(path)
+            except ValueError:  # Pillow's limit on the size of text, on which no pixel depends
+                image = upright(without_text(path))
             if image.mode == "F":
                 raise BadImage("float pixels of unknown range")
             if min(image.size) < min_side:
@@ -36,6 +39,8 @@ def load_rgb(path, min_side=1):
                 image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = image.convert("RGBA")
+                if alpha:
+                    return image
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
     except BadImage:
@@ -43,6 +48,30 @@ def load_rgb(path, min_side=1):
     except Exception as error:  # decoders raise errors of many kinds on damaged files
         said = f"{type(error).__name__}: {error}".replace(f" {path!r}", "")  # its name, its place in memory
         raise BadImage(said.splitlines()[0]) from None
+
+
+def upright(file):
+    """A PIL image in memory, rotated as its EXIF says."""
+    with contextlib.ExitStack() as opened:
+        image = opened.enter_context(Image.open(file))
+        if image.format == "PNG":
+            image.verify()  # the checksums, which decoding leaves out; it has to be opened anew then
+            image = opened.enter_context(Image.open(file))
+        return ImageOps.exif_transpose(image)
+
+
+def without_text(file):
+    """The same file in memory; of a PNG without the chunks of text and of the colour profile."""
+    data = file.getvalue() if isinstance(file, io.BytesIO) else Path(file).read_bytes()
+    if not data.startswith(b"\x89PNG"):
+        return io.BytesIO(data)
+    kept, place = [data[:8]], 8
+    while place < len(data):  # a chunk: 4 bytes of length, 4 of name, the content, 4 of checksum
+        end = place + 12 + int.from_bytes(data[place : place + 4], "big")
+        if data[place + 4 : place + 8] not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
+            kept.append(data[place:end])
+        place = end
+    return io.BytesIO(b"".join(kept))
 
 
 def to_square(image, S):

@@ -22,7 +22,7 @@ from plumbing.dataset import batches
 from plumbing.errors import UserError, warn
 from plumbing.files import (
     FORMAT, claim, newest_intact, not_finite, read_checkpoint, read_metrics, save_atomic, save_checkpoint,
-    weights_hash,
+    save_text, weights_hash,
 )
 from plumbing.images import make_sheet, to_float
 from plumbing.parallel import wrap
@@ -170,7 +170,7 @@ class Run:
         log = self.out / "metrics.jsonl"
         rows = [row for row in read_metrics(log) if row["stage"] != stage or row["step"] <= step]
         if log.exists():
-            save_atomic(lambda p: p.write_text("".join(json.dumps(row) + "\n" for row in rows)), log)
+            save_text("".join(json.dumps(row) + "\n" for row in rows), log)
         return [row for row in rows if row["stage"] == stage]
 
     def loop(self, stage, start):
@@ -285,7 +285,7 @@ class Run:
         self.rows = [r for r in self.rows if "lr" not in r or r in losses] + [row]
 
         def append():
-            with open(self.out / "metrics.jsonl", "a") as file:
+            with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(row, allow_nan=False) + "\n")
                 file.flush()
                 os.fsync(file.fileno())

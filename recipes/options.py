@@ -337,8 +337,6 @@ def visualize_args(words=None):
         parser.error(f"--watch is of report, not of {args.figure}")
     if args.vgg and args.figure != "balance":
         parser.error(f"--vgg is of balance, not of {args.figure}")
-    if args.out and not (listed or table or args.figure == "balance") and args.out.suffix != ".png":
-        parser.error(f"--out {args.out}: a figure's name must end in .png (JSON and PDF go beside it)")
     unread = [name for name in ("ckpt", "tokenizer", "num", "steps") if getattr(args, name)]
     if table and unread:
         parser.error(f"--{unread[0]} is of figures; {args.figure} has --samples, and --set for training")

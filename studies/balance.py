@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from perceptual import LAYER_SETS, NAMES, VGGTaps, layer_weights, perceptual_terms
 from plumbing.data import images_of
 from plumbing.errors import UserError
-from plumbing.files import latent_hash, save_atomic, writable
+from plumbing.files import latent_hash, save_text, writable
 from plumbing.images import to_float
 from plumbing.models import find_judge, load_model
 from plumbing.processes import mix, print0, setup_device
@@ -89,7 +89,7 @@ def balance_of(path, args, device):
 def balance(args):
     """`visualize.py balance`"""
     out = args.out or args.ckpt[0].with_name("balance.json")
-    writable(out)
+    writable(out, suffix=".json")
     text = json.dumps([balance_of(path, args, setup_device(args.device)) for path in args.ckpt], indent=1)
-    save_atomic(lambda p: p.write_text(text + "\n"), out)
+    save_text(text + "\n", out)
     print0(f"wrote {out}")

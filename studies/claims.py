@@ -10,7 +10,7 @@ from perceptual import NAMES, perceptual_terms
 from plumbing.data import images_of
 from plumbing.drawing import new_figure, save_figure
 from plumbing.errors import UserError
-from plumbing.files import header, read_checkpoint, read_metrics, save_atomic
+from plumbing.files import header, read_checkpoint, read_metrics, save_text
 from plumbing.images import to_float
 from plumbing.models import load_model
 from plumbing.processes import print0, setup_device
@@ -145,7 +145,7 @@ class Claims(Table):
             terms = perceptual_terms(judge, x, decode(tokenizer, tokenizer.encode(x)), NAMES)
             numbers = of | {f"changed_by_{name}": share for name, share in stability(tokenizer, x).items()}
             numbers |= {f"judge_{name}": term.item() for name, term in terms.items()}
-            save_atomic(lambda p: p.write_text(json.dumps(numbers)), file)
+            save_text(json.dumps(numbers), file)
         return {name: value for name, value in numbers.items() if name not in of}
 
     def show(self):
@@ -163,7 +163,7 @@ class Claims(Table):
         refuse_unequal(found, self.root)
         self.root.mkdir(parents=True, exist_ok=True)
         lines = "".join(json.dumps(row) + "\n" for row in found)
-        save_atomic(lambda p: p.write_text(lines), self.root / "claims.jsonl")
+        save_text(lines, self.root / "claims.jsonl")
         for label, commands in self.missing():
             print0(f"missing for {label}: {len(commands)} commands, the first {self.shown(commands[0][1])}")
         if not found:
@@ -196,7 +196,7 @@ class Claims(Table):
                      how={key: {k: next(iter(r.values()))[k] for k in HOW} for key, r in measures.items()},
                      verdicts=[dict(claim=c, verdict=v, parts=p) for c, v, p in verdicts])
         for suffix, content in (("json", json.dumps(about, indent=1)), ("md", "\n".join(text))):
-            save_atomic(lambda p, c=content: p.write_text(c + "\n"), self.root / f"claims.{suffix}")
+            save_text(content + "\n", self.root / f"claims.{suffix}")
         draw_claims(spread, self.root / "claims_fig5b.png")
         ends = [self.root / f"{arm},seed=0" for arm in ENDS if "nar_phase1" in files.get(f"{arm}|0", ())]
         if ends:

@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from PIL import Image
 
 from perceptual import LOGIT
+from plumbing.drawing import writable_picture
 from plumbing.errors import UserError
-from plumbing.files import save_atomic, weights_hash, writable
+from plumbing.files import save_atomic, save_text, weights_hash, writable
 from plumbing.images import BadImage, load_rgb, make_sheet, to_float, to_square, to_uint8
 from plumbing.models import find_judge, load_model, load_tokenizer_of
 from plumbing.processes import on_rank0, print0, rank
 from plumbing.slices import decode, generate_tokens
-from sample import choose_classes, sample_settings
+from sample import choose_classes, same_folder, sample_settings
 
 
 def centre(pixels, S):
@@ -28,11 +29,32 @@ def centre(pixels, S):
     return pixels[:, top : top + S, left : left + S]
 
 
-def read(path, flag):
+def read(path, flag, alpha=False):
     try:
-        return load_rgb(path)
+        return load_rgb(path, alpha=alpha)
     except BadImage as error:
         raise UserError(f"{flag} {path}: {error}") from None
+
+
+def read_mask(path):
+    """A PIL image, 1 where the image is redrawn: where a mask is white, or painted on a transparent layer.
+
+    raises: UserError for light and dark paint on a transparent layer, for colours on an opaque one, and for
+            an opaque mask that is mostly grey: they may mean either
+    """
+    image = read(path, "--mask", alpha=True)
+    grey = np.array(image.convert("L"))
+    if image.mode == "RGBA" and image.getextrema()[3][0] < 255:
+        redrawn = np.array(image.getchannel("A")) > 127
+        unclear = len(np.unique(grey[redrawn] > 127)) > 1
+    else:
+        redrawn = grey > 127
+        coloured = np.ptp(np.array(image.convert("RGB")), 2) > 64
+        unclear = coloured.mean() > 0.01 or ((grey > 63) & (grey < 192)).mean() > 0.5
+    if unclear:
+        raise UserError(f"--mask {path} does not say what is redrawn: paint that white on black, or in one "
+                        "colour on a transparent layer")
+    return Image.fromarray(redrawn)
 
 
 def numbers(text, names, flag):
@@ -53,12 +75,12 @@ def pixel_mask(args, size):
             raise UserError(f"--box {args.box} does not lie inside the image, which has {w}x{h} pixels")
         mask[y : y + height, x : x + width] = 1
     if args.mask:
-        drawn = read(args.mask, "--mask").convert("L")
+        drawn = read_mask(args.mask)
         if abs(drawn.width / drawn.height / (w / h) - 1) > 0.02:
             raise UserError(f"--mask {args.mask} has {drawn.width}x{drawn.height} pixels, the image {w}x{h}: "
                             "another form; draw it over the image")
         drawn = drawn.resize(size, Image.Resampling.NEAREST)
-        mask = torch.maximum(mask, torch.from_numpy(np.array(drawn) > 127).float())
+        mask = torch.maximum(mask, torch.from_numpy(np.array(drawn)).float())
     return mask
 
 
@@ -110,11 +132,14 @@ def edit(args, device):
     """Writes one picture, rows of the input with its mask, the candidates and the composites, and a JSON; or
     with --format files all of them one by one.
 
-    raises: UserError for another prior, an image or mask that cannot be read, and a mask that hides nothing
+    raises: UserError for another prior, an image or mask that cannot be read, a mask that hides nothing, and
+            a place where the image or something else lies
     """
     many = args.format == "files"
     out = args.out or args.ckpt.with_name("edit" if many else "edit.png")
-    on_rank0(lambda: writable(out / "info.json" if many else out))
+    on_rank0(lambda: writable(out / "info.json") if many else writable_picture(args.out, out, ".json"))
+    if any(path and path.exists() and out.exists() and path.samefile(out) for path in (args.edit, args.mask)):
+        raise UserError(f"--out {out} would overwrite what is edited; pass another name")
     prior, ckpt = load_model(args.ckpt, ("nar",), device)
     tokenizer, decoder_ckpt = load_tokenizer_of(args.ckpt, ckpt, args.tokenizer, device)
     S, side, num = ckpt["config"]["image_size"], tokenizer.grid_size, args.num or 8
@@ -136,7 +161,7 @@ def edit(args, device):
         decoder=weights_hash(tokenizer), tokenizer=ckpt["tokenizer_hash"], **settings,
         redrawn=cells.int().tolist(), input_tokens=tokens[0].tolist())
     if many:
-        on_rank0(lambda: refuse_other(out / "info.json", about))
+        on_rank0(lambda: same_folder(out, about))
     drawn, steps = [], []
     for start in range(0, num, args.batch):
         indices = range(start, min(start + args.batch, num))
@@ -155,14 +180,6 @@ def edit(args, device):
     write(out, many, pixels, shown, images, composites, info)
 
 
-def refuse_other(note, about):
-    """raises: UserError if a folder of pictures holds those of another edit"""
-    old = json.loads(note.read_text()) if note.exists() else about
-    other = [key for key in about if old.get(key) != about[key]]
-    if other:
-        raise UserError(f"{note} tells of another edit ({other[0]} differs); pass another --out")
-
-
 def write(out, many, pixels, shown, images, composites, info):
     text = json.dumps(info, indent=None) + "\n"
     if rank() > 0:
@@ -171,13 +188,13 @@ def write(out, many, pixels, shown, images, composites, info):
         pictures = {"input": pixels, "masked": shown}
         pictures |= {f"candidate_{i:03d}": image for i, image in enumerate(images)}
         pictures |= {f"composite_{i:03d}": image for i, image in enumerate(composites)}
+        save_text(text, out / "info.json")  # first: it is how a later call knows the folder
         for name, image in pictures.items():
             save_atomic(lambda p, x=image: make_sheet(x[None], 1, zoom=1).save(p, "PNG"), out / f"{name}.png")
-        save_atomic(lambda p: p.write_text(text), out / "info.json")
     else:
         rows = torch.stack([shown, *images, pixels, *composites])  # above: what is drawn; below: blended
         picture = make_sheet(rows, 1 + len(images), info["note"])
         save_atomic(lambda p: picture.save(p, "PNG"), out)
-        save_atomic(lambda p: p.write_text(text), out.with_suffix(".json"))
+        save_text(text, out.with_suffix(".json"))
     print0(f"wrote {out}" + ("" if many else f" and {out.with_suffix('.json').name}")
            + (f" ({info['note']})" if info["note"] else ""))

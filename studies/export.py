@@ -8,6 +8,7 @@ Every command takes such a folder as a checkpoint: `sample.py --ckpt DIR/ar`.
 """
 
 import argparse
+import io
 import json
 import sys
 
@@ -15,7 +16,9 @@ import torch
 from torch import nn
 
 from plumbing.errors import UserError
-from plumbing.files import EXPORTED, read_checkpoint, safetensors, save_atomic, weights_hash, writable
+from plumbing.files import (
+    EXPORTED, read_checkpoint, safetensors, save_atomic, save_text, weights_hash, writable,
+)
 from plumbing.models import load_model
 from plumbing.paths import as_path
 from plumbing.processes import one_line_errors, print0
@@ -42,10 +45,15 @@ def write_model(checkpoint, folder):
     weights = {k: v.contiguous().clone() for k, v in (ckpt["ema"] or ckpt["model"]).items()}
     about = {key: ckpt[key] for key in EXPORTED} | dict(weights_hash=weights_hash(weights))
     folder.mkdir(parents=True, exist_ok=True)
-    save_atomic(lambda p: safetensors().save_file(weights, p), folder / "model.safetensors")
-    text = json.dumps(about, indent=1) + "\n"
-    save_atomic(lambda p: p.write_text(text), folder / "config.json")
+    write_bytes(safetensors().save(weights), folder / "model.safetensors")
+    save_text(json.dumps(about, indent=1) + "\n", folder / "config.json")
     return about
+
+
+def write_bytes(data, path):
+    """In place of the writers of safetensors, whose files only the owner may read, and of torch.export: on a
+    full disk one raises an error of its own and the other ends the process."""
+    save_atomic(lambda p: p.write_bytes(data), path)
 
 
 def write_decoder(checkpoint, path):
@@ -56,7 +64,8 @@ def write_decoder(checkpoint, path):
     with torch.no_grad():
         program = torch.export.export(DecoderProgram(tokenizer).eval(), (example,),
                                       dynamic_shapes=({0: torch.export.Dim("images")},))
-    save_atomic(lambda p: torch.export.save(program, p), path)
+    torch.export.save(program, data := io.BytesIO())
+    write_bytes(data.getbuffer(), path)
 
 
 def card(run, models):
@@ -86,13 +95,13 @@ def export(run, out, decoder=False):
         raise UserError(f"{run} holds no phase1.pt or phase2.pt; name the folder of a run")
     names = [name for name in names if name != "phase1" or "phase2" not in names]
     writable(out / "README.md")
-    if out.exists() and any(p.name not in {*names, "README.md"} for p in out.iterdir()):
+    ours = (out / names[0] / "config.json").is_file()  # an export, and what was made of it since
+    if out.exists() and not ours and any(p.name not in names for p in out.iterdir()):
         raise UserError(f"--out {out} holds other files; name another folder")
     models = {name: write_model(run / f"{name}.pt", out / name) for name in names}
     if decoder:
         write_decoder(run / f"{names[0]}.pt", out / names[0] / "decoder.pt2")
-    text = card(run, models)
-    save_atomic(lambda p: p.write_text(text), out / "README.md")
+    save_text(card(run, models), out / "README.md")
     size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file()) / 2**20
     print0(f"wrote {out}: {', '.join(names)}, {size:.1f} MB")
 

@@ -8,7 +8,7 @@ import statistics
 
 import torch
 
-from plumbing.files import header, save_atomic
+from plumbing.files import header, save_text
 from plumbing.processes import print0
 from recipes.ablations import Row
 from recipes.options import visualize_args
@@ -123,7 +123,7 @@ class ForkTable(Table):
                      correlations=correlations(rows))
         self.root.mkdir(parents=True, exist_ok=True)
         for suffix, content in (("json", json.dumps(about, indent=1)), ("md", "\n".join(text))):
-            save_atomic(lambda p, c=content: p.write_text(c + "\n"), self.root / f"forks.{suffix}")
+            save_text(content + "\n", self.root / f"forks.{suffix}")
         for label, commands in self.missing():
             print0(f"missing for {label}: {len(commands)} commands, the first {self.shown(commands[0][1])}")
         print0(f"wrote {self.root / 'forks'}.json and .md")

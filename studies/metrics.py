@@ -16,7 +16,7 @@ import torch
 from plumbing.codes import codebook_usage, count_codes
 from plumbing.data import images_of
 from plumbing.errors import UserError, warn
-from plumbing.files import latent_hash, read_checkpoint, save_atomic, weights_hash, writable
+from plumbing.files import latent_hash, read_checkpoint, save_text, weights_hash, writable
 from plumbing.images import psnr, to_float, to_uint8
 from plumbing.models import load_model, load_tokenizer_of
 from plumbing.processes import mix, on_rank0, print0, world
@@ -71,7 +71,8 @@ def evaluate(args, device):
                                       f"{'_perturbed' * args.perturb}.json")
     sources = {"": args.extractor} | ({"_2": args.second} if args.second else {})
     outs = {tail: out.with_name(f"{out.stem}{tail}{out.suffix}") for tail in sources}
-    on_rank0(lambda: [read_result(o) if os.path.exists(o) else writable(o) for o in outs.values()])
+    on_rank0(lambda: [read_result(o) if os.path.exists(o) else writable(o, suffix=".json")
+                      for o in outs.values()])
     extractors = {tail: Extractor(source, config["image_size"], device) for tail, source in sources.items()}
 
     def features(images):
@@ -133,7 +134,7 @@ def evaluate(args, device):
                     torch_fidelity=importlib.metadata.version("torch-fidelity"),
                     command=" ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]))
                 text = json.dumps(mine[tail] | about, indent=1) + "\n"
-                save_atomic(lambda p, text=text: p.write_text(text), path)
+                save_text(text, path)
                 print0(f"{args.num:,} images in {seconds:.0f} s, {args.num / seconds:.1f} images/s -> {path}")
             shutil.rmtree(parts)
 

@@ -3,8 +3,7 @@
 import torch
 
 from plumbing.codes import count_codes, kept_codes
-from plumbing.drawing import new_figure, save_figure
-from plumbing.files import writable
+from plumbing.drawing import new_figure, save_figure, writable_picture
 from plumbing.processes import print0, setup_device
 from visualize import load_pairs
 
@@ -18,16 +17,15 @@ def entropies(tokens):
 
 def positions(args):
     """Draws for each ar.pt the mean nats of the true token given those before it, position by position."""
-    out = args.out or args.ckpt[0].with_name("positions.png")
-    for suffix in (".png", ".json"):
-        writable(out.with_suffix(suffix))
+    default = args.ckpt[0].with_name("positions.png")
+    out = writable_picture(args.out, default, ".json", *[".pdf"] * args.pdf)
     device, rows = setup_device(args.device), []
     fig = new_figure(6, 3.2)
     axis = fig.subplots()
     for i, pair in enumerate(load_pairs(args.ckpt, args.num, device, args.tokenizer, args.data)[0]):
         view, numbers = pair["view"], pair["numbers"]
         nats = view["nats"].view(*view["tokens"].shape[:2], -1).sum(2).mean(0).tolist()
-        axis.plot(nats, f"C{i % 10}-", label=f"{pair['name']}: {sum(nats) / len(nats):.3f} nats on average")
+        axis.plot(nats, f"C{i % 10}-", label=f"{sum(nats) / len(nats):.3f} nats on average: {pair['name']}")
         # of the few images of a view each has nearly its own token: the training tokens are counted
         codes = kept_codes(args.ckpt[i].parent, numbers["tokenizer_hash"])
         rows.append(numbers | dict(nats=nats, entropy=codes and entropies(codes["train"][0].long())))

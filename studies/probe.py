@@ -11,7 +11,7 @@ from tqdm import tqdm
 import forks
 from plumbing.codes import count_codes
 from plumbing.data import images_of, load_data
-from plumbing.files import latent_hash, read_checkpoint, save_atomic, writable
+from plumbing.files import latent_hash, read_checkpoint, save_text, writable
 from plumbing.images import psnr, to_float
 from plumbing.models import load_model, parts
 from plumbing.processes import mix, print0, rank, setup_device
@@ -77,7 +77,7 @@ def probes(args, device):
         same_size(path, ckpt, ckpts[0]["config"], args.files[0])
     config, images = ckpts[0]["config"], []
     splits = images_of(args.files[0], config) if not args.data else (
-        load_data(dict(config, data=args.data, val=None)))
+        load_data(dict(config, data=args.data, val=None), labels=False))
     for split, limit in zip(splits, (args.samples or 5000, 1000), strict=True):
         drawn = random.Random(mix(0, "compare")).sample(range(len(split)), min(limit, len(split)))
         images.append(torch.stack([split.view(i) for i in drawn]))  # training images lie class by class
@@ -112,7 +112,7 @@ def probes(args, device):
 def compare(args):
     """`visualize.py compare`"""
     out = args.out or args.files[0].with_name("compare.json")
-    writable(out)
+    writable(out, suffix=".json")
     text = json.dumps(probes(args, setup_device(args.device)), indent=1) + "\n"
-    save_atomic(lambda p: p.write_text(text), out)
+    save_text(text, out)
     print0(f"wrote {out}")

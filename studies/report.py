@@ -1,7 +1,6 @@
 """The report of a run: one HTML file that needs nothing else."""
 
 import base64
-import contextlib
 import html
 import io
 import math
@@ -11,9 +10,9 @@ import torch
 
 from plumbing.codes import codebook_usage, count_codes, kept_codes
 from plumbing.data import images_of, with_data
-from plumbing.drawing import new_figure, pyplot
+from plumbing.drawing import literal, new_figure, pyplot
 from plumbing.errors import UserError
-from plumbing.files import latent_hash, read_checkpoint, read_metrics, save_atomic, writable
+from plumbing.files import latent_hash, read_checkpoint, read_metrics, save_text, writable
 from plumbing.images import make_sheet, to_float, to_uint8
 from plumbing.models import load_model, load_tokenizer_of
 from plumbing.processes import print0, setup_device
@@ -72,7 +71,7 @@ def picture(images, columns, alt):
 
 
 def plot(fig, alt):
-    source = data_uri(lambda f: fig.savefig(f, format="png", dpi=110))
+    source = data_uri(lambda f: literal(fig).savefig(f, format="png", dpi=110))
     pyplot().close(fig)
     return f'<img class="plot" src="{source}" alt="{html.escape(alt)}">'
 
@@ -128,14 +127,17 @@ def metric_tables(results):
                f"{html.escape(first['extractor'])}.</p>" + html_table(lines, best))
 
 
+CURVES = ("loss", "loss_rec", "loss_per", "loss_disc", "val_loss")
+
+
 def draw_curves(rows):
-    """Loss curves of all stages: what was logged in training, and validation losses as dots."""
+    """Loss curves of all stages that logged one of CURVES in training; validation losses as dots."""
     stages = list(dict.fromkeys(row["stage"] for row in rows))
     fig = new_figure(9, 2.1 * math.ceil(len(stages) / 2))
     for i, stage in enumerate(stages):
         axis = fig.add_subplot(math.ceil(len(stages) / 2), 2, i + 1)
         mine = [row for row in rows if row["stage"] == stage]
-        for j, name in enumerate(("loss", "loss_rec", "loss_per", "loss_disc", "val_loss")):
+        for j, name in enumerate(CURVES):
             points = [(row["step"], row[name]) for row in mine if row.get(name) is not None]
             if points:
                 axis.plot(*zip(*points, strict=True), ("-", "--", ":", "-.", "o-")[j], label=name,
@@ -150,21 +152,24 @@ def draw_curves(rows):
 
 def report(args):
     """`visualize.py report RUN`; with --watch again whenever the run has new files, until it is stopped."""
-    with contextlib.suppress(*[KeyboardInterrupt] * args.watch):
-        seen = None
+    run, seen = args.files[0], None
+    args.out = args.out or run / "report.html"
+    writable(args.out, suffix=".html")
+    if not args.watch:
+        return write_report(args)
+    print0(f"watching {run}; Ctrl-C ends it")
+    try:
         while True:
-            now = news(args.files[0])
-            if now != seen:
-                try:
+            try:
+                if (now := news(run)) != seen:
+                    seen = now
                     write_report(args)
-                except UserError as error:
-                    if not args.watch:
-                        raise
-                    print0(f"waiting: {error}")
-                seen = now
-            if not args.watch:
-                return
+            except (UserError, OSError) as error:  # the run renames files meanwhile
+                print0(f"waiting: {error}")
             time.sleep(2)
+    except KeyboardInterrupt:
+        if args.out.exists():
+            save_text(args.out.read_text("utf-8").replace(AGAIN, "", 1), args.out)
 
 
 def news(run):
@@ -183,8 +188,7 @@ def write_report(args):
     tokenizers = {s: load_model(found[s], (s,), device)[0] for s in ("phase1", "phase2") if s in found}
     config = read_checkpoint(next(iter(found.values())), tuple(found))["config"]
     note = next((c["note"] for c in (read_checkpoint(p, (s,)) for s, p in found.items()) if c["note"]), "")
-    last, out = list(tokenizers.values())[-1], args.out or run / "report.html"
-    writable(out)
+    last = list(tokenizers.values())[-1]
 
     def section(title, *parts):
         sections.append(f"<section><h2>{html.escape(title)}</h2>\n" + "\n".join(parts) + "</section>")
@@ -198,7 +202,7 @@ def write_report(args):
     if metrics:
         section("Metrics", *metric_tables(metrics), '<p class="note">Tables do not compare with each other. '
                 "The best value of a column is bold.</p>")
-    rows = read_metrics(run / "metrics.jsonl")
+    rows = [row for row in read_metrics(run / "metrics.jsonl") if any(row.get(c) is not None for c in CURVES)]
     if rows:
         section("Loss curves", plot(draw_curves(rows), "loss curves of all stages"))
 
@@ -262,8 +266,8 @@ def write_report(args):
     title = f"SeQ-GAN run: {run.absolute().name}" + f" ({note})" * bool(note)
     page = PAGE % dict(title=html.escape(title), shown=shown, body="\n".join(sections),
                        again=AGAIN * bool(args.watch))
-    save_atomic(lambda p: p.write_text(page), out)
-    print0(f"wrote {out} ({len(page) / 2**20:.1f} MB)")
+    save_text(page, args.out)
+    print0(f"wrote {args.out} ({len(page) / 2**20:.1f} MB)")
 
 
 def decoding_strip(prior, tokenizer, settings, classes, device, num=4):

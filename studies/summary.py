@@ -10,7 +10,7 @@ from tqdm import tqdm
 from perceptual import LOGIT, lpips_like
 from plumbing.codes import codebook_usage, count_codes
 from plumbing.drawing import save_figure
-from plumbing.files import header, latent_hash, read_metrics, save_atomic
+from plumbing.files import header, latent_hash, read_metrics, save_text
 from plumbing.images import psnr, to_float, to_uint8
 from plumbing.models import load_model
 from plumbing.processes import peak_memory, print0, rank
@@ -110,7 +110,7 @@ def summarize(run):
     )
     summary = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in summary.items()}
     if rank() == 0:
-        save_atomic(lambda p: p.write_text(json.dumps(summary, indent=1) + "\n"), run.out / "summary.json")
+        save_text(json.dumps(summary, indent=1) + "\n", run.out / "summary.json")
     for name, told in summary_lines(summary):
         print0(f"  {name:28s} {told}")
     print0(f"pictures: {run.out}/phases.png, samples_ar.png, samples_nar.png, view.png")

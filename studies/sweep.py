@@ -3,9 +3,9 @@
 import argparse
 import functools
 
-from plumbing.drawing import pyplot
+from plumbing.drawing import literal, pyplot
 from plumbing.errors import UserError
-from plumbing.files import read_checkpoint, save_atomic, writable
+from plumbing.files import read_checkpoint, save_atomic, save_text, writable
 from plumbing.models import parts
 from plumbing.processes import on_rank0, print0
 from studies.metrics import evaluate
@@ -31,7 +31,7 @@ def evaluate_sweep(args, device):
 
     def write():
         text = "\n".join(",".join(map(str, line)) for line in [rows[0], *(row.values() for row in rows)])
-        save_atomic(lambda p: p.write_text(text + "\n"), stem.with_name(stem.name + ".csv"))
+        save_text(text + "\n", stem.with_name(stem.name + ".csv"))
         draw_sweep(rows, name, result, stem.with_name(stem.name + ".png"))
 
     on_rank0(write)
@@ -51,5 +51,5 @@ def draw_sweep(rows, name, result, path):
     right.set(xlabel=name, ylabel="share of images")
     right.legend(fontsize=7)
     fig.suptitle(f"{result['num_images']:,} samples, features of {result['extractor']}", fontsize=8)
-    save_atomic(lambda p: fig.savefig(p, format="png", dpi=200), path)
+    save_atomic(lambda p: literal(fig).savefig(p, format="png", dpi=200), path)
     plt.close(fig)

@@ -14,7 +14,7 @@ import forks
 from plumbing.data import is_folder
 from plumbing.drawing import new_figure, save_figure
 from plumbing.errors import UserError
-from plumbing.files import header, save_atomic, writable
+from plumbing.files import header, save_text, writable
 from plumbing.paths import as_path
 from plumbing.preflight import build_on_meta
 from plumbing.processes import print0
@@ -180,8 +180,7 @@ class Table:
     def run(self):
         """Runs what is missing, one command after the other; a row that fails is left, the others go on."""
         build_on_meta(self.config, STAGES)  # a wrong --set is refused before anything is written
-        text = json.dumps(self.settings)
-        save_atomic(lambda p: p.write_text(text), self.root / "settings.json")
+        save_text(json.dumps(self.settings), self.root / "settings.json")
         rows, spent, failed, begin = list(self.missing()), {}, [], time.time()
         for i, (label, commands) in enumerate(rows):
             for j, (path, words) in enumerate(commands):
@@ -256,7 +255,7 @@ class Table:
             threads=torch.get_num_threads(), torch=torch.__version__, rows=rows)
         self.root.mkdir(parents=True, exist_ok=True)
         for suffix, content in (("json", json.dumps(about, indent=1)), ("md", text)):
-            save_atomic(lambda p, c=content: p.write_text(c + "\n"), self.root / f"{self.name}.{suffix}")
+            save_text(content + "\n", self.root / f"{self.name}.{suffix}")
         if self.name == "fig5b" and all(names["rfid"] in row["ours"] for row in rows):
             draw_alpha(rows, first["phase1"]["extractor"], names, self.root / "fig5b_curves.png")
         for label, commands in self.missing():
@@ -271,8 +270,9 @@ def run_command(words, log):
 
     Ctrl-C reaches the command too, and this waits until it has saved.  raises: UserError after Ctrl-C
     """
-    with open(log, "a") as file:
-        with subprocess.Popen(words, stdout=file, stderr=subprocess.PIPE, text=True) as child:
+    with open(log, "a", encoding="utf-8") as file:
+        with subprocess.Popen(words, stdout=file, stderr=subprocess.PIPE, text=True,
+                              encoding="utf-8", errors="backslashreplace") as child:
             try:
                 told, stopped = child.communicate()[1], False
             except KeyboardInterrupt:

@@ -15,9 +15,10 @@ import sys
 import time
 
 import numpy as np
-from PIL import Image
 
-from plumbing.errors import UserError
+from plumbing.errors import InUse, UserError
+from plumbing.files import claim
+from plumbing.images import BadImage, load_rgb
 from plumbing.paths import as_path
 from plumbing.processes import one_line_errors, print0
 
@@ -35,10 +36,15 @@ class TensorBoard:
 
     def __init__(self, run):
         package("tensorboard", "tensorboard")
-        folder = run / "tensorboard"
-        for old in folder.glob("events.out.tfevents.*"):
+        self.folder = run / "tensorboard"
+        for old in self.folder.glob("events.out.tfevents.*"):
             old.unlink()
-        self.writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(str(folder))
+        self.begin()
+
+    def begin(self):
+        """A new file, which takes back what the others say: a TensorBoard that is open reads no deletion."""
+        writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
+        self.writer = writer(str(self.folder), purge_step=0)
 
     def numbers(self, stage, step, values):
         for name, value in values.items():
@@ -50,14 +56,22 @@ class TensorBoard:
     def flush(self):
         self.writer.flush()
 
+    def close(self):
+        self.writer.close()
+
 
 class WandB:
     """A run of the project `seqgan`; WANDB_MODE=offline keeps it on this machine."""
 
     def __init__(self, run):
-        self.wandb = package("wandb", "wandb")
+        self.wandb, self.folder = package("wandb", "wandb"), run
+        self.begin()
+
+    def begin(self):
+        """Another run: nothing can be taken back from one."""
+        name = self.folder.absolute().name
         try:
-            self.run = self.wandb.init(project="seqgan", name=run.absolute().name, dir=str(run))
+            self.run = self.wandb.init(project="seqgan", name=name, dir=str(self.folder))
         except self.wandb.errors.Error as error:
             raise UserError(f"wandb does not start ({error}); wandb login, or WANDB_MODE=offline") from None
         self.stages = set()
@@ -74,6 +88,9 @@ class WandB:
     def flush(self):
         """wandb sends by itself."""
 
+    def close(self):
+        self.run.finish()
+
 
 TARGETS = {"tensorboard": TensorBoard, "wandb": WandB}
 
@@ -87,20 +104,22 @@ class Follower:
     def rows(self):
         """The lines that were finished since; a line that is being written waits for the next time.
 
-        The whole file is read, as a run that is resumed shortens it first; lines that stayed are not new.
+        The whole file is read. A run that is resumed first takes out of it what it will repeat: then the
+        target begins anew, and all lines are new.
         """
         path = self.run / "metrics.jsonl"
-        if not path.exists():
-            return
-        whole = path.read_bytes()
-        for line in whole[: whole.rfind(b"\n") + 1].splitlines():
-            if hash(line) in self.seen:
-                continue
-            self.seen.add(hash(line))
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:  # torn by a kill
-                continue
+        whole = path.read_bytes() if path.exists() else b""
+        lines = {hash(line): line for line in whole[: whole.rfind(b"\n") + 1].splitlines()}
+        if not self.seen <= lines.keys():
+            self.target.close()
+            self.target.begin()
+            self.__init__(self.run, self.target)
+        for key, line in lines.items():
+            if key not in self.seen:
+                with contextlib.suppress(json.JSONDecodeError):  # torn by a kill
+                    row = json.loads(line)
+                    self.seen.add(key)
+                    yield row
 
     def follow(self):
         """Hands on what is new; returns how many rows and pictures that were."""
@@ -114,13 +133,36 @@ class Follower:
                 changed = path.stat().st_mtime_ns
                 if self.times.get(path) == changed:
                     continue
-                pixels = np.asarray(Image.open(path).convert("RGB"))
-            except (OSError, SyntaxError):  # being written by something else than train.py
+                pixels = np.asarray(load_rgb(path))
+            except (OSError, BadImage):  # being written by something else than train.py
                 continue
             self.target.picture(path.stem, pixels, self.step)
             self.times[path], count = changed, count + 1
         self.target.flush()
         return count
+
+
+def watch(run, to, every, once):
+    """Hands on what the folder of a run holds, and without `once` what is added, until Ctrl-C.
+
+    raises: UserError for no folder, another time between two looks, and a run that is watched already
+    """
+    if not run.is_dir():
+        raise UserError(f"{run} is no folder of a run")
+    if not 0 < every <= 86400:
+        raise UserError(f"--every {every} must be above 0 seconds and at most a day, 86400")
+    try:
+        lock = claim(run / to)
+    except InUse:
+        raise UserError(f"another process hands {run} on to {to} already; end it first") from None
+    with lock:
+        follower = Follower(run, TARGETS[to](run))
+        print0(f"{follower.follow()} rows and pictures of {run} handed on to {to}"
+               + ("" if once else "; Ctrl-C ends watching"))
+        with contextlib.suppress(KeyboardInterrupt):
+            while not once:
+                time.sleep(every)
+                follower.follow()
 
 
 def main(words=None):
@@ -133,17 +175,7 @@ def main(words=None):
     parser.add_argument("--once", action="store_true", help="hand on what is there and end")
     args = parser.parse_args(words)
     with one_line_errors():
-        if not args.run.is_dir():
-            raise UserError(f"{args.run} is no folder of a run")
-        if not args.every > 0:
-            raise UserError(f"--every {args.every} must be above 0 seconds")
-        follower = Follower(args.run, TARGETS[args.to](args.run))
-        print0(f"{follower.follow()} rows and pictures of {args.run} handed on to {args.to}"
-               + ("" if args.once else "; Ctrl-C ends watching"))
-        with contextlib.suppress(KeyboardInterrupt):
-            while not args.once:
-                time.sleep(args.every)
-                follower.follow()
+        watch(args.run, args.to, args.every, args.once)
 
 
 if __name__ == "__main__":

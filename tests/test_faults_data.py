@@ -11,7 +11,9 @@ import shutil
 import struct
 import subprocess
 import tarfile
+import tracemalloc
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +32,7 @@ import studies.report
 import studies.tables
 from helpers import call, contents, differing, earlier, open_run, refusal
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import sample
 import train
@@ -179,6 +182,33 @@ def test_decoders_chatter_about_no_file_and_pixels_stay_as_they_were(tmp_path, c
     assert not heard and [image.size for image in images] == [(32, 40)] * 3 + [(40, 32)]
     said = capfd.readouterr()
     assert not said.err and not said.out and not caplog.records
+
+
+@pytest.mark.parametrize(
+    "kind", ["text", "compressed", "international", "profile", "after the pixels", "bomb"])
+def test_pixels_of_a_png_never_depend_on_the_size_of_its_text(tmp_path, kind):
+    """Pillow refuses texts and profiles above 1 MB, and all texts above 64 MB; a bomb is not unpacked."""
+    text, long, more = PngInfo(), "x" * 2_000_000, {}
+    if kind == "text":
+        for i in range(34):
+            text.add_text(f"t{i}", long)
+    if kind == "compressed":
+        text.add_text("t", long, zip=True)
+    if kind == "international":
+        text.add_itxt("t", long, zip=True)
+    if kind == "profile":
+        more["icc_profile"] = long.encode()
+    if kind in ("after the pixels", "bomb"):
+        text.add(b"zTXt", b"t\0\0" + zlib.compress(bytes(10**8)), kind != "bomb")
+    image = Image.new("RGB", (40, 32), "red")
+    image.save(tmp_path / "x.png", pnginfo=text, exif=broken_exif(), **more)
+    tracemalloc.start()
+    for file in (tmp_path / "x.png", io.BytesIO((tmp_path / "x.png").read_bytes())):  # as of an archive
+        found = plumbing.images.load_rgb(file)
+        assert found.size == (32, 40) and found.getpixel((5, 5)) == (255, 0, 0)  # and it is still turned
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert kind == "text" or peak < 2e7
 
 
 def test_log_lines_of_a_decoder_are_not_printed_and_its_error_is_kept(tmp_path, caplog):
@@ -551,6 +581,35 @@ def test_each_file_of_a_figure_is_tried(trained, tmp_path, capsys, idle, suffix)
     words = ["view", "--ckpt", trained / "ar.pt", "--out", tmp_path / "x.png", "--pdf"]
     error = refused(capsys, visualize, *words)
     assert f"x{suffix} cannot be written: it is a folder" in error
+
+
+@pytest.mark.parametrize("script, words, name, suffix", [
+    (sample, "--ckpt ar.pt", "s.jpg", ".png"),
+    (sample, "--ckpt ar.pt --format npz", "s.png", ".npz"),
+    (sample, "--ckpt nar.pt --edit view.png --box 0,0,9,9", "s.jpg", ".png"),
+    (sample, "--ckpt ar.pt --metrics --num 999 --extractor vgg.pt", "s.pt", ".json"),
+    (visualize, "view --ckpt ar.pt", "summary.json", ".png"),
+    (visualize, "positions --ckpt ar.pt", "s.pdf", ".png"),
+    (visualize, "balance --ckpt phase1.pt", "phase1.pt", ".json"),
+    (visualize, "compare phase1.pt", "phase1.pt", ".json"),
+    (visualize, "report .", "s.png", ".html"),
+    # a picture whose numbers would take the place of the run's own
+    (sample, "--ckpt nar.pt --edit view.png --box 0,0,9,9", "summary.png", "would overwrite"),
+    (visualize, "view --ckpt ar.pt", "summary.png", "would overwrite"),
+    (visualize, "positions --ckpt ar.pt", "summary.png", "would overwrite"),
+    # what is edited
+    (sample, "--ckpt nar.pt --edit view.png --box 0,0,9,9", "view.png", "would overwrite what is edited"),
+    (sample, "--ckpt nar.pt --edit samples_nar.png --mask view.png", "view.png", "would overwrite what"),
+    (sample, "--ckpt nar.pt --edit view.png --onto 8,8,16 --format files", "", "holds other files"),
+])
+def test_no_file_is_overwritten_by_another_kind_of_file_and_none_is_named_like_one(
+        trained, tmp_path, capsys, idle, script, words, name, suffix):
+    run = shutil.copytree(trained, tmp_path / "run")
+    (run / "tensorboard").mkdir(exist_ok=True)
+    before = contents(run)
+    words = [str(run / word) if word == "." or "." in word and "=" not in word else word
+             for word in words.split()]
+    assert suffix in refused(capsys, script, *words, "--out", run / name) and contents(run) == before
 
 
 def test_a_bad_place_is_not_laid_to_the_disk_and_a_full_disk_is(tmp_path):

@@ -547,7 +547,8 @@ def test_the_pictures_of_fqgan_and_the_view_run_and_hold_finite_numbers(run, tmp
     numbers = json.loads((tmp_path / "fq_alone.json").read_text())
     assert numbers["psnr"].keys() == {"reconstruction", "sub-codebook 0 alone", "sub-codebook 1 alone"}
     for words in (["report", run, "--out", tmp_path / "r.html", "--num", 8],
-                  ["compare", run / "phase1.pt", "--steps", 2, "--samples", 20, "--out", tmp_path / "c"]):
+                  ["compare", run / "phase1.pt", "--steps", 2, "--samples", 20, "--out",
+                   tmp_path / "c.json"]):
         visualize.main(recipes.options.visualize_args([*map(str, words)]))
 
 

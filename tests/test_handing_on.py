@@ -5,6 +5,8 @@ written and read here, and what a logger is told is looked at. Both were tried w
 """
 
 import json
+import os
+import resource
 import shutil
 import struct
 import sys
@@ -13,18 +15,20 @@ import types
 import numpy as np
 import pytest
 import torch
+from helpers import fork, forked, wait_for, wait_until
 from PIL import Image
 
 import recipes.options
 import sample
 import studies.export
 import studies.watch
+from plumbing.files import claim
 from plumbing.models import load_model
 
 KINDS = {torch.float32: "F32", torch.int64: "I64", torch.uint8: "U8", torch.bool: "BOOL"}
 
 
-def save_file(tensors, path):
+def save(tensors):
     """8 bytes of length, a JSON header of types, shapes and places, then the bytes."""
     header, data = {}, b""
     for name, tensor in tensors.items():
@@ -33,7 +37,16 @@ def save_file(tensors, path):
                             data_offsets=[len(data), len(data) + len(new)])
         data += new
     text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def save_file(tensors, path):
+    """Its file is its owner's alone, and a full disk an error of its own."""
+    try:
+        path.touch(0o600)
+        path.write_bytes(save(tensors))
+    except OSError as error:
+        raise Exception("SafetensorError") from error
 
 
 def load_file(path):
@@ -49,7 +62,7 @@ def load_file(path):
 
 @pytest.fixture
 def package(monkeypatch):
-    module = types.SimpleNamespace(save_file=save_file, load_file=load_file)
+    module = types.SimpleNamespace(save=save, save_file=save_file, load_file=load_file)
     monkeypatch.setitem(sys.modules, "safetensors", types.ModuleType("safetensors"))
     monkeypatch.setitem(sys.modules, "safetensors.torch", module)
 
@@ -69,7 +82,26 @@ def test_an_exported_run_draws_the_same_images_to_the_last_bit(trained, package,
         sample.main(recipes.options.sample_args(list(map(str, words))))
     a, b = (np.load(tmp_path / f"{name}.npz")["arr_0"] for name in "ab")
     assert np.array_equal(a, b) and a.shape == (4, 32, 32, 3)
+    sample.main(recipes.options.sample_args(["--ckpt", str(out / "ar"), "--num", "2"]))  # a sheet there
     studies.export.main([str(trained), "--out", str(out)])  # again: the same files
+    umask = os.umask(0)
+    os.umask(umask)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in out.rglob("*") if path.is_file()}
+    assert set(modes.values()) == {0o666 & ~umask} and {"model.safetensors", "samples_ar.png"} < modes.keys()
+
+
+@pytest.mark.parametrize("size", [2000, 100_000])
+def test_an_export_to_a_full_disk_ends_in_one_line_whatever_its_writers_raise(
+        trained, package, tmp_path, capfd, size):
+    """Weights by safetensors, whose error is no OSError, and the program of torch.export, which aborts."""
+    def child():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        studies.export.main([str(trained), "--out", str(tmp_path / "out"), "--decoder"])
+
+    assert forked(child) == 1
+    error = capfd.readouterr().err
+    assert "could not be written" in error and "GB are free" in error and "Traceback" not in error
+    assert not list(tmp_path.rglob(".tmp*"))
 
 
 def test_the_card_tells_the_numbers_of_the_run_and_the_licence(trained, package, tmp_path):
@@ -105,7 +137,10 @@ def test_what_cannot_be_exported_or_opened_is_refused_in_one_line(trained, packa
     (tmp_path / "mine" / "thesis.tex").write_text("do not touch")
     error = refused(capsys, studies.export.main, trained, "--out", tmp_path / "mine")
     assert "holds other files" in error and (tmp_path / "mine" / "thesis.tex").read_text() == "do not touch"
-    error = refused(capsys, studies.export.main, trained, "--out", tmp_path / "mine" / "thesis.tex")
+    (tmp_path / "mine" / "thesis.tex").rename(tmp_path / "mine" / "README.md")
+    error = refused(capsys, studies.export.main, trained, "--out", tmp_path / "mine")
+    assert "holds other files" in error and (tmp_path / "mine" / "README.md").read_text() == "do not touch"
+    error = refused(capsys, studies.export.main, trained, "--out", tmp_path / "mine" / "README.md")
     assert "cannot be written" in error
     studies.export.main([str(trained), "--out", str(tmp_path / "out")])
     weights = tmp_path / "out" / "ar" / "model.safetensors"
@@ -130,11 +165,17 @@ def test_without_the_package_one_line_names_it(trained, tmp_path, monkeypatch, c
         words = tmp_path, "--once", "--to", target
         assert f"pip install {target}" in refused(capsys, studies.watch.main, *words)
     assert "no folder of a run" in refused(capsys, studies.watch.main, tmp_path / "nowhere", "--once")
+    for every in ("inf", "nan", "0", "1e9"):
+        assert "--every" in refused(capsys, studies.watch.main, tmp_path, "--every", every)
 
 
 class Logger:
     def __init__(self, run=None):
-        self.seen, self.pictures = [], []
+        self.begun = 0
+        self.begin()
+
+    def begin(self):
+        self.seen, self.pictures, self.begun = [], [], self.begun + 1
 
     def numbers(self, stage, step, values):
         self.seen.append((stage, step, values))
@@ -144,6 +185,8 @@ class Logger:
 
     def flush(self):
         pass
+
+    close = flush
 
 
 def test_a_watcher_hands_on_every_line_and_picture_once_and_waits_for_half_lines(tmp_path):
@@ -161,16 +204,42 @@ def test_a_watcher_hands_on_every_line_and_picture_once_and_waits_for_half_lines
     path.write_text(text + "{torn\n" + json.dumps(dict(stage="nar", step=1, loss=2.0)) + "\n")
     assert follower.follow() == 2 and follower.target.seen[2:] == [
         ("ar", 3, {"loss": 1 / 3}), ("nar", 1, {"loss": 2.0})]
-    path.write_text("".join(text.splitlines(True)[:2]))  # resumed: what stays is not handed on again
-    assert follower.follow() == 0
     Image.new("RGB", (8, 6)).save(tmp_path / ".tmp1.samples.png")  # being written
     assert follower.follow() == 0
-    path.write_text(json.dumps(dict(stage="ar", step=1, loss=9.0)) + "\n")  # begun anew
-    assert follower.follow() == 1 and follower.target.seen[-1] == ("ar", 1, {"loss": 9.0})
 
 
-def test_the_command_looks_at_a_run_once(trained, monkeypatch, capsys):
-    loggers = [Logger()]
+def test_what_a_resumed_run_takes_out_of_its_log_is_taken_back_and_no_curve_runs_backwards(tmp_path):
+    """The kind: after a kill and a resume, a target that only appends holds step 3 before another step 2."""
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps(dict(stage="ar", step=step, loss=1.0)) + "\n" for step in (1, 2, 3)]
+    follower = studies.watch.Follower(tmp_path, target := Logger())
+    path.write_text("".join(lines) + "{torn")
+    Image.new("RGB", (8, 6)).save(tmp_path / "samples.png")
+    assert follower.follow() == 4 and follower.follow() == 0 and target.begun == 1
+    path.write_text(lines[0] + json.dumps(dict(stage="ar", step=2, loss=0.5)) + "\n")
+    assert follower.follow() == 3 and follower.follow() == 0 and target.begun == 2
+    assert target.seen == [("ar", 1, {"loss": 1.0}), ("ar", 2, {"loss": 0.5})] and target.pictures
+
+
+def test_a_second_watcher_of_a_run_is_refused_while_the_first_one_watches(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(studies.watch.TARGETS, "tensorboard", Logger)
+
+    def other():
+        lock = claim(tmp_path / "tensorboard")
+        (tmp_path / "held").touch()
+        wait_until((tmp_path / "done").exists)
+        lock.close()
+
+    child = fork(other)
+    wait_until((tmp_path / "held").exists)
+    assert "end it first" in refused(capsys, studies.watch.main, tmp_path, "--once")
+    (tmp_path / "done").touch()
+    assert wait_for(child) == 0
+    studies.watch.main([str(tmp_path), "--once"])
+
+
+def test_the_command_looks_at_a_run_once(trained, tmp_path, monkeypatch, capsys):
+    trained, loggers = shutil.copytree(trained, tmp_path / "run"), [Logger()]
     monkeypatch.setitem(studies.watch.TARGETS, "tensorboard", lambda run: loggers[0])
     studies.watch.main([str(trained), "--once"])
     rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]

@@ -239,6 +239,19 @@ def test_nothing_is_imported_while_the_meta_device_is_set():
     assert done.returncode == 0, done.stderr
 
 
+def test_text_is_written_in_an_encoding_that_no_locale_decides():
+    """By `save_text`, or with an encoding that is named: names and Greek letters stand in what is written."""
+    left = []
+    for name, tree in TREES.items():
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            words = [word.value for word in call.args if isinstance(word, ast.Constant)]
+            kind = getattr(call.func, "attr", getattr(call.func, "id", ""))
+            text = kind == "write_text" or kind == "open" and {"w", "a", "a+", "x"} & {*map(str, words)}
+            if text and "utf-8" not in words + [getattr(key.value, "value", None) for key in call.keywords]:
+                left.append(f"{name}:{call.lineno}")
+    assert not left
+
+
 def test_every_folder_is_told_in_the_readme():
     text = Path(ROOT / "README.md").read_text()
     assert all(f"`{folder}/`" in text for folder in (*FOLDERS, "docs"))

@@ -36,7 +36,8 @@ import recipes.small
 import studies.cost
 import studies.summary
 from helpers import (
-    ROOT, SCRIPTS, STEPS, call, command, contents, differing, earlier, forked, open_run, refusal, rows, script,
+    ROOT, SCRIPTS, STEPS, call, command, contents, differing, earlier, forked, open_run, refusal, rows,
+    script,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 

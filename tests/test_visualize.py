@@ -1,5 +1,6 @@
 """Claims about visualize.py: the teacher-forced view, the summary of a run, and commands on a trained run."""
 
+import io
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import plumbing.data
+import plumbing.drawing
 import plumbing.files
 import plumbing.images
 import plumbing.models
@@ -534,6 +536,32 @@ def test_a_figure_tells_with_which_loss_the_tokenizer_was_trained_whatever_the_p
     assert visualize.alpha_of(layers) == dict(alpha=None, layers="A")
 
 
+def test_compare_takes_images_of_which_only_some_have_classes(trained, data, tmp_path):
+    """It looks at no class: pictures for validation need not lie in folders as those for training do."""
+    shutil.copytree(data / "train", tmp_path / "train")
+    (tmp_path / "val").mkdir()
+    for i, path in enumerate((data / "val").rglob("*.png")):
+        shutil.copy(path, tmp_path / "val" / f"{i}.png")
+    visualize.main(recipes.options.visualize_args([
+        "compare", str(trained / "phase1.pt"), "--steps", "1", "--device", "cpu", "--data", str(tmp_path),
+        "--samples", "20", "--out", str(tmp_path / "x.json")]))
+    assert json.loads((tmp_path / "x.json").read_text())[0]["val_images"] == 20
+
+
+def test_names_in_figures_are_shown_as_they_are(run, tmp_path):
+    """No formula of "$", nothing left out for a "_" in front, and bytes that are no UTF-8 are escaped."""
+    names = ["_a$x_1$", "$\\frac$ ^", "100%_$", "caf\udce9"]
+    x = torch.zeros(3, 8, 8)
+    fig = plumbing.drawing.draw_grid([[(name, x, name), ("", None, "")] for name in names], names, names[1])
+    plumbing.drawing.save_figure(fig, tmp_path / "x.png", names)
+    shown = {text.get_text() for text in fig.findobj(plumbing.drawing.pyplot().Text)}
+    assert {*names[:3], "caf\\udce9"} <= shown and json.loads((tmp_path / "x.json").read_bytes()) == names
+    odd = shutil.copytree(run, tmp_path / names[0])
+    args = recipes.options.visualize_args(["fig10", "--ckpt", str(odd / "ar.pt")])
+    fig, _ = visualize.figure_losses(args, "cpu")
+    assert names[0] in fig.axes[0].get_legend().get_texts()[0].get_text()
+
+
 # The report -----------------------------------------------------------------------------------------------
 
 
@@ -568,7 +596,8 @@ def test_results_measured_alike_share_a_table_in_which_the_best_is_marked():
     assert tables[0].count("<tr>") == 3 and "<th>precision</th>" in tables[0]
 
 
-def test_a_watched_report_is_written_again_when_the_run_has_news_and_reloads_itself(run, monkeypatch):
+def test_a_watched_report_is_written_again_when_the_run_has_news_and_reloads_itself(
+        run, monkeypatch, capsys):
     written = []
 
     class Stopped(Exception):
@@ -592,11 +621,20 @@ def test_a_watched_report_is_written_again_when_the_run_has_news_and_reloads_its
         studies.report.report(args)
     assert len(made) == 2 and all('http-equiv="refresh"' in page for page in written)
 
-    def interrupted(seconds):
-        raise KeyboardInterrupt
+    looks = iter([FileNotFoundError("renamed meanwhile"), studies.report.news(run), KeyboardInterrupt()])
 
-    monkeypatch.setattr(studies.report.time, "sleep", interrupted)
-    studies.report.report(args)  # Ctrl-C ends it without a traceback
+    def news(run):
+        if isinstance(look := next(looks), BaseException):
+            raise look
+        return look
+
+    monkeypatch.setattr(studies.report.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(studies.report, "news", news)
+    capsys.readouterr()
+    studies.report.report(args)  # a file that vanishes does not end it; Ctrl-C does, without a traceback
+    told = capsys.readouterr().out
+    assert told.index("watching") < told.index("renamed meanwhile") < told.index("wrote") and len(made) == 3
+    assert "refresh" not in (run / "report.html").read_text()  # nobody writes it any more
     args = recipes.options.visualize_args(["report", str(run), "--device", "cpu", "--num", "4"])
     studies.report.report(args)
     assert "refresh" not in (run / "report.html").read_text()
@@ -622,12 +660,20 @@ def test_the_report_shows_each_stage_s_configuration_as_its_own_checkpoint_has_i
     assert (both["prior"], both["prior of nar"], both["ar"], both["nar"]) == (1, 3, 2, 4)
 
 
-def test_a_report_of_a_run_that_has_only_begun_shows_what_is_there(run):
+def test_a_report_of_a_run_that_has_only_begun_shows_what_is_there_as_utf8_in_every_locale(
+        run, data, monkeypatch, recwarn):
+    """Names of folders and classes need not be UTF-8; no curve is drawn of a stage that logged none."""
     for name in ("phase2", "ar", "nar", "vgg"):
         (run / f"{name}.pt").unlink()
-    visualize.main(recipes.options.visualize_args(["report", str(run), "--device", "cpu", "--num", "4"]))
-    page = (run / "report.html").read_text()
+    with open(run / "metrics.jsonl", "a") as log:
+        log.write('{"stage": "nar", "step": 1, "val_accuracy": 0.5}\n')
+    (odd := run.with_name("caf\udce9 α")).symlink_to(data)
+    monkeypatch.setattr(io, "text_encoding", lambda encoding, *_: encoding or "ascii")  # as LC_ALL=C has it
+    visualize.main(recipes.options.visualize_args(
+        ["report", str(run), "--device", "cpu", "--num", "4", "--data", str(odd)]))
+    page = (run / "report.html").read_bytes().decode("utf-8")
     assert "<h2>Reconstructions" in page and "<h2>Teacher" not in page and "<button" not in page
+    assert "caf\\udce9 α" in page and not [w for w in recwarn if "artists" in str(w.message)]
 
 
 @pytest.mark.parametrize(
