@@ -341,7 +341,7 @@ def test_only_a_wrong_checksum_is_called_damage_and_nothing_else_is_to_be_delete
     path, run = tmp_path / "ar.pt", open_run("all", tmp_path, data)
     tensors = safetensors.torch.save({"a": torch.zeros(3)})
     for content, told in ((tensors, "a safetensors file; "), (b"text", "no file of torch.save"),
-                          (pickle.dumps(os.system), "code, or no file")):
+                          (pickle.dumps(os.system, 2), "code, or no file")):
         path.write_bytes(content)
         for read in (header, lambda path: read_checkpoint(path, ["ar"])):
             with pytest.raises(UserError, match=told) as error:
