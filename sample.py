@@ -28,7 +28,8 @@ from plumbing.compiling import check_compiler, compile_sampling
 from plumbing.data import images_of
 from plumbing.errors import UserError
 from plumbing.fast import pack_linears
-from plumbing.files import latent_hash, save_atomic, save_text, sweep, weights_hash, writable
+from plumbing.files import save_atomic, save_text, sweep, writable
+from plumbing.hashes import latent_hash, weights_hash
 from plumbing.images import make_sheet
 from plumbing.models import load_model, load_tokenizer_of
 from plumbing.processes import on_rank0, one_line_errors, print0, setup_device

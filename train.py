@@ -29,7 +29,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from perceptual import LAYER_SETS, adv_loss, disc_loss, layer_weights, perceptual_loss, r1_penalty
 from plumbing.codes import batch_usage, cached_codes, code_batch
 from plumbing.errors import as_user_error
-from plumbing.files import latent_hash
+from plumbing.hashes import latent_hash
 from plumbing.models import (
     check_losses, earlier_tokenizer, load_model, new_discriminator, new_prior, parts,
 )

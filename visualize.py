@@ -30,7 +30,8 @@ from perceptual import LOGIT, lpips_like
 from plumbing.data import images_of
 from plumbing.drawing import draw_grid, new_figure, save_figure, writable_picture
 from plumbing.errors import UserError
-from plumbing.files import latent_hash, read_checkpoint, read_metrics
+from plumbing.files import read_checkpoint, read_metrics
+from plumbing.hashes import latent_hash
 from plumbing.images import psnr, to_float, to_uint8
 from plumbing.models import find_judge, load_model, load_tokenizer_of
 from plumbing.processes import one_line_errors, print0, setup_device

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from plumbing.errors import UserError
-from plumbing.files import latent_hash
+from plumbing.hashes import latent_hash
 from plumbing.models import load_model
 from prior_ar import sample_logits
 from recipes.small import of_fork

@@ -9,7 +9,7 @@ from torch import nn
 
 from plumbing.errors import UserError
 from plumbing.fast import group_norm
-from plumbing.files import not_finite
+from plumbing.hashes import not_finite
 from recipes.small import of_fork
 from tokenizer import DecoderStage, Downsample, TokenizerConfig, Upsample, VQTokenizer
 

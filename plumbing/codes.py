@@ -10,7 +10,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from plumbing.errors import warn
-from plumbing.files import intact, latent_hash, load_torch, save_torch
+from plumbing.files import intact, load_torch, save_torch
+from plumbing.hashes import latent_hash
 from plumbing.images import to_float
 from plumbing.processes import (
     agreed, all_reduce_mean, full_float32, mix, my_rows, on_rank0, print0, rank, to_device, world,

@@ -4,7 +4,6 @@ import contextlib
 import errno
 import fcntl
 import functools
-import hashlib
 import importlib
 import json
 import os
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch
 
 from plumbing.errors import InUse, UserError, one_line, warn
+from plumbing.hashes import weights_hash
 
 FORMAT = 4  # of the checkpoint files; train.py writes them
 EXPORTED = ("format", "stage", "step", "config", "model_config", "class_names", "tokenizer_hash",
@@ -259,33 +259,6 @@ def header_of(path, *_):
         told = reason(path, error)
         raise UserError(f"{path} is damaged; delete it and --run again" if told == "wrong checksum" else
                         f"{path} is no checkpoint of this project ({told}); move it away") from None
-
-
-def not_finite(thing, name=""):
-    """The name of the first tensor in nested dicts and lists that holds an infinity or a nan, else ''."""
-    if torch.is_tensor(thing):
-        return "" if thing.isfinite().all() else name
-    parts = thing.items() if isinstance(thing, dict) else enumerate(thing) if isinstance(thing, list) else ()
-    return next(filter(None, (not_finite(part, f"{name}.{key}") for key, part in parts)), "")
-
-
-def weights_hash(*modules, skip=None):
-    """16 hex digits over the names and bits of all weights, of modules or of state dicts, but those whose
-    name begins with `skip`."""
-    digest = hashlib.sha256()
-    for module in modules:
-        weights = module if isinstance(module, dict) else module.state_dict()
-        for name, tensor in sorted(weights.items()):
-            if skip is None or not name.startswith(skip):
-                digest.update(name.encode())
-                bits = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-                digest.update(bits.numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def latent_hash(tokenizer):
-    """Hash of everything that decides the tokens of an image: all weights but the decoder's."""
-    return weights_hash(tokenizer, skip="decoder.")
 
 
 def read_metrics(path):

@@ -9,7 +9,8 @@ import torch
 import forks
 from perceptual import LAYERS, LOGIT, PatchDiscriminator, StyleDiscriminator, VGGTaps
 from plumbing.errors import UserError, as_user_error, of_fork, warn
-from plumbing.files import FOREIGN, FORMAT, latent_hash, newest_intact, read_checkpoint
+from plumbing.files import FOREIGN, FORMAT, newest_intact, read_checkpoint
+from plumbing.hashes import latent_hash
 from plumbing.kmeans import SCHEDULE, OfflineKMeans
 from plumbing.processes import on_rank0, rank
 from plumbing.stages import refuse_other_config, refuse_other_images

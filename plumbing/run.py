@@ -21,9 +21,9 @@ from plumbing.data import load_data
 from plumbing.dataset import batches
 from plumbing.errors import UserError, warn
 from plumbing.files import (
-    FORMAT, claim, newest_intact, not_finite, read_checkpoint, read_metrics, save_atomic, save_checkpoint,
-    save_text, weights_hash,
+    FORMAT, claim, newest_intact, read_checkpoint, read_metrics, save_atomic, save_checkpoint, save_text,
 )
+from plumbing.hashes import not_finite, weights_hash
 from plumbing.images import make_sheet, to_float
 from plumbing.parallel import wrap
 from plumbing.processes import (

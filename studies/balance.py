@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from perceptual import LAYER_SETS, NAMES, VGGTaps, layer_weights, perceptual_terms
 from plumbing.data import images_of
 from plumbing.errors import UserError
-from plumbing.files import latent_hash, save_text, writable
+from plumbing.files import save_text, writable
+from plumbing.hashes import latent_hash
 from plumbing.images import to_float
 from plumbing.models import find_judge, load_model
 from plumbing.processes import mix, print0, setup_device

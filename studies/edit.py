@@ -15,7 +15,8 @@ from PIL import Image
 from perceptual import LOGIT
 from plumbing.drawing import writable_picture
 from plumbing.errors import UserError
-from plumbing.files import save_atomic, save_text, weights_hash, writable
+from plumbing.files import save_atomic, save_text, writable
+from plumbing.hashes import weights_hash
 from plumbing.images import BadImage, load_rgb, make_sheet, to_float, to_square, to_uint8
 from plumbing.models import find_judge, load_model, load_tokenizer_of
 from plumbing.processes import on_rank0, print0, rank

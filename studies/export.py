@@ -16,9 +16,8 @@ import torch
 from torch import nn
 
 from plumbing.errors import UserError
-from plumbing.files import (
-    EXPORTED, read_checkpoint, safetensors, save_atomic, save_text, weights_hash, writable,
-)
+from plumbing.files import EXPORTED, read_checkpoint, safetensors, save_atomic, save_text, writable
+from plumbing.hashes import weights_hash
 from plumbing.models import load_model
 from plumbing.paths import as_path
 from plumbing.processes import one_line_errors, print0

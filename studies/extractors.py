@@ -8,7 +8,8 @@ import torch
 
 from plumbing.errors import UserError
 from plumbing.fast import in_slices
-from plumbing.files import load_torch, weights_hash
+from plumbing.files import load_torch
+from plumbing.hashes import weights_hash
 from plumbing.models import load_model
 from plumbing.paths import expanded
 from plumbing.processes import fetched

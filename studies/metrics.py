@@ -16,7 +16,8 @@ import torch
 from plumbing.codes import codebook_usage, count_codes
 from plumbing.data import images_of
 from plumbing.errors import UserError, warn
-from plumbing.files import latent_hash, read_checkpoint, save_text, weights_hash, writable
+from plumbing.files import read_checkpoint, save_text, writable
+from plumbing.hashes import latent_hash, weights_hash
 from plumbing.images import psnr, to_float, to_uint8
 from plumbing.models import load_model, load_tokenizer_of
 from plumbing.processes import mix, on_rank0, print0, world

@@ -11,7 +11,8 @@ from tqdm import tqdm
 import forks
 from plumbing.codes import count_codes
 from plumbing.data import images_of, load_data
-from plumbing.files import latent_hash, read_checkpoint, save_text, writable
+from plumbing.files import read_checkpoint, save_text, writable
+from plumbing.hashes import latent_hash
 from plumbing.images import psnr, to_float
 from plumbing.models import load_model, parts
 from plumbing.processes import mix, print0, rank, setup_device

@@ -12,7 +12,8 @@ from plumbing.codes import codebook_usage, count_codes, kept_codes
 from plumbing.data import images_of, with_data
 from plumbing.drawing import literal, new_figure, pyplot
 from plumbing.errors import UserError
-from plumbing.files import latent_hash, read_checkpoint, read_metrics, save_text, writable
+from plumbing.files import read_checkpoint, read_metrics, save_text, writable
+from plumbing.hashes import latent_hash
 from plumbing.images import make_sheet, to_float, to_uint8
 from plumbing.models import load_model, load_tokenizer_of
 from plumbing.processes import print0, setup_device

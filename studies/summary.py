@@ -10,7 +10,8 @@ from tqdm import tqdm
 from perceptual import LOGIT, lpips_like
 from plumbing.codes import codebook_usage, count_codes
 from plumbing.drawing import save_figure
-from plumbing.files import header, latent_hash, read_metrics, save_text
+from plumbing.files import header, read_metrics, save_text
+from plumbing.hashes import latent_hash
 from plumbing.images import psnr, to_float, to_uint8
 from plumbing.models import load_model
 from plumbing.processes import peak_memory, print0, rank

@@ -37,6 +37,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import plumbing.files
+import plumbing.hashes
 import plumbing.processes
 import plumbing.run
 import recipes.options
@@ -442,7 +443,7 @@ def safety(stage, folder):
         checks += median_time(lambda g=grads: torch.nn.utils.get_total_norm(g).isfinite().item())
     line = median_time(lambda: run.log(stage, 0, lr=0.1, loss_rec=1.0)) / 20
     plain = median_time(lambda: torch.save(ckpt, folder / "plain.pt"), 7)
-    safe = median_time(lambda: plumbing.files.not_finite(ckpt) or save_checkpoint(ckpt, path), 7)
+    safe = median_time(lambda: plumbing.hashes.not_finite(ckpt) or save_checkpoint(ckpt, path), 7)
     save = (safe - plain) / min(2000, recipes.small.CIFAR10[stage]["steps"] // 10)
     print(f"{stage}: step {step * 1e3:.1f} ms; checks {checks * 1e3:.2f} ms, log {line * 1e3:.3f} ms, "
           f"checkpoint {save * 1e3:.3f} ms a step ({plain:.2f} -> {safe:.2f} s each): "

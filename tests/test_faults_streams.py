@@ -12,7 +12,8 @@ import sys
 import pytest
 from helpers import ROOT, call, command, differing, earlier, rows
 
-from plumbing.files import latent_hash, read_checkpoint
+from plumbing.files import read_checkpoint
+from plumbing.hashes import latent_hash
 from plumbing.models import load_model
 
 ENV = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))

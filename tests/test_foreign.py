@@ -19,7 +19,8 @@ import sample
 import train
 import visualize
 from forks.maskgit import MaskGITDecoder, MaskGITEncoder
-from plumbing.files import latent_hash, read_checkpoint, weights_hash
+from plumbing.files import read_checkpoint
+from plumbing.hashes import latent_hash, weights_hash
 from plumbing.models import load_model
 
 K, N_Z, CHANNELS = 16, 8, [32, 64]  # codes, their width, the stages' widths: f = 2, one block a stage

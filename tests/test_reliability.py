@@ -26,6 +26,7 @@ import torch
 import plumbing.codes
 import plumbing.data
 import plumbing.files
+import plumbing.hashes
 import plumbing.images
 import plumbing.models
 import plumbing.processes
@@ -154,7 +155,7 @@ def test_a_phase_goes_on_only_under_the_judge_that_it_began_with(trained, data, 
     shutil.copytree(trained, out)
     ckpt = read_checkpoint(out / "phase1.pt", ["phase1"])
     judge, _ = plumbing.models.load_model(out / "vgg.pt", ["vgg"])
-    assert ckpt["judge"] == plumbing.files.weights_hash(judge)
+    assert ckpt["judge"] == plumbing.hashes.weights_hash(judge)
     save_checkpoint(ckpt | dict(judge="0" * 16), out / "phase1.pt")
     assert "was trained with another judge" in refusal(capsys, "phase1", out, data)
     assert read_checkpoint(out / "nar.pt", ["nar"])["judge"] is None
@@ -567,7 +568,7 @@ def test_a_gradient_that_is_not_finite_skips_one_update_of_one_player(
     ckpt = read_checkpoint(out / "phase1.pt", ["phase1"])
     assert (
         ckpt["step"] == STEPS
-        and plumbing.files.not_finite(ckpt) == ""
+        and plumbing.hashes.not_finite(ckpt) == ""
         and list(ckpt["skips"][name]) == [0, 2]
     )
     moments = [state["step"].item() for state in ckpt["train"]["opt_g"]["state"].values()]
@@ -588,7 +589,7 @@ def test_a_run_whose_gradients_stay_bad_stops_and_keeps_its_last_checkpoint(
     assert "updates of the prior were skipped" in error and "lower lr" in error
     good = read_checkpoint(out / "ar.pt", ["ar"])
     assert (
-        plumbing.files.not_finite(good) == ""
+        plumbing.hashes.not_finite(good) == ""
         and good["step"] == 10
         and list(good["skips"]["prior"]) == [8, 8]
     )
@@ -843,7 +844,7 @@ def test_a_sheet_and_an_npz_say_what_made_them(trained, tmp_path):
         sample.main(recipes.options.sample_args([*map(str, words), "--device", "cpu"]))
     sheet = json.loads(Image.open(tmp_path / "a.png").text["info"])
     array = json.loads(str(np.load(tmp_path / "a.npz")["info"]))
-    assert sheet == array and sheet["tokenizer"] == plumbing.files.latent_hash(
+    assert sheet == array and sheet["tokenizer"] == plumbing.hashes.latent_hash(
         plumbing.models.load_model(trained / "phase2.pt", ["phase2"])[0])
 
 
@@ -1073,7 +1074,7 @@ def test_a_gradient_that_is_not_finite_in_one_process_skips_the_update_in_all(tr
 
     assert run_processes(2, child) == [0, 0]  # equal weights were found at every save
     ckpt = read_checkpoint(out / "ar.pt", ["ar"])
-    assert list(ckpt["skips"]["prior"]) == [0, 1] and plumbing.files.not_finite(ckpt) == ""
+    assert list(ckpt["skips"]["prior"]) == [0, 1] and plumbing.hashes.not_finite(ckpt) == ""
 
 
 @pytest.mark.dist

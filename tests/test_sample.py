@@ -16,6 +16,7 @@ import plumbing.data
 import plumbing.dataset
 import plumbing.fast
 import plumbing.files
+import plumbing.hashes
 import plumbing.images
 import plumbing.models
 import plumbing.processes
@@ -77,7 +78,7 @@ def run(tmp_path):
     tokenizer = tiny_tokenizer()
     write_checkpoint(tmp_path / "phase1.pt", "phase1", tokenizer)
     for stage, kind in (("ar", ARPrior), ("nar", NARPrior)):
-        ours = plumbing.files.latent_hash(tokenizer)
+        ours = plumbing.hashes.latent_hash(tokenizer)
         write_checkpoint(tmp_path / f"{stage}.pt", stage, tiny_prior(kind), tokenizer_hash=ours)
     return tmp_path
 
@@ -426,12 +427,12 @@ def test_averaged_weights_are_loaded_where_there_are_any_and_names_must_match(tm
 def test_the_latent_hash_covers_encoder_and_codebook_and_not_the_decoder():
     tokenizer, hashes = tiny_tokenizer(), []
     for part in (tokenizer.decoder.conv_out, tokenizer.encoder.conv_in, tokenizer.quantizer.codebook):
-        hashes.append(plumbing.files.latent_hash(tokenizer))
+        hashes.append(plumbing.hashes.latent_hash(tokenizer))
         with torch.no_grad():
             part.weight[0] += 1e-3
-    hashes.append(plumbing.files.latent_hash(tokenizer))
+    hashes.append(plumbing.hashes.latent_hash(tokenizer))
     assert hashes[0] == hashes[1] and len(set(hashes)) == 3
-    assert plumbing.files.latent_hash(tiny_tokenizer()) == hashes[0]
+    assert plumbing.hashes.latent_hash(tiny_tokenizer()) == hashes[0]
 
 
 def test_a_prior_finds_its_tokenizer_and_refuses_a_foreign_one(run, tmp_path_factory):

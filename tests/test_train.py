@@ -42,7 +42,8 @@ from helpers import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from plumbing.files import latent_hash, read_checkpoint
+from plumbing.files import read_checkpoint
+from plumbing.hashes import latent_hash
 from plumbing.models import load_model
 from tokenizer import TokenizerConfig, VQTokenizer
 

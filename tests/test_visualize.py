@@ -16,6 +16,7 @@ import torch
 import plumbing.data
 import plumbing.drawing
 import plumbing.files
+import plumbing.hashes
 import plumbing.images
 import plumbing.models
 import plumbing.run
@@ -388,7 +389,7 @@ def test_both_phases_decode_identical_tokens(run, monkeypatch, capsys, figure, n
     real, seen = plumbing.slices.decode, []
 
     def spy(tokenizer, tokens):
-        seen.append((plumbing.files.weights_hash(tokenizer), tokens))
+        seen.append((plumbing.hashes.weights_hash(tokenizer), tokens))
         return real(tokenizer, tokens)
 
     monkeypatch.setattr(visualize, "decode", spy)
