@@ -115,7 +115,7 @@ def begins(path, length=2):
 
 def reason(path, error):
     """Why `load_torch` refused a file, in words; "wrong checksum" only where one is wrong."""
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that of mmap, where a file was cut off
         return one_line(error)
     if begins(path) == b"PK" and not intact(path):
         return "wrong checksum"

@@ -323,17 +323,17 @@ def test_a_second_extractor_measures_the_same_images_in_the_same_pass(
     assert json.loads((run / "result_2.json").read_text())["results"] == other["results"]
     (run / "result.json").unlink()
     (run / "result_2.json").unlink()
-    real_save, saved = studies.metrics.save_atomic, []
+    real_save, saved = studies.metrics.save_text, []
 
-    def killed(write, path):
+    def killed(text, path):
         saved.append(path.name)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(studies.metrics, "save_atomic", killed)
+    monkeypatch.setattr(studies.metrics, "save_text", killed)
     with pytest.raises(KeyboardInterrupt):
         measure(run, *words, "--second", run / "vgg.pt")
     assert saved == ["result_2.json"]  # where the first is, a table takes both to be there
-    monkeypatch.setattr(studies.metrics, "save_atomic", real_save)
+    monkeypatch.setattr(studies.metrics, "save_text", real_save)
     assert measure(run, *words, "--second", run / "vgg.pt")["results"] == alone["results"]
 
 
