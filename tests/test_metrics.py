@@ -263,6 +263,16 @@ def test_a_judge_and_a_scorer_both_serve_and_give_their_own_logits(trained, scor
         assert torch.allclose(found["logits"], expected, atol=1e-4)
 
 
+def test_a_narrow_scorer_trains_and_its_shortcuts_are_those_of_strided_convolutions():
+    """A stride in a 1x1 convolution aborts below 8 channels: on processors with AVX2 alone, oneDNN's bug."""
+    network = plumbing.weights.ResNet(2, 10).to(memory_format=torch.channels_last)
+    x = torch.randn(8, 3, 32, 32).to(memory_format=torch.channels_last)
+    for _ in range(10):
+        network(x).sum().backward()
+    conv, x = network.features[4].downsample[0], torch.randn(2, 2, 8, 8)
+    torch.testing.assert_close(conv(x), torch.nn.functional.conv2d(x, conv.weight, stride=2))
+
+
 def test_the_scorer_is_a_residual_network_of_another_family_with_the_members_of_a_vgg():
     network = plumbing.weights.ResNet(32, 10)
     assert sum(p.numel() for p in network.parameters()) == 1_228_970

@@ -287,7 +287,7 @@ DOUBLE = "import torch; torch.set_default_dtype(torch.float64); torch.Tensor.flo
 
 
 def call_in_double(*words, **sets):
-    assert forked(lambda: (exec(DOUBLE, {}), call(*words, **sets)), patience=240) == 0
+    assert forked(lambda: (exec(DOUBLE, {}), call(*words, **sets)), patience=600) == 0
 
 
 def check_same_sums(found, expected, stage):
@@ -432,8 +432,8 @@ train.main(*train_args(words))
 """
 DIST = [(stage, (), dict(prior__dropout=0.0)) for stage in recipes.options.STAGES]
 DIST += [("phase1", ("--micro-batch", 2), dict(phase1__adv_start=1.0))]
-DIST += [("phase1", (), dict(discriminator__kind="patch", discriminator__max_width=16,
-                              phase1__adv_start=0.0))]
+DIST += [("phase1", ("--steps", 3), dict(discriminator__kind="patch", discriminator__max_width=16,
+                                         phase1__adv_start=0.0))]
 
 
 @pytest.fixture(scope="module")
