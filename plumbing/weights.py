@@ -48,7 +48,7 @@ def build_vgg16(width=64, num_classes=1000, hidden=4096, batch_norm=False, skip_
     pools = [i for i, module in enumerate(vgg.features) if isinstance(module, nn.MaxPool2d)]
     for index in pools[:skip_pools]:  # keeps its place: the taps are known by their index
         vgg.features[index] = nn.Identity()
-    vgg.to_empty(device=torch.get_default_device())
+    vgg.to_empty(device=torch.empty(0).device)  # get_default_device() forgets an outer one in PyTorch 2.6
     for module in vgg.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
