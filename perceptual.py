@@ -131,7 +131,7 @@ def lpips_like(vgg, x, x_hat):
 
     As in LPIPS, features are normalised to unit length over channels at each position and squared
     differences are averaged over positions; unlike LPIPS, layers carry no learned weights and `vgg` may be
-    a judge of one's own, so values compare with each other and with nothing published.
+    a VGG of one's own, so values compare with each other and with nothing published.
     """
     with torch.no_grad():
         a, b = vgg(x, LAYERS), vgg(x_hat, LAYERS)

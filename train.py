@@ -1,11 +1,11 @@
-"""Trains every part of SeQ-GAN (Sec. 3.4 and 6.1): a judge, the tokenizer's two phases and both priors.
+"""Trains every part of SeQ-GAN (Sec. 3.4 and 6.1): a VGG, the tokenizer's two phases and both priors.
 
     python train.py --stage all --preset demo                   # the whole method on a CPU, no download
     python train.py --stage all --preset cifar10 --data DIR     # real images on a CPU
     torchrun --nproc_per_node=8 train.py --stage phase1 --preset imagenet --data DIR    # Table 9
     python train.py --stage phase1 --preset demo --ablation +attention2 --out runs/att  # a row of Table 1
 
-Stages: vgg (a judge of one's own; with --arch resnet a scorer for metrics), phase1, phase2, ar, nar, or
+Stages: vgg (a VGG of one's own; with --arch resnet a scorer for metrics), phase1, phase2, ar, nar, or
 all. Each leaves one checkpoint in runs/<preset>/, which later stages find there. The same command again
 continues an interrupted run. The recipes are in recipes/paper.py (Tables 9 and 10) and recipes/small.py.
 
@@ -138,8 +138,8 @@ def build_distance(run, c):
     """(x, x_hat) -> the perceptual loss of Eq. 4, or of a row of Table 6; or LPIPS (I15)."""
     if c["layers"] == "lpips":
         return lambda x, x_hat: run.lpips(x_hat, x).float().mean()
-    judge, weights = run.judge, LAYER_SETS[c["layers"]] if c["layers"] else layer_weights(c["alpha"])
-    return lambda x, x_hat: perceptual_loss(judge, x, x_hat, weights)
+    vgg, weights = run.vgg, LAYER_SETS[c["layers"]] if c["layers"] else layer_weights(c["alpha"])
+    return lambda x, x_hat: perceptual_loss(vgg, x, x_hat, weights)
 
 
 def mean_probs(tokenizer, micro):
@@ -286,9 +286,9 @@ def train_stage(run, stage):
     """Trains one stage to its last step; its stream of images is closed in whatever way it ends."""
     try:
         if stage in ("vgg", "resnet"):
-            from plumbing.judge import train_judge
+            from plumbing.classifiers import train_classifier
 
-            train_judge(run, stage)
+            train_classifier(run, stage)
         elif stage in ("phase1", "phase2"):
             train_tokenizer(run, stage)
         else:

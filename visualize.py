@@ -33,7 +33,7 @@ from plumbing.errors import UserError
 from plumbing.files import read_checkpoint, read_metrics
 from plumbing.hashes import latent_hash
 from plumbing.images import psnr, to_float, to_uint8
-from plumbing.models import find_judge, load_model, load_tokenizer_of
+from plumbing.models import find_vgg, load_model, load_tokenizer_of
 from plumbing.processes import one_line_errors, print0, setup_device
 from plumbing.shapes import Shapes, survival
 from plumbing.slices import decode, generate_tokens
@@ -58,11 +58,11 @@ def teacher_forced_view(tokenizer, prior, x, labels=None):
 
 
 @torch.no_grad()
-def view_numbers(x, view, judge=None):
+def view_numbers(x, view, vgg=None):
     """The discrepancy of a view in numbers: means over images; PSNR in dB after rounding to 8 bits.
 
-    judge: VGGTaps or None; with one, the LPIPS-like distances, and the share of images that keep the class
-           which the judge sees in the input
+    vgg: VGGTaps or None; with one, the LPIPS-like distances, and the share of images that keep the class
+           which the VGG sees in the input
     """
     reconstruction, prediction = view["reconstruction"], view["prediction"]
     side = math.isqrt(view["nats"].shape[1])
@@ -74,13 +74,13 @@ def view_numbers(x, view, judge=None):
         psnr_prediction_to_reconstruction=psnr(reconstruction, prediction).mean().item(),
         nats_by_position=[[round(v, 4) for v in row] for row in view["nats"].mean(0).view(side, -1).tolist()],
     )
-    if judge:
-        classes = [judge(image.clamp(-1, 1), [LOGIT])[LOGIT].argmax(1)
+    if vgg:
+        classes = [vgg(image.clamp(-1, 1), [LOGIT])[LOGIT].argmax(1)
                    for image in (x, reconstruction, prediction)]
         numbers |= dict(
-            lpips_like_reconstruction=lpips_like(judge, x, reconstruction).mean().item(),
+            lpips_like_reconstruction=lpips_like(vgg, x, reconstruction).mean().item(),
             lpips_like_prediction_to_reconstruction=(
-                lpips_like(judge, reconstruction, prediction).mean().item()),
+                lpips_like(vgg, reconstruction, prediction).mean().item()),
             class_kept_by_reconstruction=(classes[1] == classes[0]).float().mean().item(),
             class_kept_by_prediction=(classes[2] == classes[0]).float().mean().item())
     return numbers
@@ -147,7 +147,7 @@ def load_pairs(ckpts, num, device, tokenizers=(), data=None):
         numbers = dict(
             ckpt=str(path), tokenizer_hash=ckpt["tokenizer_hash"], tokenizer_stage=tokenizer_ckpt["stage"],
             num_images=len(x), **alpha_of(config), note=ckpt["note"] or tokenizer_ckpt["note"],
-            **view_numbers(x, view, find_judge(path, ckpt, device)))
+            **view_numbers(x, view, find_vgg(path, ckpt, device)))
         if isinstance(images, Shapes):
             numbers["survival"] = {
                 key: survival(images, range(len(x)), view[key]) for key in list(LABELS)[:2]}

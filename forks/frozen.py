@@ -1,4 +1,4 @@
-"""Tokens of a frozen classifier: relu5_3 of the judge is quantized as it is. The codebook is trained in
+"""Tokens of a frozen classifier: relu5_3 of the VGG is quantized as it is. The codebook is trained in
 phase 1, the decoder in both phases.
 
 The end of the scale of alpha: no pixel has a say in the latents. Ours.
@@ -7,19 +7,19 @@ The end of the scale of alpha: no pixel has a say in the latents. Ours.
 from torch import nn
 
 from perceptual import normalize_images
-from plumbing.stages import judge_sizes
+from plumbing.stages import vgg_sizes
 from plumbing.weights import build_vgg16
 from recipes.small import of_fork
 from tokenizer import VQTokenizer
 
 
 def left_out(channel_mult):
-    """Pools that the judge does without, so that relu5_3, after four of them, lies on the token grid."""
+    """Pools that the VGG does without, so that relu5_3, after four of them, lies on the token grid."""
     return 5 - len(channel_mult)
 
 
-class JudgeEncoder(nn.Module):
-    """The judge up to relu5_3, not trained: (B, 3, H, W) -> (B, n_z, h, w), n_z = 8 times its width."""
+class VGGEncoder(nn.Module):
+    """The VGG up to relu5_3, not trained: (B, 3, H, W) -> (B, n_z, h, w), n_z = 8 times its width."""
 
     def __init__(self, config):
         super().__init__()
@@ -31,20 +31,20 @@ class JudgeEncoder(nn.Module):
 
 
 class FrozenTokenizer(VQTokenizer):
-    Encoder = JudgeEncoder
+    Encoder = VGGEncoder
 
     def prepare(self, run):
-        """The weights come from the judge of the run, and are in the checkpoint from then on."""
+        """The weights come from the VGG of the run, and are in the checkpoint from then on."""
         if not self.frozen:
-            self.encoder.features.load_state_dict(run.judge.vgg.features[:30].state_dict())
+            self.encoder.features.load_state_dict(run.vgg.vgg.features[:30].state_dict())
 
     @staticmethod
     def check(config):
-        tokenizer, judge = config["tokenizer"], judge_sizes(config)
+        tokenizer, vgg = config["tokenizer"], vgg_sizes(config)
         wanted = dict(width=tokenizer["codebook_dim"] / 8, skip_pools=left_out(tokenizer["channel_mult"]))
         for key, value in wanted.items():
-            if judge.get(key, 0) != value:
-                raise ValueError(f"this latent is relu5_3 of a judge with judge.{key}={value:g}")
+            if vgg.get(key, 0) != value:
+                raise ValueError(f"this latent is relu5_3 of a VGG with classifier.{key}={value:g}")
 
 
 def parts():
@@ -53,4 +53,4 @@ def parts():
 
 PRESETS = of_fork("frozen")
 for preset in PRESETS.values():
-    preset["tokenizer"] |= dict(codebook_dim=8 * preset["judge"]["width"])
+    preset["tokenizer"] |= dict(codebook_dim=8 * preset["classifier"]["width"])

@@ -32,15 +32,15 @@ class PostTrainedTokenizer(VQTokenizer):
             prior, ckpt = load_model(path, ("ar",), run.device)
             if ckpt["tokenizer_hash"] != latent_hash(self):
                 raise UserError(f"{path} draws tokens of another tokenizer; train --stage ar on this one")
-            if prior.config.num_classes not in (0, run.judge.vgg.classifier[-1].out_features):
-                raise UserError(f"the judge (--vgg) does not know the classes of {path}, which it names")
-            self.helpers = [(prior, run.judge)]
+            if prior.config.num_classes not in (0, run.vgg.vgg.classifier[-1].out_features):
+                raise UserError(f"the VGG (--vgg) does not know the classes of {path}, which it names")
+            self.helpers = [(prior, run.vgg)]
 
     @torch.no_grad()
     def draw(self, x, tokens):
-        """(B, N) tokens, 1 - keep of them drawn given the true ones before; the judge names the class."""
-        for prior, judge in self.helpers:
-            labels = judge(x, ["logit"])["logit"].argmax(1) if prior.config.num_classes else None
+        """(B, N) tokens, 1 - keep of them drawn given the true ones before; the VGG names the class."""
+        for prior, vgg in self.helpers:
+            labels = vgg(x, ["logit"])["logit"].argmax(1) if prior.config.num_classes else None
             logits = prior(tokens, labels).float().flatten(0, 1)
             drawn = sample_logits(logits, torch.rand(len(logits), device=x.device)).view(tokens.shape)
             tokens = torch.where(torch.rand(tokens.shape, device=x.device) < self.config.keep, tokens, drawn)

@@ -18,7 +18,7 @@ import torch
 from plumbing.errors import InUse, UserError, one_line, warn
 from plumbing.hashes import weights_hash
 
-FORMAT = 4  # of the checkpoint files; train.py writes them
+FORMAT = 5  # of the checkpoint files; train.py writes them
 EXPORTED = ("format", "stage", "step", "config", "model_config", "class_names", "tokenizer_hash",
             "fingerprint", "note", "world", "seconds", "skips")  # of a checkpoint, beside its weights
 FOREIGN = []  # what opens files of other projects, (content, path) -> checkpoint or None: plumbing.models'
@@ -179,7 +179,7 @@ def read_checkpoint(path, stages):
     """The checkpoint dict in `path`, which must be of one of `stages`. Pickled code is never executed.
 
     Keys: format, stage, step, config (the run's preset), model_config, model (weights), ema (weights or
-    None), class_names, tokenizer_hash, fingerprint (of the data), judge (hash of the one in a phase's loss),
+    None), class_names, tokenizer_hash, fingerprint (of the data), vgg_hash (of the one in a phase's loss),
     note; to go on with: train (optimizers),
     world (processes), seconds, skips (updates left out).
     """

@@ -153,12 +153,12 @@ def earlier_tokenizer(run, stages, *also):
     return tokenizer, ckpt
 
 
-def find_judge(path, ckpt, device, names=None):
-    """The judge of the run that a checkpoint belongs to, or None; with `names` one of these classes only."""
+def find_vgg(path, ckpt, device, names=None):
+    """The VGG of the run that a checkpoint belongs to, or None; with `names` one of these classes only."""
     places = [Path(path).with_name("vgg.pt"), Path(ckpt["config"]["vgg"])]
     found = next((p for p in places if p.suffix == ".pt" and p.is_file()), None)
-    judge, about = load_model(found, ("vgg",), device) if found else (None, {})
-    return None if names is not None and about.get("class_names") != names else judge
+    vgg, about = load_model(found, ("vgg",), device) if found else (None, {})
+    return None if names is not None and about.get("class_names") != names else vgg
 
 
 # ----------------------------------------------------------------------------------------------------------

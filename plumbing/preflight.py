@@ -12,7 +12,7 @@ from plumbing.errors import UserError, as_user_error
 from plumbing.files import header, intact, read_checkpoint
 from plumbing.models import new_discriminator, new_prior, parts, refuse_unread
 from plumbing.processes import on_rank0, print0, world
-from plumbing.stages import DEPENDS, SECTION, needs_judge, refuse_other_config, refuse_other_images
+from plumbing.stages import DEPENDS, SECTION, needs_vgg, refuse_other_config, refuse_other_images
 from plumbing.weights import ResNet, build_vgg16
 from recipes.options import KINDS, STAGES
 
@@ -21,7 +21,7 @@ def stages_of(args, config):
     """The stages that a command trains, in their order (a preset may have its own); of --explain all."""
     if args.stage not in (None, "all") and not args.explain:
         return [args.stage]
-    return [stage for stage in config.get("stages", STAGES) if stage != "vgg" or config["vgg"] == "judge"]
+    return [stage for stage in config.get("stages", STAGES) if stage != "vgg" or config["vgg"] == "own"]
 
 
 def build_on_meta(config, stages, given=None):
@@ -37,12 +37,12 @@ def build_on_meta(config, stages, given=None):
     Tokenizer, sizes = own, dict(config["tokenizer"], image_size=config["image_size"])
     if given:
         Tokenizer, sizes = parts(given["config"])["tokenizer"], given["model_config"]
-    found, phases, judge = {}, {"phase1", "phase2"} & {*stages}, config["judge"]
+    found, phases, vgg = {}, {"phase1", "phase2"} & {*stages}, config["classifier"]
     with as_user_error(), torch.device("meta"):
-        if "vgg" in stages or phases and config["vgg"] == "judge":
-            found["vgg"] = build_vgg16(judge["width"], 10, judge["hidden"], True, judge["skip_pools"])
+        if "vgg" in stages or phases and config["vgg"] == "own":
+            found["vgg"] = build_vgg16(vgg["width"], 10, vgg["hidden"], True, vgg["skip_pools"])
         if "resnet" in stages:
-            found["resnet"] = ResNet(judge["width"])
+            found["resnet"] = ResNet(vgg["width"])
         if not {*stages} - {"vgg", "resnet"}:
             return found
         check_tokenizer_values(config["tokenizer"], own.Config)
@@ -87,8 +87,8 @@ def check_tokenizer_values(values, Config):
 
 
 def check_perception(config, phases):
-    """raises: ValueError where the judge and the layers of a preset do not fit together"""
-    own = config["vgg"] == "judge" or Path(config["vgg"]).suffix == ".pt"
+    """raises: ValueError where the VGG and the layers of a preset do not fit together"""
+    own = config["vgg"] == "own" or Path(config["vgg"]).suffix == ".pt"
     for phase in sorted(phases):
         if config[phase]["layers"] == "lpips" and own:
             raise ValueError(f"{phase}.layers=lpips needs torchvision's VGG-16, --vgg imagenet or a .pth "
@@ -101,7 +101,7 @@ def check_stages(run, stages, networks):
     networks: of `build_on_meta`
     raises:   UserError for what any of the stages would refuse, before the first of them begins
     """
-    if {"phase1", "phase2"} & {*stages} and "vgg" not in stages and needs_judge(run):
+    if {"phase1", "phase2"} & {*stages} and "vgg" not in stages and needs_vgg(run):
         stages = ["vgg", *stages]
     for stage in stages:
         check_batch(run, stage)
@@ -122,7 +122,7 @@ def check_batch(run, stage):
     a learning rate that never decays"""
     c, count = run.config[SECTION[stage]], world()
     batch = c["batch"]
-    if stage == run.args.stage and SECTION[stage] == "judge" and run.args.micro_batch:
+    if stage == run.args.stage and SECTION[stage] == "vgg" and run.args.micro_batch:
         raise UserError(f"{stage} takes no --micro-batch: its BatchNorm needs the whole batch; pass --batch")
     if batch % count:
         nearest = " or ".join(str(n) for n in (batch // count * count, (batch // count + 1) * count) if n)

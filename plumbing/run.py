@@ -64,15 +64,15 @@ class Run:
         self.opened = None
 
     @cached_property
-    def judge(self):
+    def vgg(self):
         """The frozen VGG of the perceptual loss: ImageNet's, a file, random, or this run's own vgg.pt."""
-        from plumbing.judge import judge_of
+        from plumbing.classifiers import vgg_of
 
-        return judge_of(self)
+        return vgg_of(self)
 
     @cached_property
     def lpips(self):
-        """LPIPS as a loss: the VGG-16 of the judge under the package's linear layers."""
+        """LPIPS as a loss: the run's VGG-16 under the package's linear layers."""
         from plumbing.weights import load_lpips_loss
 
         return load_lpips_loss(self.config["vgg"], self.device)
@@ -125,8 +125,8 @@ class Run:
         """
         path, c, self.made_from = self.out / f"{stage}.pt", self.config[SECTION[stage]], made_from
         on_rank0(self.claim)
-        seen = stage in ("phase1", "phase2") and "judge" in self.__dict__  # loaded, so in the loss
-        self.seen_by = weights_hash(self.judge) if seen else None
+        seen = stage in ("phase1", "phase2") and "vgg" in self.__dict__  # loaded, so in the loss
+        self.seen_by = weights_hash(self.vgg) if seen else None
         step, seconds, self.skips, self.skips_told = 0, 0.0, {}, {}
         file = on_rank0(lambda: newest_intact(path))
         if file:
@@ -135,8 +135,8 @@ class Run:
             if made_from not in (None, ckpt["tokenizer_hash"]):
                 raise UserError(f"{file} was made with tokenizer {ckpt['tokenizer_hash']}, not with "
                                 f"{made_from} as here; move it away or use another --out")
-            if self.seen_by not in (None, ckpt.get("judge", self.seen_by)):
-                raise UserError(f"{file} was trained with another judge than that of here (more steps, or "
+            if self.seen_by not in (None, ckpt.get("vgg_hash", self.seen_by)):
+                raise UserError(f"{file} was trained with another VGG than that of here (more steps, or "
                                 "another --vgg); use that one, or another --out")
             refuse_other_images(file, ckpt, self)
             if ckpt["world"] != world():
@@ -317,7 +317,7 @@ class Run:
             format=FORMAT, stage=stage, step=step + 1, config=self.config, model_config=config,
             model=model.state_dict(), ema=ema and ema.module.state_dict(),
             class_names=self.train.class_names, fingerprint=self.fingerprint, tokenizer_hash=tokenizer_hash,
-            judge=self.seen_by, note=self.note, world=world(), seconds=time.time() - self.clock,
+            vgg_hash=self.seen_by, note=self.note, world=world(), seconds=time.time() - self.clock,
             skips={name: pair.tolist() for name, pair in self.skips.items()},
             train={name: thing.state_dict() for name, thing in dict(train, ema=ema).items() if thing})
         bad = not_finite(ckpt)

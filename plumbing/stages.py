@@ -6,9 +6,9 @@ from plumbing.files import newest_intact, read_checkpoint
 from plumbing.processes import on_rank0
 
 SECTION = dict(  # stage -> preset section
-    vgg="judge", resnet="judge", phase1="phase1", phase2="phase2", ar="ar", nar="nar")
+    vgg="classifier", resnet="classifier", phase1="phase1", phase2="phase2", ar="ar", nar="nar")
 DEPENDS = dict(  # what a checkpoint of a stage was made with; a run with other values must not continue it
-    vgg=["judge"], resnet=["judge"], phase1=["fork", "tokenizer", "discriminator", "vgg", "phase1"],
+    vgg=["classifier"], resnet=["classifier"], phase1=["fork", "tokenizer", "discriminator", "vgg", "phase1"],
     phase2=["fork", "discriminator", "vgg", "phase2"],
     ar=["fork", "prior", "ar", "conditional", "code_variants"],
     nar=["fork", "prior", "nar", "conditional", "code_variants"])
@@ -44,17 +44,17 @@ def refuse_other_images(path, ckpt, run):
                     "restore them or use another --out")
 
 
-def needs_judge(run):
-    """Whether a phase would train the run's judge first."""
-    if run.config["vgg"] != "judge":
+def needs_vgg(run):
+    """Whether a phase would train the run's own VGG first."""
+    if run.config["vgg"] != "own":
         return False
     own = on_rank0(lambda: newest_intact(run.out / "vgg.pt"))
     return not (own and read_checkpoint(own, ["vgg"])["step"] >= run.steps("vgg"))
 
 
-def judge_sizes(config):
-    """{width, skip_pools, ...} of the judge that a configuration names, of one in a file too."""
+def vgg_sizes(config):
+    """{width, skip_pools, ...} of the VGG that a configuration names, of one in a file too."""
     source = str(config["vgg"])
     if source.endswith(".pt"):
         config = read_checkpoint(source, ["vgg"])["config"]
-    return config["judge"] if source.endswith((".pt", "judge")) else dict(width=64, skip_pools=0)
+    return config["classifier"] if source.endswith((".pt", "own")) else dict(width=64, skip_pools=0)

@@ -21,7 +21,7 @@ def build_vgg16(width=64, num_classes=1000, hidden=4096, batch_norm=False, skip_
     """torchvision's VGG-16, or a narrower one: channels are (1, 2, 4, 8, 8) * width.
 
     At the defaults: torchvision's `vgg16()`, same state-dict keys, 138,357,544 parameters. With width < 64
-    (the reduced judge for small images, ours) the 7x7 average pool becomes 1x1, so the first linear layer
+    (the reduced VGG for small images, ours) the 7x7 average pool becomes 1x1, so the first linear layer
     has 8 * width inputs instead of 8 * width * 49, and there is no dropout. `batch_norm` is for training it;
     `fold_batch_norm` removes it afterwards. Of the five max-pools the first `skip_pools` do nothing, so that
     the features of a small image are as fine as those of a large one: relu5_3 has the side of the token grid
@@ -68,7 +68,7 @@ class EverySecond(nn.Conv2d):
 class ResNet(nn.Module):
     """A narrow ResNet classifier, the scorer: Frechet distances in its features (ours; for small images).
 
-    Another family than the VGG judge, so that no tokenizer is scored by the network that trained it.
+    Another family than VGG, so that no tokenizer is measured by the network that trained it.
     A 3x3 convolution, four stages of one of torchvision's basic blocks with (1, 2, 4, 8) * width channels,
     each but the first halving the side; global average; one linear layer. Same members as a VGG.
     """

@@ -85,7 +85,7 @@ class Arm:
     """One arm of the experiment on the paper's claims; what is not said here is the preset's.
 
     words: flags of train.py, or a function of the preset that gives them;  seeds: how many, from 0
-    phases: of the tokenizer;  judge: a --set for a judge of its own;  fork: whose variant of the preset
+    phases: of the tokenizer;  vgg: a --set for a VGG of its own;  fork: whose variant of the preset
     priors: the arm whose priors draw, as its tokens are the same;  draws: False leaves priors and samples out
     odd: steps that no other arm has;  strength: factor on the preset's phase1.per_weight
     """
@@ -93,7 +93,7 @@ class Arm:
     words: object
     seeds: int = 1
     phases: tuple = ("phase1",)
-    judge: str = ""
+    vgg: str = ""
     fork: str = ""
     priors: str = ""
     draws: bool = True
@@ -125,8 +125,9 @@ CLAIMS = {
     "D": Arm(["--ablation", "D"], strength=STRENGTH["D"]),
     "E": Arm(["--ablation", "E"], strength=STRENGTH["E"]),
     "fewer-codes": Arm(fewer_codes, strength=STRENGTH[0]),
-    "five-pools,alpha=0": Arm(["--alpha", "0"], judge="judge.skip_pools=0", strength=STRENGTH["five-pools"]),
-    "five-pools,alpha=1": Arm(["--alpha", "1"], judge="judge.skip_pools=0"),
+    "five-pools,alpha=0": Arm(["--alpha", "0"], vgg="classifier.skip_pools=0",
+                              strength=STRENGTH["five-pools"]),
+    "five-pools,alpha=1": Arm(["--alpha", "1"], vgg="classifier.skip_pools=0"),
 }
 
 

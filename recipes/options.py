@@ -82,14 +82,14 @@ def train_args(words=None):
     add("--out", type=as_path, help="run folder (default: runs/<preset>)")
     add("--tokenizer", type=as_path, help="tokenizer checkpoint for phase2, ar, nar; first weights of phase1")
     add("--vgg", type=expanded, help="perceptual network: 'imagenet', a torchvision .pth, a vgg.pt of ours, "
-        "'judge' (this run's own) or 'random'")
+        "'own' (this run's, trained first) or 'random'")
     add("--steps", type=int, help="optimizer steps of this stage")
     add("--batch", type=int, help="global batch of this stage, over all processes")
     add("--micro-batch", type=int, help="largest batch per process and forward pass; the rest is accumulated")
     add("--alpha", type=float, help="semantic ratio of Eq. 4 in phase1")
     add("--ablation", help="a row of a table: alpha=NUMBER or " + ", ".join(dict.fromkeys(
         row.name for table in TABLES.values() for row in table["rows"] if "=" not in row.name)))
-    add("--arch", choices=("vgg", "resnet"), default="vgg", help="of --stage vgg: the judge, or a scorer")
+    add("--arch", choices=("vgg", "resnet"), default="vgg", help="of --stage vgg: VGG, or a FID classifier")
     add("--seed", type=int, help="seed of everything (default 0)")
     add("--limit", type=int, help="use only LIMIT training images, drawn by the seed")
     add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change one preset value")
@@ -169,7 +169,7 @@ def build_config(args):
         if getattr(args, key) is not None:
             if args.stage in (None, "all"):
                 raise ValueError(f"--{key} belongs to one stage; use --set phase1.{key}=... with --stage all")
-            config["judge" if args.stage in ("vgg", "resnet") else args.stage][key] = getattr(args, key)
+            config["classifier" if args.stage in ("vgg", "resnet") else args.stage][key] = getattr(args, key)
     if args.alpha is not None:
         if config["phase1"]["layers"]:
             raise ValueError(f"--alpha does nothing beside phase1.layers = {config['phase1']['layers']}; "
@@ -326,7 +326,7 @@ def visualize_args(words=None):
     except ValueError as error:
         parser.error(str(error))
     if args.figure in ("claims", "forks") and args.preset not in small.PRESETS:
-        parser.error(f"{args.figure} trains its own judge: --preset claims, demo or cifar10")
+        parser.error(f"{args.figure} trains its own VGG: --preset claims, demo or cifar10")
     if args.figure == "report" and len(args.files) > 1:
         parser.error(f"report is of one run, got {len(args.files)}")
     if args.tokenizer and args.figure in ("fig8", "fig10"):

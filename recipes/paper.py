@@ -36,7 +36,7 @@ OURS = dict(
     fork=None, data=None, val=None, limit=None, image_size=256, vgg="imagenet", code_variants=10, seed=0,
     precision="bf16", tokenizer=dict(),
     discriminator=dict(kind="style", channel_multiplier=1, max_width=512),
-    judge=dict(SCHEDULE, width=64, hidden=4096, skip_pools=0, scale_taps=True, batch=256, steps=450_000,
+    classifier=dict(SCHEDULE, width=64, hidden=4096, skip_pools=0, scale_taps=True, batch=256, steps=450_000,
                lr=1e-3, schedule="cosine", lr_end=0.0, betas=ADAM1, weight_decay=0.05, label_smoothing=0.1))
 SAMPLER = dict(temperature=1.0, top_k=0, token_temperature=1.0, confidence_space="prob")
 

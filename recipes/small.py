@@ -1,12 +1,12 @@
-"""Recipes of ours for a CPU: small networks, a judge of one's own, short schedules."""
+"""Recipes of ours for a CPU: small networks, a VGG of one's own, short schedules."""
 
 from recipes.paper import IMAGENET, variant
 
 CIFAR10 = variant(
-    IMAGENET, data="cifar10", image_size=32, vgg="judge", code_variants=1,
+    IMAGENET, data="cifar10", image_size=32, vgg="own", code_variants=1,
     tokenizer=dict(base_width=24, channel_mult=[1, 2, 4], codebook_size=256, codebook_dim=64, warm_start=200),
     discriminator=dict(max_width=32),
-    judge=dict(width=8, hidden=256, batch=128, steps=2500, lr=2e-3, skip_pools=2, scale_taps=True),
+    classifier=dict(width=8, hidden=256, batch=128, steps=2500, lr=2e-3, skip_pools=2, scale_taps=True),
     phase1=dict(
         batch=64, steps=1500, lr=6e-4, lr_end=3e-5, gamma=0.1, per_weight=0.1, r1_gamma=0.1, ema=0.995),
     phase2=dict(batch=64, steps=600, lr=2e-4, per_weight=0.1, r1_gamma=0.1, ema=0.99),
@@ -16,7 +16,7 @@ CIFAR10 = variant(
     sample=dict(top_p=0.8, token_temperature=0.7),
 )
 CLAIMS = variant(  # for the experiment on the paper's claims: a run in half an hour of one core
-    CIFAR10, tokenizer=dict(base_width=16), discriminator=dict(max_width=16), judge=dict(steps=3000),
+    CIFAR10, tokenizer=dict(base_width=16), discriminator=dict(max_width=16), classifier=dict(steps=3000),
     phase1=dict(steps=1000), phase2=dict(steps=400), prior=dict(n_layer=4, n_head=4, n_embd=128),
     ar=dict(steps=800, lr_start=300, warmup=100), nar=dict(steps=1200, lr_start=500, warmup=150),
     sample=dict(top_p=0.92, token_temperature=1.0))  # the paper's sampler: cifar10's was chosen at alpha = 1
@@ -24,7 +24,7 @@ DEMO = variant(  # minutes on a CPU
     CIFAR10, data="shapes", code_variants=2,
     tokenizer=dict(channel_mult=[1, 2, 4, 4], codebook_size=64, codebook_dim=32, warm_start=100),
     discriminator=dict(max_width=16),
-    judge=dict(hidden=128, batch=64, steps=500, skip_pools=1),
+    classifier=dict(hidden=128, batch=64, steps=500, skip_pools=1),
     phase1=dict(batch=32, steps=550, lr=1e-3, lr_end=5e-5, per_weight=0.03, ema=0.99),
     phase2=dict(batch=32, steps=120, per_weight=0.03, r1_gamma=10.0, ema=0.98),
     prior=dict(n_layer=4, n_head=4, n_embd=128),

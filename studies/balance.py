@@ -11,14 +11,14 @@ from plumbing.errors import UserError
 from plumbing.files import save_text, writable
 from plumbing.hashes import latent_hash
 from plumbing.images import to_float
-from plumbing.models import find_judge, load_model
+from plumbing.models import find_vgg, load_model
 from plumbing.processes import mix, print0, setup_device
 from plumbing.weights import load_vgg16_of
 from studies.tables import number, print_table
 from visualize import alpha_of
 
 
-def pushes(tokenizer, judge, x):
+def pushes(tokenizer, vgg, x):
     """The terms d_l of Eq. 4 in all layers of Table 6, between x (B, 3, S, S) and its reconstruction.
 
     returns: {name: (size, gradient at x_hat, gradient at the decoder's last layer)} of "L1" and of `NAMES`, a
@@ -26,7 +26,7 @@ def pushes(tokenizer, judge, x):
     """
     with torch.enable_grad():
         x_hat = tokenizer.decode(tokenizer.encode(x))
-        terms = {"L1": F.l1_loss(x_hat, x)} | perceptual_terms(judge, x, x_hat, NAMES)
+        terms = {"L1": F.l1_loss(x_hat, x)} | perceptual_terms(vgg, x, x_hat, NAMES)
         sources = x_hat, tokenizer.decoder.conv_out.weight
         return {name: (term.item(), *(g.flatten() for g in torch.autograd.grad(
             term, sources, retain_graph=True))) for name, term in terms.items()}
@@ -40,12 +40,12 @@ def ratio(found, weights):
     return dict(size=size / found["L1"][0], at_image=lengths[0], at_layer=lengths[1])
 
 
-def judge_for(path, ckpt, source, device):
+def vgg_for(path, ckpt, source, device):
     """The network of the perceptual loss: --vgg, else that of the run.  raises: UserError without one"""
     source = source or ckpt["config"]["vgg"]
     if source.endswith(".pt"):
         return load_model(source, ("vgg",), device)[0]
-    found = find_judge(path, ckpt, device) if source == "judge" else VGGTaps(load_vgg16_of(source)).to(device)
+    found = find_vgg(path, ckpt, device) if source == "own" else VGGTaps(load_vgg16_of(source)).to(device)
     if found is None:
         raise UserError(f"no vgg.pt beside {path}; pass --vgg FILE")
     return found
@@ -57,11 +57,11 @@ def balance_of(path, args, device):
     c, source = ckpt["config"][ckpt["stage"]], args.vgg or ckpt["config"]["vgg"]
     if c["layers"] == "lpips":
         raise UserError(f"{path} was trained with LPIPS, which has none of the layers of Table 6")
-    judge = judge_for(path, ckpt, args.vgg, device)
+    vgg = vgg_for(path, ckpt, args.vgg, device)
     images = images_of(path, ckpt["config"], args.data)[1]
     draw = torch.Generator().manual_seed(mix(0, "balance"))
     drawn = torch.randperm(len(images), generator=draw)[: args.num or 64].tolist()
-    found = pushes(tokenizer, judge, to_float(torch.stack([images.view(i) for i in drawn]), device))
+    found = pushes(tokenizer, vgg, to_float(torch.stack([images.view(i) for i in drawn]), device))
     weights = LAYER_SETS[c["layers"]] if c["layers"] else layer_weights(c["alpha"])
     total = sum(w * found[name][0] for name, w in weights.items())
     rows = {name: ratio(found, {name: 1.0}) | dict(share=weights.get(name, 0) * found[name][0] / total)
@@ -70,7 +70,7 @@ def balance_of(path, args, device):
     sums |= {f"L_per({alpha:g})": layer_weights(alpha) for alpha in (0.2, 0.4, 0.6, 0.8)}
     rows |= {name: ratio(found, layers) for name, layers in sums.items()}
     loss = ratio(found, {name: w * c["per_weight"] for name, w in weights.items()})
-    note = ckpt["note"] or "the perceptual network has random weights" * judge.random_weights
+    note = ckpt["note"] or "the perceptual network has random weights" * vgg.random_weights
     print0(f"\n{path}, {ckpt['stage']}, step {ckpt['step']}; {len(drawn)} validation images; ratios to L1"
            + f"; {note}" * bool(note))
     keys = dict(size="size", at_image="gradient at x_hat", at_layer="gradient at the last layer",

@@ -14,7 +14,7 @@ from tokenizer import TokenizerConfig, VQTokenizer
 from visualize import told_loss
 
 PEAK = 989e12  # dense bf16 FLOP/s of an H100, by its data sheet
-# of it by preset imagenet (docs/full-scale.md); a judge was not measured
+# of it by preset imagenet (docs/full-scale.md); a VGG was not measured
 REACHED = dict(vgg=0.13, phase1=0.13, phase2=0.08, ar=0.2, nar=0.17)
 
 
@@ -98,27 +98,27 @@ def explain(config, networks):
               f"{'AdamW' if c['weight_decay'] else 'Adam'} {tuple(c['betas'])}, "
               f"weight decay {c['weight_decay']:g}, {config['precision']}")
 
-    first, disc, judge = networks["phase1"], networks["disc"], config["judge"]
+    first, disc, vgg = networks["phase1"], networks["disc"], config["classifier"]
     phases = {name: networks[name] for name in ("phase1", "phase2") if name in networks}
     N, *k = first.token_shape
     sizes = dict(config["tokenizer"], image_size=config["image_size"])
-    own = {key: judge[key] for key in ("width", "hidden", "skip_pools")} | dict(num_classes=classes)
+    own = {key: vgg[key] for key in ("width", "hidden", "skip_pools")} | dict(num_classes=classes)
     with torch.device("meta"):
         table1 = {name: VQTokenizer(TokenizerConfig(**sizes | {name: 2})) for name in (
             "num_attention", "decoder_extra_blocks")} if config["fork"] is None else {}
         prior = {(name, n): type(networks[name])(replace(networks[name].config, num_classes=n))
                  for name in ("ar", "nar") for n in (0, classes)}
         vgg = build_vgg16(**own, batch_norm=True)
-        taps = VGGTaps(build_vgg16(**own if config["vgg"] == "judge" else {}))
+        taps = VGGTaps(build_vgg16(**own if config["vgg"] == "own" else {}))
     with FakeTensorMode():  # as "meta", but autocast and attention believe to be on a CPU
         for network in (vgg, taps, disc, *phases.values(), *prior.values()):
             to_fake(network)
         x, tokens = torch.zeros(1, 3, *[config["image_size"]] * 2), torch.zeros(1, N, *k, dtype=torch.int64)
         label, noise = torch.zeros(1, dtype=torch.int64), torch.zeros(1, N + 1)
-        if config["vgg"] == "judge":
-            stage(f"vgg, {called}", judge)
-            row("judge, a narrow VGG-16", vgg, judge)
-            print_cost("vgg", judge, *cost([lambda: vgg(x).sum().backward()], vgg), count(vgg), 0, processes)
+        if config["vgg"] == "own":
+            stage(f"vgg, {called}", vgg)
+            row("vgg, a narrow VGG-16", vgg, vgg)
+            print_cost("vgg", vgg, *cost([lambda: vgg(x).sum().backward()], vgg), count(vgg), 0, processes)
         for name, tokenizer in phases.items():
             c = config[name]
             stage(f"{name}, {told_loss(c)}", c)

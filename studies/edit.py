@@ -18,7 +18,7 @@ from plumbing.errors import UserError
 from plumbing.files import save_atomic, save_text, writable
 from plumbing.hashes import weights_hash
 from plumbing.images import BadImage, load_rgb, make_sheet, to_float, to_square, to_uint8
-from plumbing.models import find_judge, load_model, load_tokenizer_of
+from plumbing.models import find_vgg, load_model, load_tokenizer_of
 from plumbing.processes import on_rank0, print0, rank
 from plumbing.slices import decode, generate_tokens
 from sample import choose_classes, same_folder, sample_settings
@@ -115,15 +115,15 @@ def blend(x, drawn, redrawn, f):
 
 
 def label_of(args, ckpt, prior, x):
-    """The classes to draw in turn; without --classes the one that the run's judge sees in the image."""
+    """The classes to draw in turn; without --classes the one that the run's VGG sees in the image."""
     names = ckpt["class_names"] if prior.config.num_classes else []
     if names and not args.classes:
-        judge = find_judge(args.ckpt, ckpt, x.device, names)
-        if judge is None:
+        vgg = find_vgg(args.ckpt, ckpt, x.device, names)
+        if vgg is None:
             raise UserError(f"{args.ckpt} is conditional: name what is to be seen with --classes, one of "
                             f"{', '.join(names[:20])}")
-        seen = judge(x, [LOGIT])[LOGIT].argmax(1).item()
-        print0(f"the judge sees {names[seen]}; --classes draws another class")
+        seen = vgg(x, [LOGIT])[LOGIT].argmax(1).item()
+        print0(f"the VGG sees {names[seen]}; --classes draws another class")
         return [seen]
     return choose_classes(args.classes, names)
 

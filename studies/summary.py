@@ -33,13 +33,13 @@ def tokenizer_summary(run, phases):
         if "phase2" in phases:
             changed += (tokens != phases["phase2"].encode(x)).sum().item()
         counts = counts + count_codes(tokens.cpu(), first.codebook_size)
-        values = {"judge_accuracy": hits(run, x, labels)}
+        values = {"vgg_accuracy": hits(run, x, labels)}
         if hasattr(first, "numbers"):  # a fork's own
             values |= first.numbers(tokens)
         for name, tokenizer in phases.items():
             x_hat = tokenizer.decode(tokens)
             values[f"psnr_{name}"] = psnr(x, x_hat)
-            values[f"lpips_like_{name}"] = lpips_like(run.judge, x, x_hat)
+            values[f"lpips_like_{name}"] = lpips_like(run.vgg, x, x_hat)
             values[f"recon_class_accuracy_{name}"] = hits(run, x_hat, labels)
         for name, value in values.items():
             sums[name] = sums.get(name, 0.0) + value.double().sum().item()
@@ -53,14 +53,14 @@ def tokenizer_summary(run, phases):
 
 
 def hits(run, x, labels):
-    """1 where the run's judge recognises the class, else 0, (B,); nan where the judge has other classes."""
-    logits = run.judge(x.clamp(-1, 1), [LOGIT])[LOGIT]
+    """1 where the run's VGG recognises the class, else 0, (B,); nan where the VGG has other classes."""
+    logits = run.vgg(x.clamp(-1, 1), [LOGIT])[LOGIT]
     right = (logits.argmax(1) == labels).float()
     return right if logits.shape[1] == run.train.num_classes else right * math.nan
 
 
 def sample_summary(run, stage, tokenizer, num):
-    """Class accuracy of `num` samples as the judge sees them, nats per token, and a sheet."""
+    """Class accuracy of `num` samples as the VGG sees them, nats per token, and a sheet."""
     prior, _ = load_model(run.out / f"{stage}.pt", (stage,), run.device)
     classes = prior.config.num_classes
     labels = [i % classes for i in range(num)] if classes else None

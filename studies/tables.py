@@ -78,7 +78,7 @@ def print_table(lines):
 class Table:
     """The rows of one table for one preset: what is there, what is missing, and the commands that make it.
 
-    Rows that are one and the same training share a folder; all share judge, scorer and reference statistics.
+    Rows that are one and the same training share a folder; all share vgg, scorer and reference statistics.
     """
 
     KIND = "tables"
@@ -91,7 +91,7 @@ class Table:
         self.table = own.get(self.name) or TABLES.get(self.name, {})
         self.root = args.out or Path("runs") / f"{args.preset}-{self.KIND}"
         preset = find_preset(args.preset)
-        self.small, self.fork = preset["vgg"] == "judge", preset["fork"]  # small ones train judge and scorer
+        self.small, self.fork = preset["vgg"] == "own", preset["fork"]  # small ones train vgg and scorer
         self.samples = args.samples or (50_000 if not self.small else 2000 if preset["data"] == "shapes"
                                         else 10_000)
         self.stages = args.stages.split(",")
@@ -121,21 +121,21 @@ class Table:
         return f"{many if self.args.nproc > 1 else 'python'} {shlex.join(words)}"
 
     def shared(self):
-        """What all rows need: the judge and the scorer."""
+        """What all rows need: the VGG and the scorer."""
         if not self.small:
             return []
-        return [self.train("vgg", self.root / "judge"), *self.scorer()]
+        return [self.train("vgg", self.root / "vgg"), *self.scorer()]
 
     def scorer(self):
-        """A ResNet of `WIDER` times the judge's width, which no tokenizer is trained with."""
+        """A ResNet of `WIDER` times the VGG's width, which no tokenizer is trained with."""
         if self.args.extractor:
             return []
         path, words = self.train("vgg", self.root / "scorer", "--arch", "resnet", "--seed", "1", *self.wide())
         return [(path.with_name("resnet.pt"), words)]
 
     def wide(self):
-        """What makes a scorer `WIDER` times as wide as the judge."""
-        return ["--set", f"judge.width={self.WIDER * self.config['judge']['width']}"]
+        """What makes a scorer `WIDER` times as wide as the vgg."""
+        return ["--set", f"classifier.width={self.WIDER * self.config['classifier']['width']}"]
 
     def row(self, ablation, decoder):
         """The commands of a row, [(file that it makes, command)]; and {column prefix: result file}."""
@@ -143,7 +143,7 @@ class Table:
         if run == "entropy" and not self.small:  # no warm start at full scale, so this is the baseline too
             run = "baseline"
         folder, result = self.root / run, {}
-        words = ["--ablation", run, *(["--vgg", str(self.root / "judge" / "vgg.pt")] * self.small)]
+        words = ["--ablation", run, *(["--vgg", str(self.root / "vgg" / "vgg.pt")] * self.small)]
         commands, first = [self.train("phase1", folder, *words)], folder
         shared = getattr(forks.load(self.fork), "TOKENIZER_OF", {}).get(run) if self.fork else None
         if shared:  # the tokenizer of another row
@@ -169,7 +169,7 @@ class Table:
 
     def missing(self):
         """[(label, commands still to be run)] of all rows; the shared ones come first."""
-        rows, seen = [("judge and scorer", self.shared())], set()
+        rows, seen = [("vgg and scorer", self.shared())], set()
         rows += [(row.label, self.row(row.name, row.decoder)[0]) for row in self.table["rows"]]
         for label, commands in rows:
             left = [(path, w) for path, w in commands if path not in seen and not finished(path, w)]
@@ -298,7 +298,7 @@ def finished(path, words):
             ckpt = header(path)
         except UserError:  # train.py sets it aside and takes the one before
             return False
-        section = "judge" if ckpt["stage"] in ("vgg", "resnet") else ckpt["stage"]
+        section = "classifier" if ckpt["stage"] in ("vgg", "resnet") else ckpt["stage"]
         return ckpt["step"] >= ckpt["config"][section]["steps"]
     num = int(words[words.index("--num") + 1]) if "--num" in words else None
     sources = [Path(words[i + 1]) for i, word in enumerate(words) if word in ("--ckpt", "--tokenizer")]

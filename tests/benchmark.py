@@ -174,7 +174,7 @@ def autoencoder_cases(side=256, batch=2):
 
 def phase_cases(side=256, batch=2):
     """A whole step of both phases as in train.py, and each part of it."""
-    judge = VGGTaps(build_vgg16()).to(memory_format=torch.channels_last)
+    vgg = VGGTaps(build_vgg16()).to(memory_format=torch.channels_last)
     disc = StyleDiscriminator(side)
     x = torch.randn(batch, 3, side, side).clamp(-1, 1)
     for phase in (1, 2):
@@ -191,7 +191,7 @@ def phase_cases(side=256, batch=2):
             opt_g.zero_grad(set_to_none=True)
             with bf16():
                 x_hat, _, losses = tokenizer(x)
-                loss = F.l1_loss(x_hat.float(), x) + perceptual_loss(judge, x, x_hat, weights)
+                loss = F.l1_loss(x_hat.float(), x) + perceptual_loss(vgg, x, x_hat, weights)
                 loss = loss + adv_loss(disc(x_hat)) + sum(losses.values())
             loss.backward()
             opt_g.step()
@@ -208,14 +208,14 @@ def phase_cases(side=256, batch=2):
         def look(weights=weights):
             x_hat = x.clone().requires_grad_(True)
             with bf16():
-                loss = perceptual_loss(judge, x, x_hat, weights)
+                loss = perceptual_loss(vgg, x, x_hat, weights)
             loss.backward()
 
         def step(generator=generator, discriminator=discriminator):
             discriminator(generator())
 
         yield f"phase {phase} step {batch}x{side}^2 bf16", step, "conv_bf16", None
-        yield f"phase {phase}, judge alone", look, "conv_bf16", None
+        yield f"phase {phase}, vgg alone", look, "conv_bf16", None
         yield f"phase {phase}, discriminator's step alone", discriminator, "conv_bf16", None
 
 
@@ -427,7 +427,7 @@ def safety(stage, folder):
     Added: the norm of the gradients, the agreement on signals, the seed, and, at their usual intervals, a log
     line that is synced to disk and a checkpoint that is checked for finite numbers and written twice-safe.
     """
-    words = ["--preset", "cifar10", "--data", "shapes", "--out", str(folder), "--set", "judge.steps=2",
+    words = ["--preset", "cifar10", "--data", "shapes", "--out", str(folder), "--set", "classifier.steps=2",
              "--limit", "2000", "--eval-every", "0", "--log-every", "5", "--save-every", "1000",
              "--set", "tokenizer.warm_start=0", "--set", "phase1.adv_start=0.0"]
     args, config = recipes.options.train_args(["--stage", stage, "--steps", "40", *words])

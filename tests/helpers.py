@@ -31,14 +31,14 @@ STEPS = 6
 TINY = {
     "tokenizer.base_width": 8, "tokenizer.channel_mult": [1, 1, 2, 2], "tokenizer.codebook_size": 32,
     "tokenizer.num_res_blocks": 1,
-    "tokenizer.codebook_dim": 8, "tokenizer.warm_start": 0, "discriminator.max_width": 8, "judge.width": 4,
-    "judge.hidden": 16, "judge.skip_pools": 1, "judge.scale_taps": True,
+    "tokenizer.codebook_dim": 8, "tokenizer.warm_start": 0, "discriminator.max_width": 8,
+    "classifier.width": 4, "classifier.hidden": 16, "classifier.skip_pools": 1, "classifier.scale_taps": True,
     "prior.n_layer": 1, "prior.n_head": 2, "prior.n_embd": 32, "phase1.r1_every": 2,
     "phase2.r1_every": 2, "phase1.lr": 3e-4, "ar.lr_start": 2, "nar.lr_start": 2,
     "prior.dropout": 0.1, "sample.nar_steps": 4,
     **{f"{s}.ema": 0.5 for s in ("phase1", "phase2", "ar", "nar")},
-    **{f"{s}.batch": 8 for s in ("judge", "phase1", "phase2", "ar", "nar")},
-    **{f"{s}.steps": STEPS for s in ("judge", "phase1", "phase2", "ar", "nar")},
+    **{f"{s}.batch": 8 for s in ("classifier", "phase1", "phase2", "ar", "nar")},
+    **{f"{s}.steps": STEPS for s in ("classifier", "phase1", "phase2", "ar", "nar")},
 }
 
 

@@ -66,7 +66,7 @@ def test_a_run_goes_on_from_a_folder_in_archives_as_if_nothing_had_changed(data,
     for name, first, then in (("a", (data,), (data,)), ("b", (data,), place), ("c", place, place)):
         for where, steps in ((first, 2), (then, 4)):
             call("phase1", tmp_path / name, *where, "--workers", 2 * (name == "c"), phase1__steps=steps,
-                 judge__steps=2, phase1__schedule="constant")
+                 classifier__steps=2, phase1__schedule="constant")
         found[name] = read_checkpoint(tmp_path / name / "phase1.pt", ("phase1",))
         del found[name]["config"]  # in which they were
     assert not differing(found["a"], found["b"]) and not differing(found["a"], found["c"])
@@ -230,7 +230,7 @@ def test_folders_that_are_called_by_numbers_are_classes_in_the_order_of_a_folder
 
 
 def test_metrics_compare_with_images_of_archives(trained, data, archives, tmp_path):
-    call("vgg", tmp_path, data, "--arch", "resnet", judge__width=2)  # 16 features, for 20 images
+    call("vgg", tmp_path, data, "--arch", "resnet", classifier__width=2)  # 16 features, for 20 images
     words = ["--ckpt", trained / "phase1.pt", "--metrics", "--extractor", tmp_path / "resnet.pt",
              "--lpips", "none", "--data", f"{archives}/val.tar", "--references", tmp_path / "r",
              "--out", tmp_path / "x.json", "--device", "cpu"]

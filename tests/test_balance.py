@@ -1,4 +1,4 @@
-"""Claims about the judge's scaled taps and `visualize.py balance`. CPU, no network."""
+"""Claims about the VGG's scaled taps and `visualize.py balance`. CPU, no network."""
 
 import json
 
@@ -34,29 +34,29 @@ def refused(capsys, *words):
     return error
 
 
-def test_every_tap_of_a_judge_that_was_trained_here_has_variance_1_over_the_training_images(trained):
-    judge, ckpt = plumbing.models.load_model(trained / "vgg.pt", ("vgg",))
+def test_every_tap_of_a_vgg_that_was_trained_here_has_variance_1_over_the_training_images(trained):
+    vgg, ckpt = plumbing.models.load_model(trained / "vgg.pt", ("vgg",))
     images = plumbing.data.load_data(ckpt["config"])[0]
     x = plumbing.images.to_float(torch.stack([images.view(i) for i in range(len(images))]), "cpu")
-    for name, features in judge(x, P.NAMES).items():
+    for name, features in vgg(x, P.NAMES).items():
         assert features.var(0, unbiased=False).mean().item() == pytest.approx(1, rel=1e-3), name
 
 
-def test_a_judge_with_one_pool_left_out_sees_the_token_grid_of_f_8_in_relu5_3(trained):
-    judge, _ = plumbing.models.load_model(trained / "vgg.pt", ("vgg",))
+def test_a_vgg_with_one_pool_left_out_sees_the_token_grid_of_f_8_in_relu5_3(trained):
+    vgg, _ = plumbing.models.load_model(trained / "vgg.pt", ("vgg",))
     tokenizer, _ = plumbing.models.load_model(trained / "phase1.pt", ("phase1",))
     x = torch.zeros(1, 3, 32, 32)
-    assert judge(x, ["relu5_3"])["relu5_3"].shape[2:] == (tokenizer.grid_size,) * 2 == (4, 4)
+    assert vgg(x, ["relu5_3"])["relu5_3"].shape[2:] == (tokenizer.grid_size,) * 2 == (4, 4)
 
 
-def test_a_judge_whose_taps_are_not_to_be_scaled_keeps_no_scales(trained, data, tmp_path):
-    call("vgg", tmp_path, data, judge__scale_taps=False)
+def test_a_vgg_whose_taps_are_not_to_be_scaled_keeps_no_scales(trained, data, tmp_path):
+    call("vgg", tmp_path, data, classifier__scale_taps=False)
     one, other = read(trained / "vgg.pt"), read(tmp_path / "vgg.pt")
     assert "scale" in one["model_config"] and "scale" not in other["model_config"]
     assert not differing(one["model"], other["model"])  # training is the same
 
 
-def test_a_judge_of_before_has_no_scales_and_is_opened_as_it_was(trained, tmp_path):
+def test_a_vgg_of_before_has_no_scales_and_is_opened_as_it_was(trained, tmp_path):
     ckpt = read(trained / "vgg.pt")
     scale = ckpt["model_config"].pop("scale")
     torch.save(ckpt, tmp_path / "vgg.pt")
@@ -67,10 +67,10 @@ def test_a_judge_of_before_has_no_scales_and_is_opened_as_it_was(trained, tmp_pa
         torch.testing.assert_close(new[name], old[name] * scale[name], rtol=1e-3, atol=1e-4)
 
 
-def test_a_judge_that_was_interrupted_gets_the_scales_of_one_that_was_not(trained, data, tmp_path):
+def test_a_vgg_that_was_interrupted_gets_the_scales_of_one_that_was_not(trained, data, tmp_path):
     for steps in (3, 6):
-        call("vgg", tmp_path, data, "--steps", steps, judge__schedule="constant")
-    call("vgg", tmp_path / "straight", data, judge__schedule="constant")
+        call("vgg", tmp_path, data, "--steps", steps, classifier__schedule="constant")
+    call("vgg", tmp_path / "straight", data, classifier__schedule="constant")
     a, b = read(tmp_path / "vgg.pt"), read(tmp_path / "straight" / "vgg.pt")
     assert not [name for name in differing(a, b) if not name.startswith(".config")]
 
@@ -79,7 +79,7 @@ def test_the_balance_is_that_of_sizes_and_gradients_by_their_definition(trained,
     look("--ckpt", trained / "phase1.pt", "--num", 4, "--out", tmp_path / "b.json")
     (told,) = json.loads((tmp_path / "b.json").read_text())
     tokenizer, ckpt = plumbing.models.load_model(trained / "phase1.pt", ("phase1",))
-    judge, _ = plumbing.models.load_model(trained / "vgg.pt", ("vgg",))
+    vgg, _ = plumbing.models.load_model(trained / "vgg.pt", ("vgg",))
     images = plumbing.data.load_data(ckpt["config"])[1]
     draw = torch.Generator().manual_seed(plumbing.processes.mix(0, "balance"))
     x = torch.stack([images.view(i) for i in torch.randperm(len(images), generator=draw)[:4].tolist()])
@@ -94,7 +94,7 @@ def test_the_balance_is_that_of_sizes_and_gradients_by_their_definition(trained,
     weights = P.layer_weights(1.0)
     sizes = {}
     for name in P.NAMES:
-        found = gradients(lambda x_hat, name=name: (judge(x_hat, [name])[name] - judge(x, [name])[name])
+        found = gradients(lambda x_hat, name=name: (vgg(x_hat, [name])[name] - vgg(x, [name])[name])
                           .square().mean())
         row = told["terms"][name]
         assert [row[key] for key in ("size", "at_image", "at_layer")] == pytest.approx(
@@ -103,7 +103,7 @@ def test_the_balance_is_that_of_sizes_and_gradients_by_their_definition(trained,
     for name, size in sizes.items():
         assert told["terms"][name]["share"] == pytest.approx(size / sum(sizes.values()), rel=1e-3)
     c = ckpt["config"]["phase1"]["per_weight"]
-    whole = gradients(lambda x_hat: c * P.perceptual_loss(judge, x, x_hat, weights))
+    whole = gradients(lambda x_hat: c * P.perceptual_loss(vgg, x, x_hat, weights))
     assert [told["weighted_loss"][key] for key in ("size", "at_image", "at_layer")] == pytest.approx(
         [a / b for a, b in zip(whole, one, strict=True)], rel=1e-3)
     assert told["l1"] == pytest.approx(one[0], rel=1e-4) and told["alpha"] == 1.0
@@ -142,10 +142,10 @@ def test_what_has_no_balance_is_refused(trained, data, capsys, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("preset", recipes.small.PRESETS.values(), ids=recipes.small.PRESETS)
-def test_the_judge_of_every_small_preset_has_relu5_3_on_the_token_grid(preset):
-    side, judge = preset["image_size"], preset["judge"]
+def test_the_vgg_of_every_small_preset_has_relu5_3_on_the_token_grid(preset):
+    side, vgg = preset["image_size"], preset["classifier"]
     tokens = side // 2 ** (len(preset["tokenizer"]["channel_mult"]) - 1)
-    taps = P.VGGTaps(plumbing.weights.build_vgg16(judge["width"], 10, judge["hidden"],
-                                              skip_pools=judge["skip_pools"]))
+    taps = P.VGGTaps(plumbing.weights.build_vgg16(vgg["width"], 10, vgg["hidden"],
+                                              skip_pools=vgg["skip_pools"]))
     assert taps(torch.zeros(1, 3, side, side), ["relu5_3"])["relu5_3"].shape[2:] == (tokens, tokens)
-    assert judge["scale_taps"]
+    assert vgg["scale_taps"]

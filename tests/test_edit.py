@@ -121,15 +121,15 @@ def test_an_image_laid_on_the_canvas_keeps_its_tokens_and_the_rest_is_drawn(trai
     assert torch.equal(laid[:, 16:, 8:24], small)
 
 
-def test_without_classes_the_judge_of_the_run_says_what_is_seen(trained, picture, tmp_path, capsys):
+def test_without_classes_the_vgg_of_the_run_says_what_is_seen(trained, picture, tmp_path, capsys):
     info = edit(trained, picture, tmp_path / "x.png", "--box", "40,0,8,8", "--num", 3)
-    judge, ckpt = load_model(trained / "vgg.pt", ("vgg",))
+    vgg, ckpt = load_model(trained / "vgg.pt", ("vgg",))
     x = plumbing.images.to_square(plumbing.images.load_rgb(picture), 32)[None, :, :, 8:40]
-    seen = judge(plumbing.images.to_float(x, "cpu"), ["logit"])["logit"].argmax().item()
-    assert info["classes"] == [ckpt["class_names"][seen]] and "the judge sees" in capsys.readouterr().out
+    seen = vgg(plumbing.images.to_float(x, "cpu"), ["logit"])["logit"].argmax().item()
+    assert info["classes"] == [ckpt["class_names"][seen]] and "the VGG sees" in capsys.readouterr().out
 
 
-def test_a_judge_of_other_classes_names_none(trained, picture, tmp_path, capsys):
+def test_a_vgg_of_other_classes_names_none(trained, picture, tmp_path, capsys):
     for name in ("nar", "phase2"):
         shutil.copy(trained / f"{name}.pt", tmp_path)
     ckpt = torch.load(trained / "vgg.pt", weights_only=True)

@@ -72,7 +72,7 @@ def test_averaged_weights_slower_than_the_run_are_told_at_its_start(stage, train
 def test_the_warning_of_a_slow_average_names_a_value_that_fits():
     told = plumbing.run.slow_average("phase1", dict(ema=0.9999, steps=120))
     assert "99%" in told and "--set phase1.ema=0.958333 fits" in told and "\n" not in told
-    assert plumbing.run.slow_average("vgg", dict(ema=0.9, steps=1)).count("judge.ema=0 fits") == 1
+    assert plumbing.run.slow_average("vgg", dict(ema=0.9, steps=1)).count("classifier.ema=0 fits") == 1
     for steps in (10, 120, 5000, 10**6):
         fits = float(f"{1 - 5 / steps:.6g}")
         assert plumbing.run.slow_average("phase1", dict(ema=fits, steps=steps)) == ""
@@ -183,9 +183,9 @@ WRONG = {  # section -> words that no preset can run with, and what the line nam
     "tokenizer type": (["--set", "tokenizer.num_res_blocks=1.5"], "tokenizer.num_res_blocks must be a whole"),
     "discriminator": (["--set", "discriminator.max_width=0"], "discriminator.max_width must"),
     "side": (["--set", "image_size=96"], "power"),
-    "judge": (["--set", "judge.width=0"], "judge.width"),
+    "vgg": (["--set", "classifier.width=0"], "classifier.width"),
     "phase1": (["--set", "phase1.alpha=2.0"], "phase1.alpha"),
-    "phase2": (["--vgg", "judge", "--set", "phase1.layers=A", "--set", "phase2.layers=lpips"],
+    "phase2": (["--vgg", "own", "--set", "phase1.layers=A", "--set", "phase2.layers=lpips"],
                "phase2.layers=lpips needs"),
     "prior": (["--set", "prior.n_head=7"], "n_head 7"),
     "ar": (["--set", "ar.schedule=stairs"], "ar.schedule"),
@@ -200,7 +200,7 @@ UNREAD = [  # what nothing reads, or what trains nothing
     (["discriminator.kind=patch", "discriminator.max_width=8"], "discriminator.max_width changes nothing"),
     (["discriminator.channel_multiplier=2", "discriminator.kind=patch"], "multiplier changes nothing"),
     *((([f"{section}.schedule=exponential", f"{section}.lr_end=0.0"]), f"{section}.lr_end must be above 0")
-      for section in ("judge", "phase1", "phase2", "ar", "nar")),
+      for section in ("classifier", "phase1", "phase2", "ar", "nar")),
     (["nar.schedule=exponential"], "nar.lr_end must be above 0"), (["ar.lr=-0.001"], "ar.lr must be"),
     (["ar.lr_end=-0.001"], "ar.lr_end must be"), (["ar.lr_start=-1"], "ar.lr_start must be"),
     (["tokenizer.kmeans_every=5"], "codebook=entropy does not read tokenizer.kmeans_every"),
@@ -270,13 +270,13 @@ def test_images_without_classes_are_refused_before_the_first_step(more, named, f
     assert not (tmp_path / "out").exists()
 
 
-def test_a_preset_that_needs_initial_weights_is_refused_before_the_judge_is_trained(tmp_path, capsys):
-    words = ["--preset", "lsun-cat", "--stage", "all", "--vgg", "judge", "--data", "shapes"]
+def test_a_preset_that_needs_initial_weights_is_refused_before_the_vgg_is_trained(tmp_path, capsys):
+    words = ["--preset", "lsun-cat", "--stage", "all", "--vgg", "own", "--data", "shapes"]
     error = refused(capsys, *words, "--device", "cpu", "--out", tmp_path / "out")
     assert "pass --tokenizer FILE" in error and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("section", ["judge", "phase1", "phase2", "ar", "nar"])
+@pytest.mark.parametrize("section", ["classifier", "phase1", "phase2", "ar", "nar"])
 def test_a_batch_that_the_processes_cannot_share_is_refused_at_any_stage(
         section, data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(plumbing.preflight, "world", lambda: 4)
@@ -310,7 +310,7 @@ def test_a_checkpoint_of_a_later_stage_with_other_images_is_refused_before_the_f
     assert contents(tmp_path / "out") == before
 
 
-def test_initial_weights_that_do_not_fit_are_refused_before_the_judge_is_trained(
+def test_initial_weights_that_do_not_fit_are_refused_before_the_vgg_is_trained(
         trained, data, tmp_path, capsys):
     out, given = tmp_path / "out", ["--tokenizer", trained / "phase1.pt"]
     assert "size mismatch" in refusal(capsys, "all", out, data, *given, **{"tokenizer.codebook_size": 64})
@@ -319,11 +319,11 @@ def test_initial_weights_that_do_not_fit_are_refused_before_the_judge_is_trained
     assert not out.exists()
 
 
-def test_a_phase_whose_judge_is_missing_is_refused_before_that_is_trained(data, flat, tmp_path, capsys):
+def test_a_phase_whose_vgg_is_missing_is_refused_before_that_is_trained(data, flat, tmp_path, capsys):
     fq = {"tokenizer.teacher_widths": [0, 48], "prior.n_head": 2, "prior.n_embd": 32}
     words = command("phase1", tmp_path / "out", data, "--preset", "demo-fq", **fq)
     error = refused(capsys, *words)
-    assert "teacher judge gives 32 features, not the 48" in error
+    assert "teacher vgg gives 32 features, not the 48" in error
     assert "needs labels" in refusal(capsys, "phase1", tmp_path / "out", flat)
     assert not (tmp_path / "out").exists()
 
@@ -364,7 +364,7 @@ def test_the_note_on_groups_comes_once_and_only_with_the_style_discriminator(
     assert capsys.readouterr().out.count("note: phase1: in micro-batches of 2 and 3 images") == notes
 
 
-@pytest.mark.parametrize("item", ['phase1={"lr": 1}', "discriminator={}", "judge={}", "sample={}"])
+@pytest.mark.parametrize("item", ['phase1={"lr": 1}', "discriminator={}", "classifier={}", "sample={}"])
 def test_a_section_as_a_whole_is_no_value(item, capsys):
     with pytest.raises(SystemExit) as stop:
         recipes.options.train_args(["--stage", "phase1", "--preset", "demo", "--set", item])

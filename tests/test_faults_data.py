@@ -393,15 +393,15 @@ def test_a_run_goes_on_with_its_images_under_any_name_and_as_if_they_had_none(da
     monkeypatch.chdir(tmp_path)
     shutil.copytree(data, tmp_path / "d1")
     shutil.copytree(data, tmp_path / "scratch" / "job7")
-    call("vgg", tmp_path / "straight", "d1", "--steps", 6, judge__schedule="constant")
+    call("vgg", tmp_path / "straight", "d1", "--steps", 6, classifier__schedule="constant")
     places = ["d1", "d1/", "./d1", tmp_path / "d1", tmp_path / "scratch" / "job7"]
     for steps, place in enumerate(places, 2):
-        call("vgg", tmp_path / "out", place, "--steps", steps, judge__schedule="constant")
+        call("vgg", tmp_path / "out", place, "--steps", steps, classifier__schedule="constant")
     split = [tmp_path / "d1" / name for name in ("train", "val")]  # the same images, found by flags
-    call("phase1", tmp_path / "out", split[0], "--val", split[1], "--steps", 2, judge__steps=6,
-         judge__schedule="constant")
-    call("phase2", tmp_path / "out", "scratch/job7", "--steps", 2, phase1__steps=2, judge__steps=6,
-         judge__schedule="constant")
+    call("phase1", tmp_path / "out", split[0], "--val", split[1], "--steps", 2, classifier__steps=6,
+         classifier__schedule="constant")
+    call("phase2", tmp_path / "out", "scratch/job7", "--steps", 2, phase1__steps=2, classifier__steps=6,
+         classifier__schedule="constant")
     straight, ckpt = (read_checkpoint(tmp_path / run / "vgg.pt", ["vgg"]) for run in ("straight", "out"))
     assert ckpt["step"] == 6 and differing(straight["model"], ckpt["model"]) == []
     assert ckpt["config"]["data"] == str(places[-1])
@@ -508,11 +508,11 @@ def test_paths_in_lists_and_in_set_know_the_home_folder(monkeypatch):
     assert recipes.options.sample_args(words).second == "/home/me/vgg.pt"
     args = recipes.options.sample_args(["--ckpt", "a.pt", "--edit", "~/x.png", "--mask", "~/m.png"])
     assert (args.edit, args.mask) == (Path("/home/me/x.png"), Path("/home/me/m.png"))
-    sets = ["data=~/d", "val=~/v", "vgg=~/vgg.pth", 'phase1.teachers=[null, "~/clip.pt", "judge"]']
+    sets = ["data=~/d", "val=~/v", "vgg=~/vgg.pth", 'phase1.teachers=[null, "~/clip.pt", "vgg"]']
     words = [word for item in sets for word in ("--set", item)]
     config = recipes.options.train_args(["--stage", "phase1", "--preset", "demo-fq", *words])[1]
     assert [config[key] for key in ("data", "val", "vgg")] == ["/home/me/d", "/home/me/v", "/home/me/vgg.pth"]
-    assert config["phase1"]["teachers"] == [None, "/home/me/clip.pt", "judge"]
+    assert config["phase1"]["teachers"] == [None, "/home/me/clip.pt", "vgg"]
 
 
 def test_the_home_folder_of_nobody_is_a_folder_that_does_not_exist(tmp_path, capsys):

@@ -306,7 +306,7 @@ def test_phase_2_without_attention_has_the_decoder_of_phase_1():
 @pytest.mark.parametrize("preset", ["lfq.demo", "guidance.demo", "noattention.demo"])
 def test_the_forks_that_exist_run_on_the_same_seam(preset, data, tmp_path):
     out = tmp_path / "out"
-    steps = [f"--set={stage}.steps=2" for stage in ("judge", "phase1", "phase2", "ar", "nar")]
+    steps = [f"--set={stage}.steps=2" for stage in ("classifier", "phase1", "phase2", "ar", "nar")]
     code, _, error = script("train.py", *train_words("all", out, data, preset), *steps)
     assert code == 0, error
     for words in ("sample.py --ckpt OUT/ar.pt --num 2", "sample.py --ckpt OUT/nar.pt --num 2",

@@ -168,8 +168,8 @@ def test_a_script_imports_studies_and_forks_by_a_lazy_line_only(name):
     assert of("forks", anywhere(name)) <= ({"forks"} if name == "visualize" else set())  # the finder
 
 
-def test_what_every_run_stands_on_imports_no_script_but_in_models_and_judge():
-    base = {name for name in of("plumbing", FILES)} - {"plumbing.models", "plumbing.judge"}
+def test_what_every_run_stands_on_imports_no_script_but_in_models_and_vgg():
+    base = {name for name in of("plumbing", FILES)} - {"plumbing.models", "plumbing.classifiers"}
     for name in base:
         assert not loaded(name) & set(BUDGETS) and not of("studies", anywhere(name)), name
         assert not of("forks", anywhere(name)), name
@@ -234,7 +234,7 @@ train.build_on_meta(find_preset("demo-fq"), STAGES)
 
 
 def test_nothing_is_imported_while_the_meta_device_is_set():
-    """With PyTorch 2.6 and 2.8 torch._dynamo cannot be, and no command that builds a judge started."""
+    """With PyTorch 2.6 and 2.8 torch._dynamo cannot be, and no command that builds a VGG started."""
     done = subprocess.run([sys.executable, "-c", NO_IMPORTS], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

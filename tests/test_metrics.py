@@ -48,7 +48,7 @@ from plumbing.shapes import Shapes
 def scorer(tmp_path_factory, data):
     """A tiny resnet.pt: 16 features, so that 20 validation images are enough for a Frechet distance."""
     out = tmp_path_factory.mktemp("scorer")
-    call("vgg", out, data, "--arch", "resnet", judge__width=2)
+    call("vgg", out, data, "--arch", "resnet", classifier__width=2)
     return out / "resnet.pt"
 
 
@@ -250,7 +250,7 @@ def test_inception_files_that_are_missing_damaged_or_foreign_are_refused(
         studies.extractors.load_inception("inception")
 
 
-def test_a_judge_and_a_scorer_both_serve_and_give_their_own_logits(trained, scorer, data):
+def test_a_vgg_and_a_scorer_both_serve_and_give_their_own_logits(trained, scorer, data):
     images = torch.stack([Shapes("val", 5, 32).view(i) for i in range(5)])
     x = perceptual.normalize_images(plumbing.images.to_float(images, "cpu"))
     for path, width, stage in ((trained / "vgg.pt", 32, "vgg"), (scorer, 16, "resnet")):
@@ -813,7 +813,7 @@ def test_results_and_rows_with_the_former_names_are_still_read(tmp_path):
 
 
 def table(name, out, data, *words):
-    sets = command("phase1", out, data, **{"judge.width": 2})
+    sets = command("phase1", out, data, **{"classifier.width": 2})
     sets = [word for pair in zip(sets, sets[1:], strict=False) if pair[0] == "--set" for word in pair]
     words = [name, "--preset", "demo", "--data", data, "--out", out, "--samples", 20, *sets, *words]
     return recipes.options.visualize_args(list(map(str, words)))
@@ -852,7 +852,7 @@ def test_a_table_trains_and_measures_every_row_once_and_shows_the_paper_beside(
     ran = in_process(monkeypatch)
     words = ("--stages", "phase1,ar", "--run")
     visualize.main(table("table1", tmp_path, data, *words))
-    assert len(ran) == 2 + 2 * 4  # judge and scorer; and for each row two stages and two results
+    assert len(ran) == 2 + 2 * 4  # vgg and scorer; and for each row two stages and two results
     found = json.loads((tmp_path / "table1.json").read_text())
     assert [row["paper"]["ar_fid"] for row in found["rows"]] == [16.97, 17.19]
     assert all(row["ours"]["rfd"] > 0 and row["ours"]["ar_fd"] > 0 for row in found["rows"])
@@ -891,7 +891,7 @@ def test_rows_of_other_settings_never_stand_in_one_table(data, tmp_path, monkeyp
     assert stop.value.code == 2 and "other settings" in capsys.readouterr().err
     assert (tmp_path / "table5.json").read_bytes() == before
     # another extractor measures anew instead of standing above the old numbers
-    visualize.main(table(*words, "--extractor", tmp_path / "judge" / "vgg.pt"))
+    visualize.main(table(*words, "--extractor", tmp_path / "vgg" / "vgg.pt"))
     out = capsys.readouterr().out
     assert "features of " + str(tmp_path / "scorer" / "resnet.pt") in out
     assert out.count("missing for") == 4 and "train.py" not in out
@@ -899,7 +899,7 @@ def test_rows_of_other_settings_never_stand_in_one_table(data, tmp_path, monkeyp
 
 @pytest.mark.parametrize("item, named", [
     ("phase1.stepz=3", "phase1.stepz"), ("tokenizer.codebok_size=8", "tokenizer.codebook_size"),
-    ("prior.n_head=3", "multiple of n_head"), ("judge.width=0", "judge.width")])
+    ("prior.n_head=3", "multiple of n_head"), ("classifier.width=0", "classifier.width")])
 @pytest.mark.parametrize("name", ["table1", "claims", "forks"])
 def test_a_wrong_setting_of_a_table_is_refused_before_anything_is_written(
         name, item, named, tmp_path, capsys, monkeypatch):
@@ -967,13 +967,13 @@ def test_the_claims_are_told_from_the_measured_numbers_of_each_run(data, tmp_pat
     (seen,) = json.loads((tmp_path / "claims_fig11.json").read_text())
     curves = json.loads((tmp_path / "claims_fig10.json").read_text())
     tokenizer, ckpt = plumbing.models.load_model(folder / "phase1.pt", ("phase1",))
-    judge, _ = plumbing.models.load_model(tmp_path / "judge" / "vgg.pt", ("vgg",))
+    vgg, _ = plumbing.models.load_model(tmp_path / "vgg" / "vgg.pt", ("vgg",))
     val = plumbing.data.load_data(ckpt["config"])[1]
     x = plumbing.images.to_float(torch.stack([val.view(i) for i in range(20)]), "cpu")
     with torch.no_grad():
         x_hat = tokenizer.decode(tokenizer.encode(x))
-        gap = judge(x_hat, ["relu5_3"])["relu5_3"] - judge(x, ["relu5_3"])["relu5_3"]
-    assert row["judge_relu5_3"] == pytest.approx(gap.square().mean().item(), rel=1e-3)
+        gap = vgg(x_hat, ["relu5_3"])["relu5_3"] - vgg(x, ["relu5_3"])["relu5_3"]
+    assert row["vgg_relu5_3"] == pytest.approx(gap.square().mean().item(), rel=1e-3)
     assert seen["tokenizer_stage"] == "phase1" and [curve["stage"] for curve in curves] == ["ar", "nar"]
     assert curves[1]["val_loss"][-1] == last["val_loss"]
     assert json.loads((tmp_path / "claims.json").read_text())["runs"] == 1
@@ -1003,7 +1003,7 @@ def test_the_table_of_forks_trains_and_measures_its_rows_and_ranks_them(data, tm
     monkeypatch.setattr(studies.fork_table, "SEEDS", (1,))
     monkeypatch.setattr(studies.fork_table, "disagreeing", lambda rows: ["plain"])
     ran = in_process(monkeypatch)
-    words = ("--set", "tokenizer.codebook_dim=16", "--run")  # frozen wants 8 times the judge's width
+    words = ("--set", "tokenizer.codebook_dim=16", "--run")  # frozen wants 8 times the VGG's width
     visualize.main(table("forks", tmp_path, data, *words))
     assert len(ran) == 2 + (3 + 4) + (1 + 4) + (3 + 4) + (3 + 4)  # phase 2 goes on from the plain phase 1
     found = json.loads((tmp_path / "forks.json").read_text())["rows"]
@@ -1030,11 +1030,11 @@ def test_the_table_of_forks_trains_and_measures_its_rows_and_ranks_them(data, tm
 
 
 @pytest.mark.parametrize("kind", [studies.tables.Table, studies.claims.Claims, studies.fork_table.ForkTable])
-def test_the_scorers_of_a_table_are_three_times_as_wide_as_its_judge(kind, tmp_path, data):
+def test_the_scorers_of_a_table_are_three_times_as_wide_as_its_vgg(kind, tmp_path, data):
     files, commands = zip(*kind(table("forks", tmp_path, data)).shared(), strict=True)
-    widths = [recipes.options.train_args(words[1:])[1]["judge"]["width"] for words in commands]
-    judges = [path for path in files if path.parent.name.startswith("judge")]
-    assert widths == [2] * len(judges) + [6] * (len(files) - len(judges)) and len(widths) > len(judges) > 0
+    widths = [recipes.options.train_args(words[1:])[1]["classifier"]["width"] for words in commands]
+    vggs = [path for path in files if path.parent.name.startswith("vgg")]
+    assert widths == [2] * len(vggs) + [6] * (len(files) - len(vggs)) and len(widths) > len(vggs) > 0
 
 
 def test_the_rank_correlations_are_spearman_s_of_the_rows_after_phase_1():
@@ -1056,7 +1056,7 @@ def test_the_rank_correlations_are_spearman_s_of_the_rows_after_phase_1():
 def test_a_table_takes_every_preset_of_train(preset, tmp_path):
     args = recipes.options.visualize_args(["table6", "--preset", preset, "--out", str(tmp_path)])
     table, found = studies.tables.Table(args), recipes.options.find_preset(preset)
-    assert (table.fork, table.small) == (found["fork"], found["vgg"] == "judge")
+    assert (table.fork, table.small) == (found["fork"], found["vgg"] == "own")
 
 
 def test_at_full_scale_the_entropy_row_is_the_baseline_and_inception_the_extractor(tmp_path):

@@ -181,14 +181,14 @@ def test_scaling_multiplies_every_tap_by_its_own_number_and_nothing_else(taps, p
 @pytest.mark.parametrize("skipped, sides", [(0, (32, 16, 8, 4, 2)), (1, (32, 32, 16, 8, 4)),
                                             (2, (32, 32, 32, 16, 8))])
 def test_pools_left_out_from_the_front_make_all_later_features_finer(pair, skipped, sides):
-    judge = P.VGGTaps(plumbing.weights.build_vgg16(**SMALL, skip_pools=skipped))
-    features = judge(pair[0], ALL_LAYERS)  # the taps are where they were
+    vgg = P.VGGTaps(plumbing.weights.build_vgg16(**SMALL, skip_pools=skipped))
+    features = vgg(pair[0], ALL_LAYERS)  # the taps are where they were
     assert tuple(features[name].shape[-1] for name in P.LAYERS) == sides
     assert features[P.LOGIT].shape == (2, 10)
     smallest = 32 >> skipped
-    judge(pair[0][..., :smallest, :smallest], [P.LOGIT])
+    vgg(pair[0][..., :smallest, :smallest], [P.LOGIT])
     with pytest.raises(ValueError, match=f"at least {smallest}x{smallest}"):
-        judge(pair[0][..., : smallest - 1, : smallest - 1], [P.LOGIT])
+        vgg(pair[0][..., : smallest - 1, : smallest - 1], [P.LOGIT])
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip format", "format of 2017"])

@@ -150,15 +150,15 @@ def test_the_previous_checkpoint_takes_the_place_of_a_damaged_one(tmp_path):
     assert (tmp_path / "x.damaged").read_bytes() == b"damaged"
 
 
-def test_a_phase_goes_on_only_under_the_judge_that_it_began_with(trained, data, tmp_path, capsys):
+def test_a_phase_goes_on_only_under_the_vgg_that_it_began_with(trained, data, tmp_path, capsys):
     out = tmp_path / "out"
     shutil.copytree(trained, out)
     ckpt = read_checkpoint(out / "phase1.pt", ["phase1"])
-    judge, _ = plumbing.models.load_model(out / "vgg.pt", ["vgg"])
-    assert ckpt["judge"] == plumbing.hashes.weights_hash(judge)
-    save_checkpoint(ckpt | dict(judge="0" * 16), out / "phase1.pt")
-    assert "was trained with another judge" in refusal(capsys, "phase1", out, data)
-    assert read_checkpoint(out / "nar.pt", ["nar"])["judge"] is None
+    vgg, _ = plumbing.models.load_model(out / "vgg.pt", ["vgg"])
+    assert ckpt["vgg_hash"] == plumbing.hashes.weights_hash(vgg)
+    save_checkpoint(ckpt | dict(vgg_hash="0" * 16), out / "phase1.pt")
+    assert "was trained with another VGG" in refusal(capsys, "phase1", out, data)
+    assert read_checkpoint(out / "nar.pt", ["nar"])["vgg_hash"] is None
 
 
 def test_a_process_without_a_validation_image_counts_no_token(trained, data, tmp_path, monkeypatch):
@@ -859,7 +859,7 @@ def test_no_steps_build_everything_and_fewer_steps_than_done_do_nothing(trained,
 
 
 def test_unusual_settings_are_told_of_and_obeyed(trained, data, tmp_path, capsys):
-    call("vgg", tmp_path / "out", data, "--steps", 1, judge__lr=0.2, judge__batch=90)
+    call("vgg", tmp_path / "out", data, "--steps", 1, classifier__lr=0.2, classifier__batch=90)
     said = capsys.readouterr()
     assert "0.2 is far above" in said.err and "sees each of the 60 images 1.5 times" in said.out
     words = ["--ckpt", trained / "nar.pt", "--num", 2, "--steps", 40, "--out", tmp_path / "x.png"]
@@ -882,7 +882,7 @@ def test_an_unfinished_stage_is_told_of_by_the_next_one(trained, data, tmp_path,
     assert "stage phase1 ended at step 4 of 6" in capsys.readouterr().err
 
 
-def test_a_judge_that_was_trained_on_other_data_is_refused(trained, data, flat, tmp_path, capsys):
+def test_a_vgg_that_was_trained_on_other_data_is_refused(trained, data, flat, tmp_path, capsys):
     out = earlier(trained, tmp_path / "out", "phase1")
     assert "vgg.pt was made with data" in refusal(capsys, "phase1", out, flat)
 

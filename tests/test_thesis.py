@@ -35,7 +35,7 @@ def images(count=4):
     return torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
-def judge(width=4, skip_pools=1):
+def small_vgg(width=4, skip_pools=1):
     torch.manual_seed(2)
     return VGGTaps(build_vgg16(width, 10, 16, skip_pools=skip_pools))
 
@@ -132,8 +132,8 @@ def test_the_causal_loss_moves_the_encoder_and_phase_2_knows_none_of_it():
 
 
 def test_latents_that_point_where_the_features_point_cost_nothing():
-    model, vgg = tokenizer(AlignedTokenizer, feature_width=32), judge()
-    model.prepare(types.SimpleNamespace(judge=vgg))
+    model, vgg = tokenizer(AlignedTokenizer, feature_width=32), small_vgg()
+    model.prepare(types.SimpleNamespace(vgg=vgg))
     x = images()
     loss = model(x)[2]["loss_align"]
     z_hat = model.encoder(x)
@@ -147,19 +147,19 @@ def test_latents_that_point_where_the_features_point_cost_nothing():
     assert model(x)[2]["loss_align"].item() == pytest.approx(0, abs=1e-5)
 
 
-def test_the_judge_of_the_alignment_is_neither_trained_nor_saved():
-    model, vgg = tokenizer(AlignedTokenizer, feature_width=32), judge()
-    model.prepare(types.SimpleNamespace(judge=vgg))
+def test_the_vgg_of_the_alignment_is_neither_trained_nor_saved():
+    model, vgg = tokenizer(AlignedTokenizer, feature_width=32), small_vgg()
+    model.prepare(types.SimpleNamespace(vgg=vgg))
     model(images())[2]["loss_align"].backward()
     assert any(p.grad is not None for p in model.encoder.parameters())
     assert all(p.grad is None for p in vgg.parameters())
-    assert not any("judge" in name or "vgg" in name for name in model.state_dict())
+    assert not any("vgg" in name for name in model.state_dict())
     assert model.freeze_latent_space()(images())[2] == {}
 
 
 def test_the_loss_of_the_alignment_is_float32_under_autocast():
     model = tokenizer(AlignedTokenizer, feature_width=32)
-    model.prepare(types.SimpleNamespace(judge=judge()))
+    model.prepare(types.SimpleNamespace(vgg=small_vgg()))
     expected = model(images())[2]["loss_align"]
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(images())[2]["loss_align"]
@@ -175,7 +175,7 @@ OWN = {"frozen": ["tokenizer.codebook_dim=32"], "align": ["tokenizer.feature_wid
 
 def words(fork, stage, out, data):
     """Words of a tiny run of a fork."""
-    steps = [f"{stage}.steps=2" for stage in ("judge", "phase1", "phase2", "ar", "nar")]
+    steps = [f"{stage}.steps=2" for stage in ("classifier", "phase1", "phase2", "ar", "nar")]
     more = [word for item in [*steps, *OWN.get(fork, [])] for word in ("--set", item)]
     return [*command(stage, out, data, "--preset", f"{fork}.demo"), *more]
 
@@ -213,7 +213,7 @@ def test_every_fork_is_a_screen_and_trains_on_the_seam(fork, runs):
     assert len((ROOT / "forks" / f"{fork}.py").read_text().splitlines()) <= 60
 
 
-def test_the_tokens_of_frozen_are_those_of_the_judge(runs):
+def test_the_tokens_of_frozen_are_those_of_the_vgg(runs):
     out = runs("frozen")
     model, _ = load_model(out / "phase1.pt", ("phase1",))
     vgg, _ = load_model(out / "vgg.pt", ("vgg",))
@@ -257,14 +257,14 @@ def test_phase_3_wants_its_prior_first(data, tmp_path, capsys):
         model.prepare(types.SimpleNamespace(out=tmp_path))
 
 
-def test_phase_3_refuses_a_prior_of_other_tokens_and_a_judge_of_other_classes(runs):
+def test_phase_3_refuses_a_prior_of_other_tokens_and_a_vgg_of_other_classes(runs):
     out = runs("phase3")
     model = load_model(out / "phase2.pt", ("phase2",))[0].freeze_latent_space()
     prior, _ = load_model(out / "ar.pt", ("ar",))
-    run = types.SimpleNamespace(out=out, device="cpu", judge=judge())
+    run = types.SimpleNamespace(out=out, device="cpu", vgg=small_vgg())
     model.prepare(run)
     assert prior.config.num_classes == 10 and len(model.helpers) == 1
-    run.judge = VGGTaps(build_vgg16(4, 9, 16, skip_pools=1))
+    run.vgg = VGGTaps(build_vgg16(4, 9, 16, skip_pools=1))
     with pytest.raises(UserError, match="does not know the classes"):
         model.prepare(run)
     with torch.no_grad():
@@ -274,9 +274,9 @@ def test_phase_3_refuses_a_prior_of_other_tokens_and_a_judge_of_other_classes(ru
 
 
 @pytest.mark.parametrize("fork, item, told", [
-    ("frozen", "judge.width=3", "judge.width=8"),
-    ("frozen", "judge.skip_pools=0", "skip_pools=1"),
-    ("align", "judge.width=16", "tokenizer.feature_width=128")])
+    ("frozen", "classifier.width=3", "classifier.width=8"),
+    ("frozen", "classifier.skip_pools=0", "skip_pools=1"),
+    ("align", "classifier.width=16", "tokenizer.feature_width=128")])
 def test_presets_that_do_not_fit_are_refused(fork, item, told):
     config = recipes.options.train_args(["--stage", "phase1", "--preset", f"{fork}.demo", "--set", item])[1]
     with pytest.raises(ValueError, match=told):
@@ -284,16 +284,16 @@ def test_presets_that_do_not_fit_are_refused(fork, item, told):
     forks.load(fork).parts()["tokenizer"].check(recipes.options.find_preset(f"{fork}.demo"))
 
 
-def test_the_width_of_a_judge_in_a_file_is_that_of_the_file(runs):
+def test_the_width_of_a_vgg_in_a_file_is_that_of_the_file(runs):
     config = recipes.options.find_preset("align.demo") | dict(vgg=str(runs("frozen") / "vgg.pt"))
     with pytest.raises(ValueError, match="relu5_3 has 32 channels"):
         AlignedTokenizer.check(config)
     AlignedTokenizer.check(config | dict(tokenizer=dict(feature_width=32)))
     config = recipes.options.find_preset("frozen.demo") | dict(vgg=config["vgg"])
-    with pytest.raises(ValueError, match="relu5_3 of a judge with judge.width=8"):
+    with pytest.raises(ValueError, match="relu5_3 of a VGG with classifier.width=8"):
         FrozenTokenizer.check(config)
     FrozenTokenizer.check(config | dict(tokenizer=dict(codebook_dim=32, channel_mult=[1, 1, 2, 2])))
-    with pytest.raises(ValueError, match="with judge.skip_pools=2"):  # a coarser grid than this judge's
+    with pytest.raises(ValueError, match="with classifier.skip_pools=2"):  # a coarser grid than this VGG's
         FrozenTokenizer.check(config | dict(tokenizer=dict(codebook_dim=32, channel_mult=[1, 1, 2])))
 
 

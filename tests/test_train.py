@@ -24,7 +24,7 @@ import perceptual
 import plumbing.codes
 import plumbing.dataset
 import plumbing.images
-import plumbing.judge
+import plumbing.classifiers
 import plumbing.preflight
 import plumbing.processes
 import plumbing.run
@@ -229,7 +229,7 @@ def test_flags_and_set_are_written_into_a_copy_of_the_preset():
     assert (config["ar"]["steps"], config["ar"]["batch"], config["ar"]["lr"]) == (7, 3, 0.5)
     assert (config["phase1"]["alpha"], config["seed"], config["limit"]) == (0.5, 4, 9)
     assert config["tokenizer"]["bias"] is True
-    assert recipes.options.train_args(["--stage", "vgg", "--steps", "7"])[1]["judge"]["steps"] == 7
+    assert recipes.options.train_args(["--stage", "vgg", "--steps", "7"])[1]["classifier"]["steps"] == 7
     assert "bias" not in recipes.small.DEMO["tokenizer"] and recipes.small.DEMO["ar"]["steps"] != 7
 
 
@@ -254,7 +254,7 @@ def test_a_finished_stage_started_again_changes_no_checkpoint(trained, data, tmp
         ("phase1", dict(tokenizer__codebook_size=64), "tokenizer.codebook_size"),
         ("phase1", dict(seed=1), "seed"),
         ("phase2", dict(phase2__per_weight=2.0), "phase2.per_weight"),
-        ("vgg", dict(judge__width=8), "judge.width"),
+        ("vgg", dict(classifier__width=8), "classifier.width"),
         ("ar", dict(prior__n_embd=16), "prior.n_embd"),
         ("ar", dict(conditional=False), "conditional"),
         ("nar", dict(nar__lr=1e-3), "nar.lr"),
@@ -634,7 +634,7 @@ def test_a_stage_without_the_one_before_it_is_refused(trained, data, tmp_path, c
 def test_shifted_images_are_crops_of_the_reflected_image_and_depend_on_seed_step_and_row_alone():
     x = torch.arange(24 * 3 * 16 * 16.0).view(24, 3, 16, 16)
     shifted, padded = (
-        plumbing.judge.random_shift(x, 0, 5, 24),
+        plumbing.classifiers.random_shift(x, 0, 5, 24),
         torch.nn.functional.pad(x, (2,) * 4, mode="reflect"),
     )
     places = []
@@ -644,8 +644,8 @@ def test_shifted_images_are_crops_of_the_reflected_image_and_depend_on_seed_step
         assert len(found) == 1
         places += found
     assert {t for t, _ in places} == {left for _, left in places} == set(range(5))
-    assert torch.equal(plumbing.judge.random_shift(x, 0, 5, 24), shifted)
-    assert not torch.equal(plumbing.judge.random_shift(x, 0, 6, 24), shifted)
+    assert torch.equal(plumbing.classifiers.random_shift(x, 0, 5, 24), shifted)
+    assert not torch.equal(plumbing.classifiers.random_shift(x, 0, 6, 24), shifted)
 
 
 def test_a_batch_of_codes_has_the_labels_of_its_images_and_takes_turns_with_their_variants(trained, data):
@@ -674,7 +674,7 @@ def test_the_gradients_of_a_step_are_those_of_eq_2_and_of_the_discriminator_s_lo
     x = plumbing.images.to_float(next(plumbing.dataset.batches(run.train, 8, 0, 0))[0], "cpu")
     x_hat, _, latent = tokenizer(x)
     rec = (x_hat - x).abs().mean() + 0.03 * perceptual.perceptual_loss(
-        run.judge, x, x_hat, perceptual.layer_weights(1.0))
+        run.vgg, x, x_hat, perceptual.layer_weights(1.0))
     adv, weight = perceptual.adv_loss(disc(x_hat)), 0.1
     loss = rec + latent["loss_codebook"] + 0.25 * latent["loss_commit"] + 0.1 * latent["loss_entropy"]
     expected = torch.autograd.grad(loss + weight * adv, list(tokenizer.parameters()))
@@ -701,7 +701,7 @@ def test_a_data_set_with_five_validation_images_goes_through_all_stages_to_its_s
             for file in sorted(folder.iterdir())[:count]:
                 (tmp_path / split / folder.name).mkdir(parents=True, exist_ok=True)
                 shutil.copy(file, tmp_path / split / folder.name)
-    stages = ("judge", "phase1", "phase2", "ar", "nar")
+    stages = ("classifier", "phase1", "phase2", "ar", "nar")
     call("all", tmp_path / "out", tmp_path, **{f"{stage}__steps": 2 for stage in stages})
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert (summary["num_val"], summary["num_samples"]) == (5, 50)
@@ -796,7 +796,7 @@ def test_random_vgg_weights_are_noted_in_the_checkpoint(trained, data, tmp_path,
     assert "random" in read_checkpoint(tmp_path / "out" / "phase1.pt", ["phase1"])["note"]
 
 
-def test_phase_1_trains_the_judge_it_needs(trained, data, tmp_path):
+def test_phase_1_trains_the_vgg_it_needs(trained, data, tmp_path):
     call("phase1", tmp_path, data)
     for stage in ("vgg", "phase1"):
         a, b = (read_checkpoint(folder / f"{stage}.pt", [stage]) for folder in (trained, tmp_path))
@@ -951,9 +951,9 @@ def test_a_codebook_of_table_5_has_its_losses_and_its_start(name):
 def test_the_perceptual_loss_of_a_row_of_table_6_has_its_layers(trained, data, tmp_path, monkeypatch, name):
     real, weights = perceptual.perceptual_loss, []
 
-    def spy(judge, x, x_hat, layers):
+    def spy(vgg, x, x_hat, layers):
         weights.append(layers)
-        return real(judge, x, x_hat, layers)
+        return real(vgg, x, x_hat, layers)
 
     monkeypatch.setattr(train, "perceptual_loss", spy)
     call("phase1", earlier(trained, tmp_path / "run", "phase1"), data, "--ablation", name, phase1__steps=1)

@@ -139,7 +139,7 @@ def test_stage_all_leaves_a_summary_with_all_numbers_and_the_pictures(trained):
     names = """usage perplexity recon_class_accuracy ar_class_accuracy nar_class_accuracy
         phase2_tokens_changed
         psnr_phase1 psnr_phase2 lpips_like_phase1 lpips_like_phase2 ar_nats_per_token nar_nats_per_token
-        unigram_entropy ln_K seconds peak_rss_mb command judge_accuracy alpha latent_hash view"""
+        unigram_entropy ln_K seconds peak_rss_mb command vgg_accuracy alpha latent_hash view"""
     assert set(names.split()) <= summary.keys() and None not in summary.values() and finite(summary)
     assert summary["phase2_tokens_changed"] == 0
     assert 1 / 32 <= summary["usage"] <= 1 <= summary["perplexity"] <= 32
@@ -167,14 +167,14 @@ def test_the_numbers_of_the_summary_are_those_of_a_direct_computation(trained, d
     val = plumbing.run.Run(*recipes.options.train_args(command("ar", trained, data))).val
     x = plumbing.images.to_float(torch.stack([val.view(i) for i in range(20)]), "cpu")
     labels = torch.tensor(val.labels)
-    judge, _ = load_model(trained / "vgg.pt", ["vgg"])
+    vgg, _ = load_model(trained / "vgg.pt", ["vgg"])
     counts = None
     for stage in ("phase1", "phase2"):
         tokenizer, _ = load_model(trained / f"{stage}.pt", [stage])
         with torch.no_grad():
             tokens = tokenizer.encode(x)
             x_hat = tokenizer.decode(tokens)
-            logit = judge(x_hat.clamp(-1, 1), ["logit"])["logit"]
+            logit = vgg(x_hat.clamp(-1, 1), ["logit"])["logit"]
         counts = tokens.flatten().bincount(minlength=32)
         assert summary[f"psnr_{stage}"] == pytest.approx(
             plumbing.images.psnr(x, x_hat).mean().item(), abs=0.01
@@ -435,7 +435,7 @@ def test_the_numbers_of_a_view_tell_the_class_kept_the_distances_and_each_positi
     assert numbers["lpips_like_reconstruction"] > 0
     tokenizer, prior = LookupTokenizer(), PerfectPrior()
     view = visualize.teacher_forced_view(tokenizer, prior, some_images())
-    constant = visualize.view_numbers(some_images() / K, view, judge=None)
+    constant = visualize.view_numbers(some_images() / K, view, vgg=None)
     assert "class_kept_by_prediction" not in constant
 
 
@@ -645,7 +645,8 @@ def test_a_watched_report_is_written_again_when_the_run_has_news_and_reloads_its
 
 def test_the_report_shows_each_stage_s_configuration_as_its_own_checkpoint_has_it(run):
     """It showed that of phase 1's checkpoint for all, so the steps of a preset that a flag had changed."""
-    changed = {"phase2": ("phase2", "steps", 8), "nar": ("prior", "n_layer", 7), "vgg": ("judge", "steps", 9)}
+    changed = {"phase2": ("phase2", "steps", 8), "nar": ("prior", "n_layer", 7),
+               "vgg": ("classifier", "steps", 9)}
     for stage, (section, key, value) in changed.items():
         ckpt = torch.load(run / f"{stage}.pt", weights_only=True)
         ckpt["config"][section][key] = value
@@ -654,7 +655,8 @@ def test_the_report_shows_each_stage_s_configuration_as_its_own_checkpoint_has_i
     visualize.main(recipes.options.visualize_args(["report", str(run), "--device", "cpu", "--num", "4"]))
     page = (run / "report.html").read_text()
     shown = dict(re.findall("<tr><td>([^<]*)</td><td>([^<]*)</td></tr>", page.split("<h2>Configuration")[1]))
-    assert "steps = 8" in shown["phase2"] and "steps = 6" in shown["phase1"] and "steps = 9" in shown["judge"]
+    assert "steps = 8" in shown["phase2"] and "steps = 6" in shown["phase1"] \
+        and "steps = 9" in shown["classifier"]
     assert "n_layer = 7" in shown["prior"] and "top_p" in shown["sample"] and shown["image_size"] == "32"
     assert "ar" not in shown  # not trained: the preset's values would be nobody's
     both = studies.report.configuration({}, dict(ar=dict(prior=1, ar=2), nar=dict(prior=3, nar=4)))

@@ -23,12 +23,12 @@ DUAL = variant(
 )
 SMALL = dict(  # without warm_start: unit vectors learn much faster quantized than not
     codebook_dim=8, num_codebooks=2, adapter_layers=1, warm_start=0)
-SMALL_LOSS = dict(teachers=[None, "judge"], gamma=0.03, disentangle=0.1, represent=0.5, clip=1.0)
+SMALL_LOSS = dict(teachers=[None, "vgg"], gamma=0.03, disentangle=0.1, represent=0.5, clip=1.0)
 
 
 def small(preset, **changes):
-    """A preset of recipes/small.py, taught by its own judge's relu5_3."""
-    widths = [0, 8 * preset["judge"]["width"]]
+    """A preset of recipes/small.py, taught by its own VGG's relu5_3."""
+    widths = [0, 8 * preset["classifier"]["width"]]
     return variant(preset, fork="fqgan", tokenizer=dict(SMALL, teacher_widths=widths), phase1=SMALL_LOSS,
                    sample=dict(top_p=0.9, guidance=1.5), **changes)
 

@@ -13,7 +13,7 @@ from torch import nn
 from plumbing.errors import as_user_error, one_line
 from plumbing.files import load_torch
 from plumbing.processes import fetched
-from plumbing.stages import judge_sizes
+from plumbing.stages import vgg_sizes
 
 
 class Teacher(nn.Module):
@@ -34,17 +34,17 @@ class Teacher(nn.Module):
         return self.network((x - self.mean) / self.std)
 
 
-class JudgeTeacher(nn.Module):
+class VGGTeacher(nn.Module):
     """For machines without downloads: a VGG of --stage vgg, its relu5_3 averaged over positions (ours)."""
 
-    def __init__(self, judge):
+    def __init__(self, vgg):
         super().__init__()
-        self.judge = judge
-        self.width = [m for m in judge.modules() if isinstance(m, nn.Conv2d)][-1].out_channels
+        self.vgg = vgg
+        self.width = [m for m in vgg.modules() if isinstance(m, nn.Conv2d)][-1].out_channels
 
     @torch.no_grad()
     def forward(self, x):
-        return self.judge(x, ["relu5_3"])["relu5_3"].float().mean((2, 3))
+        return self.vgg(x, ["relu5_3"])["relu5_3"].float().mean((2, 3))
 
 
 class DinoBlock(nn.Module):
@@ -153,11 +153,11 @@ def check_teachers(config):
     if names and places[0] != places[1]:
         raise ValueError("phase1.teachers must be null where tokenizer.teacher_widths is 0, and nowhere else")
     known = dict(TEACHERS)
-    if "judge" in names:
-        known["judge"] = 8 * judge_sizes(config)["width"]
+    if "vgg" in names:
+        known["vgg"] = 8 * vgg_sizes(config)["width"]
     for name, width in zip(names, widths, strict=True):
-        if name != "judge" and name not in TEACHERS and not Path(str(name)).is_file():
-            raise ValueError(f"teacher {name}: no such file, and not one of judge, {', '.join(TEACHERS)}")
+        if name != "vgg" and name not in TEACHERS and not Path(str(name)).is_file():
+            raise ValueError(f"teacher {name}: no such file, and not one of vgg, {', '.join(TEACHERS)}")
         check_width(name, known.get(name, width), width)
 
 
@@ -172,9 +172,9 @@ def load_teachers(run):
 
     def load():
         with as_user_error():
-            return [JudgeTeacher(run.judge) if name == "judge" else load_teacher(name) for name in names]
+            return [VGGTeacher(run.vgg) if name == "vgg" else load_teacher(name) for name in names]
 
-    found = load() if set(names) <= {"judge"} else fetched(load)
+    found = load() if set(names) <= {"vgg"} else fetched(load)
     with as_user_error():
         for name, teacher, width in zip(names, found, widths, strict=True):
             check_width(name, teacher.width, width)

@@ -1,4 +1,4 @@
-"""A judge of one's own, a narrow VGG-16 trained on the labels at hand; or a scorer for the metrics."""
+"""A VGG of one's own, a narrow VGG-16 trained on the labels at hand; or a scorer for the metrics."""
 
 import random
 from pathlib import Path
@@ -10,76 +10,76 @@ from perceptual import NAMES, VGGTaps, normalize_images
 from plumbing.images import to_float
 from plumbing.models import load_model
 from plumbing.processes import mix, on_rank0, print0, seeded_rows, to_device
-from plumbing.stages import DEPENDS, needs_judge, refuse_other_config, refuse_other_images
+from plumbing.stages import DEPENDS, needs_vgg, refuse_other_config, refuse_other_images
 from plumbing.validation import ratio, val_batches
 from plumbing.weights import ResNet, build_vgg16, fold_batch_norm, load_vgg16_of
 from train import build_ema, build_optimizer, lr_at, set_lr, train_stage
 
 
-def judge_of(run):
+def vgg_of(run):
     """The frozen VGG of a run's perceptual loss, trained now where it is the run's own and not finished."""
     source = run.config["vgg"]
-    own = run.out / "vgg.pt" if source == "judge" else Path(source)
-    if needs_judge(run):
-        print0(f"note: the perceptual loss needs a judge and {own} is not finished: training it first")
+    own = run.out / "vgg.pt" if source == "own" else Path(source)
+    if needs_vgg(run):
+        print0(f"note: the perceptual loss needs a VGG and {own} is not finished: training it first")
         train_stage(run, "vgg")
     if own.suffix == ".pt":
-        judge, ckpt = load_model(own, ("vgg",), run.device)
-        if source == "judge":
+        vgg, ckpt = load_model(own, ("vgg",), run.device)
+        if source == "own":
             refuse_other_config(own, DEPENDS["vgg"], ckpt["config"], run.config)
             refuse_other_images(own, ckpt, run)
-        return judge.to(memory_format=torch.channels_last)
+        return vgg.to(memory_format=torch.channels_last)
     return VGGTaps(load_vgg16_of(source)).to(run.device, memory_format=torch.channels_last)
 
 
-def train_judge(run, stage):
+def train_classifier(run, stage):
     """Classification with batch norm, which is folded away when a VGG is loaded. Not in the paper."""
-    c, device = run.config["judge"], run.device
+    c, device = run.config["classifier"], run.device
     sizes = dict(width=c["width"], num_classes=run.train.num_classes)
     if stage == "vgg":
         sizes |= dict(hidden=c["hidden"], skip_pools=c["skip_pools"], batch_norm=True)
     torch.manual_seed(mix(run.config["seed"], stage))
-    judge = (build_vgg16 if stage == "vgg" else ResNet)(**sizes)
-    judge, judge.sizes = judge.to(device, memory_format=torch.channels_last), sizes
-    optimizer, ema = build_optimizer(judge, c), build_ema(judge, c["ema"])
-    net = run.wrap(judge, run.example())
-    start = run.start(stage, model=judge, optimizer=optimizer, ema=ema)
+    vgg = (build_vgg16 if stage == "vgg" else ResNet)(**sizes)
+    vgg, vgg.sizes = vgg.to(device, memory_format=torch.channels_last), sizes
+    optimizer, ema = build_optimizer(vgg, c), build_ema(vgg, c["ema"])
+    net = run.wrap(vgg, run.example())
+    start = run.start(stage, model=vgg, optimizer=optimizer, ema=ema)
     stream = run.stream(c["batch"], start)
     for step in run.loop(stage, start):
         set_lr(lr_at(step, c), optimizer)
         pixels, labels = next(stream)
         x, labels = to_float(pixels, device), to_device(labels, device)
         x = random_shift(x, run.config["seed"], step, c["batch"])
-        judge.train()
+        vgg.train()
         optimizer.zero_grad(set_to_none=True)
         with run.autocast:
             logits = net(normalize_images(x))
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=c["label_smoothing"])
         loss.backward()
-        run.update(optimizer, "judge", c["clip"])
+        run.update(optimizer, "vgg", c["clip"])
         if ema:
-            ema.update_parameters(judge)
+            ema.update_parameters(vgg)
         if run.due("log", stage, step):
             run.log(stage, step, lr=lr_at(step, c), loss=loss)
         if run.due("eval", stage, step):
-            evaluate_judge(run, stage, step, ema.module if ema else judge)
+            evaluate_classifier(run, stage, step, ema.module if ema else vgg)
         if run.due("save", stage, step):
             if stage == "vgg" and c["scale_taps"]:
-                judge.sizes["scale"] = on_rank0(lambda: tap_scales(run, ema.module if ema else judge))
-            run.save(stage, step, judge, ema, optimizer=optimizer)
+                vgg.sizes["scale"] = on_rank0(lambda: tap_scales(run, ema.module if ema else vgg))
+            run.save(stage, step, vgg, ema, optimizer=optimizer)
 
 
 @torch.no_grad()
-def tap_scales(run, judge, num=1000):
-    """By what the features are multiplied when this judge is loaded, dict of `NAMES` (ours; see
+def tap_scales(run, vgg, num=1000):
+    """By what the features are multiplied when this VGG is loaded, dict of `NAMES` (ours; see
     `plumbing.weights.scale_taps`): so that each tap has variance 1 over the training images, the mean over
     its channels and places of their variances. The term d_l (Eq. 4) of two different images is then about 2
     in every layer, so that no layer leads by its scale alone, and `per_weight` means the same for every
-    judge. Of `num` images, drawn by the seed; a tap that does not vary keeps its scale.
+    vgg. Of `num` images, drawn by the seed; a tap that does not vary keeps its scale.
     """
     draw = random.Random(mix(run.config["seed"], "taps"))
     drawn, sums = draw.sample(range(len(run.train)), min(num, len(run.train))), {}
-    taps = VGGTaps(fold_batch_norm(judge))
+    taps = VGGTaps(fold_batch_norm(vgg))
     for first in range(0, len(drawn), 50):
         x = torch.stack([run.train.view(i) for i in drawn[first : first + 50]])
         for name, feature in taps(to_float(x, run.device), NAMES).items():
@@ -103,13 +103,13 @@ def random_shift(x, seed, step, batch):
 
 
 @torch.no_grad()
-def evaluate_judge(run, stage, step, judge, limit=5000):
-    """Share of validation images that the judge or scorer in training classifies rightly."""
-    judge.eval()
+def evaluate_classifier(run, stage, step, vgg, limit=5000):
+    """Share of validation images that the VGG or scorer in training classifies rightly."""
+    vgg.eval()
     right = total = 0
     for indices, x in val_batches(run, limit):
         labels = torch.tensor([run.val.label(i) for i in indices], device=run.device)
         with run.autocast:
-            right += (judge(normalize_images(x)).argmax(1) == labels).sum().item()
+            right += (vgg(normalize_images(x)).argmax(1) == labels).sum().item()
         total += len(labels)
     run.log(stage, step, val_accuracy=ratio(run, [right, total])[0])
