@@ -130,7 +130,7 @@ class Transformer(nn.Module):
         """tokens: (B, T) int64 -> (B, T, d)."""
         return self.token_table(tokens)
 
-    def run(self, x, start=0, caches=None):
+    def hidden(self, x, start=0, caches=None):
         """x: (B, T, d) embeddings of the positions start..start+T-1 -> (B, T, d), for `logits`.
 
         start: int, or (1,) int64 where one graph serves every position (plumbing/compiling.py)
@@ -144,10 +144,10 @@ class Transformer(nn.Module):
     def forward(self, tokens, labels=None):
         """tokens: (B, T) int64, T <= N; labels: (B,) int64 or None -> (B, T + 1, d), for `logits`."""
         condition = self.embed_condition(labels, tokens.shape[0])
-        return self.run(torch.cat([condition, self.embed(tokens)], dim=1))
+        return self.hidden(torch.cat([condition, self.embed(tokens)], dim=1))
 
     def logits(self, x):
-        """(..., d) of `run` or `forward` -> (..., K)."""
+        """(..., d) of `hidden` or `forward` -> (..., K)."""
         codes = self.token_table.weight[: self.config.codebook_size]  # (K, d), without [MASK]
         return F.linear(self.norm(x), codes, self.head_bias)
 
@@ -204,8 +204,8 @@ def sample_logits(logits, u, temperature=1.0, top_k=0, top_p=1.0):
 class ARPrior(nn.Module):
     """p(s | c) = prod_i p(s_i | c, s_1..s_{i-1}) over tokens in raster order (Sec. 3.1.2).
 
-    In training: `inputs, counted = prior.inputs(tokens, noise)`, then `logits = ddp(inputs, labels)`, then
-    `loss, accuracy = prior.loss(logits, tokens, counted)`. A masked prior is trained by the same three lines.
+    A training step: `inputs, loss_mask = prior.inputs(tokens, noise)`, then `logits = net(inputs, labels)`,
+    then `loss, accuracy = prior.loss(logits, tokens, loss_mask)`. So is a masked prior trained.
     """
 
     Config, Transformer = PriorConfig, Transformer
@@ -233,11 +233,11 @@ class ARPrior(nn.Module):
         check_labels(labels, len(tokens), self.config.num_classes)
         return self.transformer.logits(self.transformer(tokens[:, :-1], labels))  # [c, s_1..s_{N-1}]
 
-    def loss(self, logits, tokens, counted=None, label_smoothing=0.0):
+    def loss(self, logits, tokens, loss_mask=None, label_smoothing=0.0):
         """Eq. 3 for AR: mean cross-entropy in nats over all N positions (Fig. 10 plots it); top-1 accuracy.
 
         logits:  (B, N, K) of `forward`, any float dtype; tokens: (B, N) int64 in [0, K).
-        counted: not read: every position counts.  label_smoothing: ours, off by default.
+        not read: loss_mask, every position counts.  label_smoothing: ours, off by default.
         returns: (loss, accuracy), 0-dim float32 tensors; an untrained prior starts near ln K.
         """
         check("tokens", tokens, logits.shape[1:-1], torch.int64)
@@ -272,7 +272,7 @@ class ARPrior(nn.Module):
         i: number of tokens there are, int or (1,) int64;  noise: (B, ...), the uniforms of this position
         returns: s_{i+1} (B, ...) and its embedding (B, 1, d), the next x
         """
-        x = self.transformer.run(x, start=i, caches=caches)[:, 0]  # (B, d)
+        x = self.transformer.hidden(x, start=i, caches=caches)[:, 0]  # (B, d)
         tokens = self.draw(x, noise, sampler)
         return tokens, self.transformer.embed(tokens[:, None])
 

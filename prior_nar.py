@@ -97,23 +97,23 @@ class NARPrior(nn.Module):
         check_labels(labels, len(inputs), self.config.num_classes)
         return self.transformer.logits(self.transformer(inputs, labels)[:, 1:])
 
-    def loss(self, logits, tokens, counted, label_smoothing=0.0):
+    def loss(self, logits, tokens, loss_mask, label_smoothing=0.0):
         """Eq. 3 for NAR: mean cross-entropy in nats over the masked positions of the batch; top-1 accuracy.
 
         logits:    (B, N, K), any float dtype; tokens: (B, N) int64 in [0, K), the originals;
-                   counted: (B, N) bool, True where the input was hidden.
+                   loss_mask: (B, N) bool, True where the input was hidden.
         returns:   (loss, accuracy), 0-dim float32 tensors. The mean is over this batch's masked tokens; a
                    caller with several micro-batches or processes weights each mean by its masked tokens.
         deviation: MaskGIT smooths labels by 0.1; the paper does not mention it, so our default is 0.
         """
         check("tokens", tokens, logits.shape[1:-1], torch.int64)
-        check("counted", counted, tokens.shape[1:], torch.bool)
+        check("loss_mask", loss_mask, tokens.shape[1:], torch.bool)
         entropy = F.cross_entropy(
             logits.float().flatten(0, -2), tokens.flatten(), reduction="none",
             label_smoothing=label_smoothing)
-        count = counted.sum().clamp(min=1)  # sums and a count instead of logits[counted], which would sync
-        loss = entropy.masked_fill(~counted.flatten(), 0.0).sum() / count
-        hits = (logits.detach().argmax(dim=-1) == tokens) & counted
+        count = loss_mask.sum().clamp(min=1)  # no logits[loss_mask], which would sync
+        loss = entropy.masked_fill(~loss_mask.flatten(), 0.0).sum() / count
+        hits = (logits.detach().argmax(dim=-1) == tokens) & loss_mask
         return loss, hits.sum() / count
 
     def noise_shape(self, sampler):
@@ -165,7 +165,7 @@ class NARPrior(nn.Module):
             condition = model.embed_condition(labels, len(noise))  # (B, 1, d)
             for t in range(int(row_steps.max())):
                 masked = self.holes(tokens)  # (B, N)
-                x = model.run(torch.cat([condition, model.embed(tokens)], dim=1))[:, 1:]  # (B, N, d)
+                x = model.hidden(torch.cat([condition, model.embed(tokens)], dim=1))[:, 1:]  # (B, N, d)
                 uniforms = noise[:, t, :-1].transpose(1, 2).flatten(0, 1)  # (B * N, 1)
                 candidates, confidence = self.draw(x.flatten(0, 1), uniforms, sampler)
                 confidence = confidence.view_as(masked)

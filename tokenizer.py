@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from plumbing.fast import attention, group_norm
+from plumbing.fast import GroupNorm, attention
 from plumbing.kmeans import OfflineKMeans
 from plumbing.processes import all_reduce_mean, full_float32
 
@@ -72,6 +72,13 @@ class TokenizerConfig:
 # ----------------------------------------------------------------------------------------------------------
 # Convolutional blocks (Table 7)
 # ----------------------------------------------------------------------------------------------------------
+
+
+def group_norm(channels):
+    """GroupNorm of 32 groups, fewer where a group would have less than 4 channels (as at width 32). With one
+    channel a group every map loses its mean: colour is gone."""
+    groups = max(g for g in range(1, 33) if channels % g == 0 and (channels >= 4 * g or g == 1))
+    return GroupNorm(groups, channels, eps=1e-6)
 
 
 class ResBlock(nn.Module):
@@ -200,13 +207,12 @@ class Encoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        widths, stages = config.widths, []
+        widths, k, stages = config.widths, config.latent_kernel, []
         for i, width in enumerate(widths):
             last = i == len(widths) - 1
             num_blocks = config.num_res_blocks + (config.num_mid_blocks if last else 0)
             stage = [ResBlock(width, bias=config.bias) for _ in range(num_blocks)]
             stages.append(nn.Sequential(*stage, *([] if last else [Downsample(width, widths[i + 1])])))
-        k = config.latent_kernel
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
         self.stages = nn.Sequential(*stages)
         self.norm_out = group_norm(widths[-1])
@@ -293,6 +299,7 @@ class VectorQuantizer(nn.Module):
 
     READS = ("codebook", "distance", "entropy_set")  # of TokenizerConfig; a subclass may read fewer
     MOST_DISTANCES = 2**26  # that `quantize` holds at a time, 256 MiB
+    global_probs = None  # (K,), D_bar of a batch in several micro-batches (plumbing/parallel.py: begin_step)
 
     def __init__(self, config):
         super().__init__()
@@ -319,23 +326,20 @@ class VectorQuantizer(nn.Module):
         """Indices of the nearest codes (Eq. 1): (B, n_z, h, w) -> (B, h, w) int64. No gradient."""
         with torch.no_grad(), full_float32(z_hat):
             codes, z = self.codes, self.flatten(z_hat)
-            parts = z.split(max(1, self.MOST_DISTANCES // len(codes)))
-            indices = torch.cat([code_distances(part, codes).argmin(1) for part in parts])
+            chunks = z.split(max(1, self.MOST_DISTANCES // len(codes)))
+            indices = torch.cat([code_distances(chunk, codes).argmin(1) for chunk in chunks])
         return indices.view(z_hat.shape[0], *z_hat.shape[2:])
 
     def lookup(self, indices):
         """(B, h, w) int64 in [0, K) -> z_q (B, n_z, h, w) float32."""
         return F.embedding(indices, self.codes).permute(0, 3, 1, 2).contiguous()
 
-    def forward(self, z_hat, global_probs=None):
-        """Quantizes and returns the unweighted latent terms of Eq. 2.
+    def forward(self, z_hat):
+        """Quantizes z_hat (B, n_z, h, w) and returns the unweighted latent terms of Eq. 2.
 
-        z_hat:        (B, n_z, h, w)
-        global_probs: (K,), D_bar of the whole global batch where the caller accumulates gradients over
-                      micro-batches; None takes the mean over processes
-        returns:      z_st (B, n_z, h, w) float32, the codes with the gradient of z_hat;
-                      indices (B, h, w) int64; dict of float32 scalars: `loss_codebook` moves the codes
-                      only, `loss_commit` the encoder only (Eq. 2 puts beta here), `loss_entropy` both
+        returns: z_st (B, n_z, h, w) float32, the codes with the gradient of z_hat; indices (B, h, w) int64;
+                 dict of float32 scalars: `loss_codebook` moves the codes only, `loss_commit` the encoder
+                 only (Eq. 2 puts beta here), `loss_entropy` both
         """
         B, n_z, h, w = z_hat.shape
         with full_float32(z_hat):
@@ -344,39 +348,37 @@ class VectorQuantizer(nn.Module):
             indices = distances.argmin(1)  # Eq. 1
             z_q = F.embedding(indices, codes)
             z_st = z_q.detach() + (z - z.detach())  # exactly z_q forwards, the identity backwards
-            losses = {
-                "loss_codebook": F.mse_loss(z_q, z.detach()),  # |sg(z_hat) - z_q|^2 of Eq. 2
-                "loss_commit": F.mse_loss(z, z_q.detach()),  # |sg(z_q) - z_hat|^2
-            }
+            losses = dict(
+                loss_codebook=F.mse_loss(z_q, z.detach()),  # |sg(z_hat) - z_q|^2 of Eq. 2
+                loss_commit=F.mse_loss(z, z_q.detach()))  # |sg(z_q) - z_hat|^2
             if self.config.codebook == "entropy":
-                losses["loss_entropy"] = self.usage_loss(distances, z, B, global_probs)  # Sec. 3.4
+                losses["loss_entropy"] = self.usage_loss(distances, z, B)  # Sec. 3.4
         return z_st.view(B, h, w, n_z).permute(0, 3, 1, 2).contiguous(), indices.view(B, h, w), losses
 
-    def soften(self, distances, z):
+    def softmax_distances(self, distances, z):
         """The distances inside the softmax of Sec. 3.4: squared, or the root of them (I11)."""
         if self.config.distance == "squared":
             return distances
         return (distances + z.square().sum(1, keepdim=True)).clamp(min=0).add(1e-12).sqrt()
 
-    def usage_loss(self, distances, z, batch, global_probs=None):
+    def usage_loss(self, distances, z, batch):
         """`entropy_loss` at the global D_bar, with the local gradient: (M, K) -> scalar (Sec. 3.4, I12).
 
         H is not linear in D_bar, so a mean of the entropies of processes or micro-batches would be wrong.
         """
-        distances = self.soften(distances, z)
+        distances = self.softmax_distances(distances, z)
         if self.config.entropy_set == "image":
             return entropy_loss(average_probs(distances.view(batch, -1, distances.shape[1])))
         probs = average_probs(distances)
-        if global_probs is None:
-            global_probs = all_reduce_mean(probs.detach())
-        return entropy_loss(probs + (global_probs - probs).detach())
+        mean = all_reduce_mean(probs.detach()) if self.global_probs is None else self.global_probs
+        return entropy_loss(probs + (mean - probs).detach())
 
     @torch.no_grad()
     def probs(self, z_hat):
         """D_bar over the vectors of one micro-batch: (B, n_z, h, w) -> (K,) float32. No gradient."""
         with full_float32(z_hat):
             z = self.flatten(z_hat)
-            return average_probs(self.soften(code_distances(z, self.codes), z))
+            return average_probs(self.softmax_distances(code_distances(z, self.codes), z))
 
 
 class KMeansQuantizer(OfflineKMeans, VectorQuantizer):
@@ -391,12 +393,12 @@ class KMeansQuantizer(OfflineKMeans, VectorQuantizer):
 class VQTokenizer(nn.Module):
     """Encoder, quantizer and decoder (Eq. 1); 54,532,867 parameters in phase 1, 57,948,419 in phase 2.
 
-    A subclass may name other parts, and other WEIGHTS: for each latent loss a number, or the name of a value
-    of the phase's recipe.
+    A subclass may name other parts, and in WEIGHTS losses of its own that `forward` returns: each weighs a
+    number, or what a value of the phase is called. `train.py` weights the paper's three itself.
     """
 
     Config, Encoder, Quantizer, Decoder = TokenizerConfig, Encoder, VectorQuantizer, Decoder
-    WEIGHTS = {"loss_codebook": 1.0, "loss_commit": "beta", "loss_entropy": "gamma"}  # Eq. 2, Sec. 3.4
+    WEIGHTS = {}
 
     def __init__(self, config):
         super().__init__()
@@ -433,18 +435,16 @@ class VQTokenizer(nn.Module):
         z_q = self.quantizer.lookup(tokens.unflatten(1, (side, side)))
         return self.decoder(z_q.to(self.decoder.conv_out.weight.dtype))  # which may be bf16 for sampling
 
-    def forward(self, x, global_probs=None):
-        """Reconstruction for training: x_hat (B, 3, H, W), tokens (B, N), and a dict of the unweighted latent
-        losses (Eq. 2), which is empty after `freeze_latent_space`: phase 2 trains on fixed tokens.
-
-        x: (B, 3, H, W) in [-1, 1];  global_probs: see `VectorQuantizer.forward`
+    def forward(self, x):
+        """For training: x (B, 3, H, W) in [-1, 1] -> x_hat of its shape, tokens (B, N), and a dict of the
+        unweighted latent losses (Eq. 2). After `freeze_latent_space` it is empty: phase 2 has fixed tokens.
         """
         self._check(x)
         if self.frozen:
             with torch.no_grad():
                 indices = self.quantizer.quantize(self.encoder(x))
             return self.decoder(self.quantizer.lookup(indices)), indices.flatten(1, 2), {}
-        z_st, indices, losses = self.quantizer(self.encoder(x), global_probs)
+        z_st, indices, losses = self.quantizer(self.encoder(x))
         return self.decoder(z_st), indices.flatten(1, 2), losses
 
     def _check(self, x):

@@ -5,9 +5,9 @@
     torchrun --nproc_per_node=8 train.py --stage phase1 --preset imagenet --data DIR    # Table 9
     python train.py --stage phase1 --preset demo --ablation +attention2 --out runs/att  # a row of Table 1
 
-Stages: vgg (a VGG of one's own; with --arch resnet a scorer for metrics), phase1, phase2, ar, nar, or
-all. Each leaves one checkpoint in runs/<preset>/, which later stages find there. The same command again
-continues an interrupted run. The recipes are in recipes/paper.py (Tables 9 and 10) and recipes/small.py.
+Stages: vgg (a VGG of one's own; with --arch resnet a FID classifier), phase1, phase2, ar, nar, or all. Each
+leaves one checkpoint in runs/<preset>/, which later stages find there. The same command again continues an
+interrupted run. The recipes are in recipes/paper.py (Tables 9 and 10) and recipes/small.py.
 
 Nothing about random numbers or data order is stored: every draw is a function of (seed, step, position in
 the global batch), so a resumed run equals an unbroken one.
@@ -20,24 +20,31 @@ if __name__ == "__main__":
 
 # ruff: noqa: E402
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from perceptual import LAYER_SETS, adv_loss, disc_loss, layer_weights, perceptual_loss, r1_penalty
+from perceptual import (
+    LAYER_SETS, NAMES, VGGTaps, adv_loss, disc_loss, layer_weights, normalize_images, perceptual_loss,
+    r1_penalty,
+)
+from plumbing.classifiers import accuracy, random_shift, tap_scales
 from plumbing.codes import batch_usage, cached_codes, code_batch
 from plumbing.errors import as_user_error
 from plumbing.hashes import latent_hash
+from plumbing.images import to_float
 from plumbing.models import (
-    check_losses, earlier_tokenizer, load_model, new_discriminator, new_prior, parts,
+    check_losses, classes_of, earlier_tokenizer, load_model, new_discriminator, new_prior,
 )
-from plumbing.parallel import accumulate
-from plumbing.preflight import build_on_meta, check_stages, given_tokenizer, stages_of
-from plumbing.processes import all_reduce_mean, mix, one_line_errors, seeded_rows, to_device
+from plumbing.parallel import accumulate, begin_step
+from plumbing.preflight import build_on_meta, check_stages, given_tokenizer, stages_of, with_vgg
+from plumbing.processes import all_reduce_mean, mix, on_rank0, one_line_errors, seeded_rows, to_device
 from plumbing.run import Run
 from plumbing.validation import evaluate_prior, evaluate_tokenizer
+from plumbing.weights import ResNet, build_vgg16, fold_batch_norm
 
 # ----------------------------------------------------------------------------------------------------------
 # Schedules and optimizers (Tables 9 and 10)
@@ -105,7 +112,7 @@ def build_tokenizer(run, stage):
     returns: the tokenizer, and the discriminator's weights after phase 1 ({} in phase 1)
     """
     if stage == "phase1":
-        Tokenizer = parts(run.config)["tokenizer"]
+        Tokenizer = classes_of(run.config)["tokenizer"]
         torch.manual_seed(mix(run.config["seed"], "phase1"))
         with as_user_error():
             sizes = dict(run.config["tokenizer"], image_size=run.config["image_size"])
@@ -134,91 +141,81 @@ def build_discriminator(run, weights):
     return disc.to(run.device)
 
 
-def build_distance(run, c):
-    """(x, x_hat) -> the perceptual loss of Eq. 4, or of a row of Table 6; or LPIPS (I15)."""
+def build_perceptual(run, c):
+    """A function of x and x_hat: the perceptual loss of Eq. 4, or of a row of Table 6; or LPIPS (I15)."""
     if c["layers"] == "lpips":
         return lambda x, x_hat: run.lpips(x_hat, x).float().mean()
     vgg, weights = run.vgg, LAYER_SETS[c["layers"]] if c["layers"] else layer_weights(c["alpha"])
     return lambda x, x_hat: perceptual_loss(vgg, x, x_hat, weights)
 
 
-def mean_probs(tokenizer, micro):
-    """D_bar of the global batch where a step has several micro-batches (see VectorQuantizer.usage_loss)."""
-    quantizer, c = tokenizer.quantizer, tokenizer.config
-    used = hasattr(quantizer, "probs") and c.codebook == "entropy" and c.entropy_set == "batch"
-    if len(micro) == 1 or tokenizer.frozen or not used:
-        return None
-    with torch.no_grad():
-        shares = [len(part) / sum(map(len, micro)) for part in micro]
-        probs = [quantizer.probs(tokenizer.encoder(part)) for part in micro]
-        return all_reduce_mean(sum(share * p for share, p in zip(shares, probs, strict=True)))
+LATENT = ("loss_codebook", "loss_commit", "loss_entropy")  # the terms of Eq. 2 and Sec. 3.4 in the latents
 
 
-def latent_loss(losses, tokenizer, c):
-    """The latent terms of Eq. 2 and Sec. 3.4, weighted; 0 in phase 2. The paper's L_vq has the L1 term too.
+def fork_loss(latent, tokenizer, c):
+    """The losses of a fork, weighted by its WEIGHTS: a number, or the name of a value of `c`; else 0.
 
-    losses: {name: scalar} that the tokenizer gave; its WEIGHTS are numbers or names of values of `c`
+    latent: {name: scalar} that the tokenizer returned.  raises: UserError of `check_losses`
     """
-    check_losses(tokenizer, losses)
-    weights = {name: tokenizer.WEIGHTS[name] for name in losses}
-    return sum((c[w] if isinstance(w, str) else w) * losses[name] for name, w in weights.items())
+    check_losses(tokenizer, latent, LATENT)
+    own = {name: w for name, w in tokenizer.WEIGHTS.items() if name in latent}
+    return sum((c[w] if isinstance(w, str) else w) * latent[name] for name, w in own.items())
 
 
 def train_tokenizer(run, stage):
     """Phase 1 trains everything at alpha = 1, phase 2 the attention-enhanced decoder at alpha = 0."""
     c = run.config[stage]
     tokenizer, disc_weights = build_tokenizer(run, stage)
-    disc, distance = build_discriminator(run, disc_weights), build_distance(run, c)
+    disc, perceptual = build_discriminator(run, disc_weights), build_perceptual(run, c)
     tokenizer.prepare(run)
     rec_loss = {"l1": F.l1_loss, "l2": F.mse_loss}[c["rec"]]
     opt_g, opt_d = build_optimizer(tokenizer, c), build_optimizer(disc, c)
     ema = build_ema(tokenizer, c["ema"])
     frozen = latent_hash(tokenizer) if stage == "phase2" else None
-    g, d = run.wrap(tokenizer, run.example()), run.wrap(disc, run.example())
+    net, disc_net = run.wrap(tokenizer, run.example()), run.wrap(disc, run.example())
     start = run.start(stage, frozen, model=tokenizer, disc=disc, opt_g=opt_g, opt_d=opt_d, ema=ema)
     stream = run.images(c["batch"], start)
     tokenizer.train()
     for step in run.loop(stage, start):
-        x, lr, adv = next(stream), lr_at(step, c), adv_ramp(step, c)
+        batch, lr, adv_weight = next(stream), lr_at(step, c), adv_ramp(step, c)
         set_lr(lr, opt_g, opt_d)
-        for parameter in tokenizer.start_step(step):
-            opt_g.state.pop(parameter, None)
-        micro, fakes, seen = run.micro(x), [], []
-        with run.autocast:
-            global_probs = mean_probs(tokenizer, micro)
+        micro, fakes, seen = begin_step(run, tokenizer, opt_g, batch, step), [], []
 
         # E, Z, G (Eq. 2, Eq. 4, Sec. 3.4)
         disc.requires_grad_(False)
         opt_g.zero_grad(set_to_none=True)
-        for part in accumulate(g, micro):
+        for x in accumulate(net, micro):
             with run.autocast:
-                x_hat, tokens, latent = g(part, global_probs)
-                loss_rec = rec_loss(x_hat.float(), part)
-                loss_per = distance(part, x_hat)
-                loss_adv = adv_loss(disc(x_hat), c["gan"]) if adv else torch.zeros_like(loss_rec)
-            loss = loss_rec + latent_loss(latent, tokenizer, c) + c["per_weight"] * loss_per + adv * loss_adv
-            run.backward(loss, len(part) / len(x), loss_rec=loss_rec, loss_per=loss_per, **latent,
-                         loss_adv=loss_adv if adv else None)
+                x_hat, tokens, latent = net(x)
+                loss_rec = rec_loss(x_hat.float(), x)
+                loss_per = perceptual(x, x_hat)
+                loss_adv = adv_loss(disc(x_hat), c["gan"]) if adv_weight else torch.zeros_like(loss_rec)
+            loss_codebook, loss_commit, loss_entropy = (latent.get(name, 0.0) for name in LATENT)
+            loss = (loss_rec + (loss_codebook + c["beta"] * loss_commit + c["gamma"] * loss_entropy)
+                    + c["per_weight"] * loss_per + adv_weight * loss_adv + fork_loss(latent, tokenizer, c))
+            run.backward(loss, len(x) / len(batch), loss_rec=loss_rec, loss_per=loss_per, **latent,
+                         loss_adv=loss_adv if adv_weight else None)
             fakes.append(x_hat.detach())
             seen.append(tokens)
         run.update(opt_g, "tokenizer", c["clip"])
 
         # D
-        if adv:
+        if adv_weight:
             disc.requires_grad_(True)
             opt_d.zero_grad(set_to_none=True)
-            for part, fake in accumulate(d, zip(micro, fakes, strict=True)):
+            for x, x_hat in accumulate(disc_net, zip(micro, fakes, strict=True)):
                 with run.autocast:
-                    loss = loss_disc = disc_loss(d(part), d(fake), c["gan"])
+                    loss = loss_disc = disc_loss(disc_net(x), disc_net(x_hat), c["gan"])
                 if c["r1_gamma"] and step % c["r1_every"] == 0:  # lazy regularisation
-                    loss = loss + c["r1_every"] * r1_penalty(d, part, c["r1_gamma"])
-                run.backward(loss, len(part) / len(x), loss_disc=loss_disc)
+                    loss = loss + c["r1_every"] * r1_penalty(disc_net, x, c["r1_gamma"])
+                run.backward(loss, len(x) / len(batch), loss_disc=loss_disc)
             run.update(opt_d, "discriminator", c["clip"])
 
         if ema:
             ema.update_parameters(tokenizer)
         if run.due("log", stage, step):
-            run.log(stage, step, lr=lr, **run.means, adv_weight=adv, batch_usage=batch_usage(seen, tokenizer))
+            usage = batch_usage(seen, tokenizer)
+            run.log(stage, step, lr=lr, **run.means, adv_weight=adv_weight, batch_usage=usage)
         if run.due("eval", stage, step):
             evaluate_tokenizer(run, stage, step, ema.module if ema else tokenizer)
             tokenizer.train()
@@ -256,15 +253,15 @@ def train_prior(run, stage):
         set_lr(lr_at(step, c), optimizer)
         tokens, labels = code_batch(run, codes, step, c["batch"])  # (B, N), (B,)
         noise = to_device(seeded_rows(c["batch"], N + 1, seed=mix(seed, "mask", step)), run.device)
-        inputs, counted = prior.inputs(tokens, noise)
-        total = all_reduce_mean(counted.sum().float())  # of the terms of the global batch's loss
+        inputs, loss_mask = prior.inputs(tokens, noise)
+        total = all_reduce_mean(loss_mask.sum().float())  # of the terms of the global batch's loss
         optimizer.zero_grad(set_to_none=True)
-        batch = zip(*map(run.micro, (inputs, tokens, counted, labels)), strict=True)
-        for part, tokens, counted, labels in accumulate(net, batch):
+        micro = zip(*map(run.micro, (inputs, tokens, loss_mask, labels)), strict=True)
+        for inputs, tokens, loss_mask, labels in accumulate(net, micro):
             with run.autocast:
-                logits = net(part, labels if classes else None)
-            loss, accuracy = prior.loss(logits, tokens, counted, c["label_smoothing"])
-            run.backward(loss, counted.sum() / total, loss=loss, top1=accuracy)
+                logits = net(inputs, labels if classes else None)
+            loss, top1 = prior.loss(logits, tokens, loss_mask, c["label_smoothing"])
+            run.backward(loss, loss_mask.sum() / total, loss=loss, top1=top1)
         run.update(optimizer, "prior", c["clip"])
         if ema:
             ema.update_parameters(prior)
@@ -278,6 +275,57 @@ def train_prior(run, stage):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# Stages vgg and resnet: a VGG for the perceptual loss, a FID classifier for metrics (not in the paper)
+# ----------------------------------------------------------------------------------------------------------
+
+
+def build_classifier(run, stage):
+    """A narrow VGG-16 with batch norm, which is folded away when it is loaded; or a small ResNet."""
+    c = run.config["classifier"]
+    sizes = dict(width=c["width"], num_classes=run.train.num_classes)
+    if stage == "vgg":
+        sizes |= dict(hidden=c["hidden"], skip_pools=c["skip_pools"], batch_norm=True)
+    torch.manual_seed(mix(run.config["seed"], stage))
+    model = (build_vgg16 if stage == "vgg" else ResNet)(**sizes)
+    model.sizes = sizes  # which a checkpoint keeps
+    return model.to(run.device, memory_format=torch.channels_last)
+
+
+def train_classifier(run, stage):
+    """Classification of the training images by their labels, each image shifted at random."""
+    c, seed = run.config["classifier"], run.config["seed"]
+    model = build_classifier(run, stage)
+    optimizer, ema = build_optimizer(model, c), build_ema(model, c["ema"])
+    net, kept = run.wrap(model, run.example()), ema.module if ema else model
+    start = run.start(stage, model=model, optimizer=optimizer, ema=ema)
+    stream = run.stream(c["batch"], start)
+    for step in run.loop(stage, start):
+        set_lr(lr_at(step, c), optimizer)
+        pixels, labels = next(stream)
+        x, labels = to_float(pixels, run.device), to_device(labels, run.device)
+        x = random_shift(x, seed, step, c["batch"])
+        model.train()
+        optimizer.zero_grad(set_to_none=True)
+        with run.autocast:
+            logits = net(normalize_images(x))
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=c["label_smoothing"])
+        run.backward(loss, 1, loss=loss)
+        run.update(optimizer, "vgg", c["clip"])
+        if ema:
+            ema.update_parameters(model)
+        if run.due("log", stage, step):
+            run.log(stage, step, lr=lr_at(step, c), **run.means)
+        if run.due("eval", stage, step):
+            kept.eval()
+            run.log(stage, step, val_accuracy=accuracy(run, lambda x: kept(normalize_images(x))))
+        if run.due("save", stage, step):
+            if stage == "vgg" and c["scale_taps"]:
+                taps = VGGTaps(fold_batch_norm(kept))
+                model.sizes["scale"] = on_rank0(partial(tap_scales, run, taps, NAMES))
+            run.save(stage, step, model, ema, optimizer=optimizer)
+
+
+# ----------------------------------------------------------------------------------------------------------
 # The command
 # ----------------------------------------------------------------------------------------------------------
 
@@ -286,8 +334,6 @@ def train_stage(run, stage):
     """Trains one stage to its last step; its stream of images is closed in whatever way it ends."""
     try:
         if stage in ("vgg", "resnet"):
-            from plumbing.classifiers import train_classifier
-
             train_classifier(run, stage)
         elif stage in ("phase1", "phase2"):
             train_tokenizer(run, stage)
@@ -306,6 +352,7 @@ def main(args, config):
 
             return explain(config, networks)
         run = Run(args, config)
+        stages = with_vgg(run, stages)
         check_stages(run, stages, networks)
         with run.session():
             for stage in stages:

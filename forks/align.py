@@ -20,7 +20,7 @@ class AlignedTokenizer(VQTokenizer):
     """Each latent, before it is quantized, learns to point where relu5_3 of the VGG points at its place.
     The article has a VAE, DINOv2 or MAE, margins, a weight set by gradients; VGG and weight are ours."""
 
-    Config, WEIGHTS = AlignConfig, VQTokenizer.WEIGHTS | {"loss_align": 0.5}
+    Config, WEIGHTS = AlignConfig, {"loss_align": 0.5}
     TRAINING_ONLY = "to_features."
 
     def __init__(self, config):
@@ -31,11 +31,11 @@ class AlignedTokenizer(VQTokenizer):
     def prepare(self, run):
         self.vggs = [] if self.frozen else [run.vgg]
 
-    def forward(self, x, global_probs=None):
+    def forward(self, x):
         if self.frozen:
             return super().forward(x)
         z_hat = self.encoder(x)
-        z_st, indices, losses = self.quantizer(z_hat, global_probs)
+        z_st, indices, losses = self.quantizer(z_hat)
         for vgg in self.vggs:
             with torch.no_grad():
                 target = F.adaptive_avg_pool2d(vgg(x, ["relu5_3"])["relu5_3"], z_hat.shape[2:])

@@ -36,8 +36,8 @@ class CausalQuantizer(KMeansQuantizer):  # the warm start is the preset's
         super().__init__(config)
         self.predictor = CausalPredictor((config.image_size // config.downsample) ** 2, config.codebook_dim)
 
-    def forward(self, z_hat, global_probs=None):
-        z_st, indices, losses = super().forward(z_hat, global_probs)
+    def forward(self, z_hat):
+        z_st, indices, losses = super().forward(z_hat)
         z = z_st.flatten(2).transpose(1, 2)
         losses["loss_causal"] = F.mse_loss(self.predictor(z).float(), z[:, 1:])
         return z_st, indices, losses
@@ -45,7 +45,7 @@ class CausalQuantizer(KMeansQuantizer):  # the warm start is the preset's
 
 class CRTTokenizer(VQTokenizer):
     Quantizer = CausalQuantizer
-    WEIGHTS = VQTokenizer.WEIGHTS | {"loss_causal": 1.0}  # the weight is ours
+    WEIGHTS = {"loss_causal": 1.0}  # the weight is ours
     TRAINING_ONLY = "quantizer.predictor."
 
 

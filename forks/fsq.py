@@ -41,7 +41,7 @@ class FiniteScalarQuantizer(torch.nn.Module):
     def lookup(self, indices):  # (B, h, w) -> (B, n_z, h, w)
         return (indices[:, None] // self.bases % self.levels - self.levels // 2) / (self.levels // 2)
 
-    def forward(self, z_hat, global_probs=None):
+    def forward(self, z_hat):
         z = self.bound(z_hat)
         z_st = (z + (z.round() - z).detach()) / (self.levels // 2)
         return z_st, self.quantize(z_hat), {}

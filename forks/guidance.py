@@ -42,7 +42,7 @@ class Guided(nn.Module):
 
     def __init__(self, inner, scale):
         super().__init__()
-        self.inner, self.scale, self.blocks, self.run = inner, scale, inner.blocks, inner.run
+        self.inner, self.scale, self.blocks, self.hidden = inner, scale, inner.blocks, inner.hidden
 
     def embed_condition(self, labels, batch_size):
         embed = self.inner.embed_condition

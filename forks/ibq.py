@@ -13,7 +13,7 @@ class IndexBackpropagationQuantizer(VectorQuantizer):
     """Logits are the products of a latent with all codes; the token is their argmax. Codes start at N(0, 1),
     as published: a softmax over tiny products is flat and sends the encoder no gradient."""
 
-    READS, soften = ("entropy_set",), UnitQuantizer.soften
+    READS, softmax_distances = ("entropy_set",), UnitQuantizer.softmax_distances
 
     def __init__(self, config):
         super().__init__(config)
@@ -26,7 +26,7 @@ class IndexBackpropagationQuantizer(VectorQuantizer):
         with torch.no_grad(), full_float32(z_hat):
             return self.logits(z_hat).argmax(1).view(z_hat.shape[0], *z_hat.shape[2:])
 
-    def forward(self, z_hat, global_probs=None):
+    def forward(self, z_hat):
         B, n_z, h, w = z_hat.shape
         with full_float32(z_hat):
             z, logits = self.flatten(z_hat), self.logits(z_hat)
@@ -36,21 +36,21 @@ class IndexBackpropagationQuantizer(VectorQuantizer):
             z_q = hard @ self.codes
             losses = {
                 "loss_double": F.mse_loss(z_st, z),  # "double quantization": latent and all codes
-                "loss_commit": F.mse_loss(z, z_q.detach()),
-                "loss_codebook": F.mse_loss(z_q, z.detach()),
-                "loss_entropy": self.usage_loss(-logits, z, B, global_probs)  # even over all, sure of each
-                + vector_entropy(self.soften(-logits, z)),
+                "loss_latent": F.mse_loss(z, z_q.detach()),  # moves the encoder only
+                "loss_codes": F.mse_loss(z_q, z.detach()),  # moves the codes only; beta is here, as published
+                "loss_entropy": self.usage_loss(-logits, z, B)  # even over all, sure of each
+                + vector_entropy(self.softmax_distances(-logits, z)),
             }
         return z_st.view(B, h, w, n_z).permute(0, 3, 1, 2).contiguous(), probs.argmax(1).view(B, h, w), losses
 
     def probs(self, z_hat):  # of one micro-batch, (K,)
         with torch.no_grad(), full_float32(z_hat):
-            return average_probs(self.soften(-self.logits(z_hat), None))
+            return average_probs(self.softmax_distances(-self.logits(z_hat), None))
 
 
 class IBQTokenizer(VQTokenizer):
     Quantizer = IndexBackpropagationQuantizer
-    WEIGHTS = {"loss_double": 1.0, "loss_commit": 1.0, "loss_codebook": "beta", "loss_entropy": "gamma"}
+    WEIGHTS = {"loss_double": 1.0, "loss_latent": 1.0, "loss_codes": "beta"}
 
 
 def parts():

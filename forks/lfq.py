@@ -15,8 +15,9 @@ class LookupFreeQuantizer(nn.Module):
     stored. The entropy is over all 2^n_z; the article's groups of bits, for K = 2^18, are left out.
     """
 
-    READS = ("entropy_set",)
-    soften, usage_loss = UnitQuantizer.soften, VectorQuantizer.usage_loss  # at the published temperature
+    READS, global_probs = ("entropy_set",), None
+    usage_loss = VectorQuantizer.usage_loss
+    softmax_distances = UnitQuantizer.softmax_distances  # at the published temperature
 
     def __init__(self, config):
         super().__init__()
@@ -37,15 +38,15 @@ class LookupFreeQuantizer(nn.Module):
 
     def probs(self, z_hat):  # of one micro-batch, (K,)
         with torch.no_grad(), full_float32(z_hat):
-            return average_probs(self.soften(self.distances(z_hat), None))
+            return average_probs(self.softmax_distances(self.distances(z_hat), None))
 
-    def forward(self, z_hat, global_probs=None):
+    def forward(self, z_hat):
         with full_float32(z_hat):
             z, indices = z_hat.float(), self.quantize(z_hat)
             z_q, distances = self.lookup(indices), self.distances(z_hat)
             losses = {"loss_commit": F.mse_loss(z, z_q),  # and even over all codes, sure of each vector's:
-                      "loss_entropy": self.usage_loss(distances, None, len(z), global_probs)
-                      + vector_entropy(self.soften(distances, None))}
+                      "loss_entropy": self.usage_loss(distances, None, len(z))
+                      + vector_entropy(self.softmax_distances(distances, None))}
         return z + (z_q - z).detach(), indices, losses
 
 

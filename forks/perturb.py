@@ -35,8 +35,8 @@ class PerturbedQuantizer(KMeansQuantizer):
         hit = torch.rand(len(some), *grid, device=near.device) < c.perturb_rate
         return indices.index_copy(0, some, drawn.view(hit.shape).where(hit, indices[some]))
 
-    def forward(self, z_hat, global_probs=None):
-        z_st, indices, losses = super().forward(z_hat, global_probs)
+    def forward(self, z_hat):
+        z_st, indices, losses = super().forward(z_hat)
         if self.training and not self.bypass:
             z_st = z_st + (self.lookup(self.swap(z_hat, indices)) - self.lookup(indices)).detach()
         return z_st, indices, losses
@@ -45,9 +45,9 @@ class PerturbedQuantizer(KMeansQuantizer):
 class PerturbTokenizer(VQTokenizer):
     Config, Quantizer = PerturbConfig, PerturbedQuantizer
 
-    def forward(self, x, global_probs=None):
+    def forward(self, x):
         if not (self.frozen and self.training):
-            return super().forward(x, global_probs)
+            return super().forward(x)
         z_hat, q = self.encoder(x), self.quantizer
         indices = q.quantize(z_hat)
         return self.decoder(q.lookup(q.swap(z_hat, indices))), indices.flatten(1, 2), {}

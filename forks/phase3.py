@@ -46,11 +46,11 @@ class PostTrainedTokenizer(VQTokenizer):
             tokens = torch.where(torch.rand(tokens.shape, device=x.device) < self.config.keep, tokens, drawn)
         return tokens
 
-    def forward(self, x, global_probs=None):
+    def forward(self, x):
         if self.frozen and self.training:
             tokens = self.encode(x)
             return self.decode(self.draw(x, tokens)), tokens, {}
-        return super().forward(x, global_probs)
+        return super().forward(x)
 
 
 def parts():

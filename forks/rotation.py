@@ -26,8 +26,8 @@ def rotate(z, z_q):
 class RotationQuantizer(KMeansQuantizer):  # the warm start is the preset's
     """Nearest codes, as ever; only the way back differs."""
 
-    def forward(self, z_hat, global_probs=None):
-        z_q, indices, losses = super().forward(z_hat, global_probs)
+    def forward(self, z_hat):
+        z_q, indices, losses = super().forward(z_hat)
         with torch.autocast(z_hat.device.type, enabled=False):
             z = self.flatten(z_hat).view(*indices.shape, -1).permute(0, 3, 1, 2)
             turned = rotate(z.movedim(1, -1), z_q.movedim(1, -1)).movedim(-1, 1)

@@ -8,10 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from plumbing.errors import UserError
-from plumbing.fast import group_norm
 from plumbing.hashes import not_finite
 from recipes.small import of_fork
-from tokenizer import DecoderStage, Downsample, TokenizerConfig, Upsample, VQTokenizer
+from tokenizer import DecoderStage, Downsample, TokenizerConfig, Upsample, VQTokenizer, group_norm
 
 
 class WideBlock(nn.Module):

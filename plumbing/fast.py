@@ -29,15 +29,6 @@ class GroupNorm(nn.GroupNorm):
             return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 
-def group_norm(channels):
-    """GroupNorm of 32 groups, fewer where a group would have less than 4 channels (as at width 128).
-
-    With one channel a group, as 32 groups give at width 32, every map loses its mean: colour is gone.
-    """
-    groups = max(g for g in range(1, 33) if channels % g == 0 and (channels >= 4 * g or g == 1))
-    return GroupNorm(groups, channels, eps=1e-6)
-
-
 def attention(q, k, v, dropout=0.0, causal=False):
     """softmax(q k^T / sqrt(d)) v, (B, heads, T, d) each: F.scaled_dot_product_attention but on a CPU.
 

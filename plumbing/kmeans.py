@@ -50,7 +50,7 @@ class OfflineKMeans:
         print0(f"note: {steps} steps end before the first K-means, after step {planned[0]}; now after step"
                f" {first}, a fifth of them")
 
-    def forward(self, z_hat, global_probs=None):
+    def forward(self, z_hat):
         """As the quantizer's; in training z_hat goes through unquantized before the first re-estimation."""
         with full_float32(z_hat):
             z = self.flatten(z_hat)
@@ -60,7 +60,7 @@ class OfflineKMeans:
                 nothing = 0 * self.codes.sum()  # the codebook stays in the graph, as DDP wants
                 z_st = z.view(len(z_hat), *z_hat.shape[2:], -1).permute(0, 3, 1, 2).contiguous()
                 return z_st, self.quantize(z_hat), {"loss_codebook": nothing, "loss_commit": nothing}
-        return super().forward(z_hat, global_probs)
+        return super().forward(z_hat)
 
     def start_step(self, step):
         """Called before each training step (0-based): [the codebook's weight] if it was just overwritten, so

@@ -13,15 +13,15 @@ from plumbing.files import FOREIGN, FORMAT, newest_intact, read_checkpoint
 from plumbing.hashes import latent_hash
 from plumbing.kmeans import SCHEDULE, OfflineKMeans
 from plumbing.processes import on_rank0, rank
-from plumbing.stages import refuse_other_config, refuse_other_images
-from plumbing.weights import ResNet, fold_batch_norm, scale_taps, vgg_from_state_dict
+from plumbing.stages import DEPENDS, refuse_other_config, refuse_other_images
+from plumbing.weights import ResNet, fold_batch_norm, load_vgg16_of, scale_taps, vgg_from_state_dict
 from prior_ar import ARPrior
 from prior_nar import NARPrior
 from recipes import paper
 from tokenizer import KMeansQuantizer, VectorQuantizer, VQTokenizer
 
 
-def parts(config):
+def classes_of(config):
     """{"tokenizer", "ar", "nar": class} of a preset: ours, or those of its fork.  raises: UserError"""
     ours, fork = dict(tokenizer=VQTokenizer, ar=ARPrior, nar=NARPrior), config.get("fork")
     with as_user_error():
@@ -54,17 +54,20 @@ def refuse_unread(Tokenizer, config):
                              f"--set tokenizer.{field.name}={json.dumps(field.default)}")
 
 
-def check_losses(tokenizer, losses):
-    """raises: UserError unless the losses that `forward` returned in phase 1 are those of WEIGHTS
+def check_losses(tokenizer, losses, papers):
+    """raises: UserError unless `forward` returned all losses of WEIGHTS, and else only the paper's
 
-    Of the paper's own, some may be missing: not every codebook has each. Before a K-means start, others too.
+    losses: what `forward` returned;  papers: the names that Eq. 2 weights
+    In phase 2 and before a K-means start, none need be there.
     """
-    bypass = getattr(tokenizer.quantizer, "bypass", False)
-    own = {} if tokenizer.frozen or bypass else dict(tokenizer.WEIGHTS.items() - VQTokenizer.WEIGHTS.items())
-    for name in losses.keys() - tokenizer.WEIGHTS.keys():
-        raise UserError(f"{type(tokenizer).__name__}.forward returns {name}, but its WEIGHTS do not name it")
-    for name in own.keys() - losses.keys():
-        raise UserError(f"{type(tokenizer).__name__}.WEIGHTS name {name}, but its forward does not return it")
+    kind, own = type(tokenizer).__name__, tokenizer.WEIGHTS.keys()
+    for name in own & set(papers):
+        raise UserError(f"{kind}.WEIGHTS name {name}, which Eq. 2 weights already; call that loss otherwise")
+    for name in losses.keys() - own - set(papers):
+        raise UserError(f"{kind}.forward returns {name}, but its WEIGHTS do not name it")
+    early = tokenizer.frozen or getattr(tokenizer.quantizer, "bypass", False)
+    for name in () if early else own - losses.keys():
+        raise UserError(f"{kind}.WEIGHTS name {name}, but its forward does not return it")
 
 
 def new_discriminator(config):
@@ -80,7 +83,7 @@ def new_discriminator(config):
 
 def new_prior(config, stage, tokenizer, num_classes):
     """A prior of a preset over the tokens of `tokenizer`.  raises: ValueError for sizes that do not fit"""
-    Prior, shape = parts(config)[stage], tokenizer.token_shape
+    Prior, shape = classes_of(config)[stage], tokenizer.token_shape
     try:
         sizes = Prior.Config(tokenizer.codebook_size, *shape, num_classes=num_classes, **config["prior"])
     except TypeError as error:  # k sub-tokens at a position, say
@@ -103,7 +106,8 @@ def load_model(path, stages, device="cpu"):
         model = ResNet(**sizes)
         model.load_state_dict(weights, strict=True)
     else:
-        Model = parts(ckpt["config"])["tokenizer" if ckpt["stage"] in ("phase1", "phase2") else ckpt["stage"]]
+        kind = "tokenizer" if ckpt["stage"] in ("phase1", "phase2") else ckpt["stage"]
+        Model = classes_of(ckpt["config"])[kind]
         with as_user_error():  # a fork may have changed since
             model = Model(Model.Config(**sizes))
             model.load_state_dict(weights, strict=True)
@@ -153,6 +157,19 @@ def earlier_tokenizer(run, stages, *also):
     return tokenizer, ckpt
 
 
+def vgg_of(run):
+    """The frozen VGG of a run's perceptual loss: ImageNet's, a file, random, or the run's own vgg.pt."""
+    source = run.config["vgg"]
+    own = run.out / "vgg.pt" if source == "own" else Path(source)
+    if own.suffix == ".pt":
+        vgg, ckpt = load_model(own, ("vgg",), run.device)
+        if source == "own":
+            refuse_other_config(own, DEPENDS["vgg"], ckpt["config"], run.config)
+            refuse_other_images(own, ckpt, run)
+        return vgg.to(memory_format=torch.channels_last)
+    return VGGTaps(load_vgg16_of(source)).to(run.device, memory_format=torch.channels_last)
+
+
 def find_vgg(path, ckpt, device, names=None):
     """The VGG of the run that a checkpoint belongs to, or None; with `names` one of these classes only."""
     places = [Path(path).with_name("vgg.pt"), Path(ckpt["config"]["vgg"])]
@@ -170,10 +187,10 @@ def as_checkpoint(fork, sizes, weights, family, image_size=256):
     """What `read_checkpoint` gives, as of a phase 1 that ended.
 
     fork, sizes: its tokenizer is built with these;  weights: {our name: tensor};  family: whose they are
-    The recipe is that of the paper's preset, but for the tokenizer. Where images are is told with --data.
+    The recipe is that of the paper's preset, but for the tokenizer. Where images are, --data says.
     raises: UserError for a name that lacks or is too many, and for another shape
     """
-    Tokenizer = parts(dict(fork=fork))["tokenizer"]
+    Tokenizer = classes_of(dict(fork=fork))["tokenizer"]
     with torch.device("meta"):
         expected = Tokenizer(Tokenizer.Config(image_size=image_size, **sizes)).state_dict()
     for name in sorted(expected.keys() | weights.keys()):
@@ -191,9 +208,9 @@ def as_checkpoint(fork, sizes, weights, family, image_size=256):
 
 
 def opened(raw, path):
-    """A checkpoint of a family that some fork knows, in our form, else None.
+    """A checkpoint of a family that some fork opens, in our form, else None.
 
-    raises: UserError for one of a known family whose keys are not all there, or too many, or of other shapes
+    raises: UserError for one of such a family whose keys are not all there, or too many, or of other shapes
             or not finite
     """
     for state in states(raw):

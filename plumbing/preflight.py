@@ -10,7 +10,7 @@ import torch
 from plumbing.drawing import pyplot
 from plumbing.errors import UserError, as_user_error
 from plumbing.files import header, intact, read_checkpoint
-from plumbing.models import new_discriminator, new_prior, parts, refuse_unread
+from plumbing.models import classes_of, earlier_tokenizer, new_discriminator, new_prior, refuse_unread
 from plumbing.processes import on_rank0, print0, world
 from plumbing.stages import DEPENDS, SECTION, needs_vgg, refuse_other_config, refuse_other_images
 from plumbing.weights import ResNet, build_vgg16
@@ -25,7 +25,7 @@ def stages_of(args, config):
 
 
 def build_on_meta(config, stages, given=None):
-    """The networks of `stages` without their weights, so that sizes which do not fit are known at once.
+    """The networks of `stages` without their weights, so that sizes which do not fit are refused at once.
 
     given:   checkpoint of the tokenizer that --tokenizer names, where it counts and not the preset's
     returns: dict of what the stages build: vgg, resnet, phase1, phase2, disc, ar, nar, on the meta device
@@ -33,10 +33,10 @@ def build_on_meta(config, stages, given=None):
     """
     import torchvision.models  # noqa: F401  now: with the meta device set, PyTorch before 2.10 cannot import it
 
-    own = parts(config)["tokenizer"]  # now too: tensors that a fork's module makes as it is imported are real
+    own = classes_of(config)["tokenizer"]  # now too: tensors that a fork makes as it is imported are real
     Tokenizer, sizes = own, dict(config["tokenizer"], image_size=config["image_size"])
     if given:
-        Tokenizer, sizes = parts(given["config"])["tokenizer"], given["model_config"]
+        Tokenizer, sizes = classes_of(given["config"])["tokenizer"], given["model_config"]
     found, phases, vgg = {}, {"phase1", "phase2"} & {*stages}, config["classifier"]
     with as_user_error(), torch.device("meta"):
         if "vgg" in stages or phases and config["vgg"] == "own":
@@ -95,14 +95,23 @@ def check_perception(config, phases):
                              f"file of it; {config['vgg']} is another")
 
 
+def with_vgg(run, stages):
+    """`stages`, after the stage vgg where a phase needs the run's own VGG and that is not finished."""
+    if "vgg" in stages or not {"phase1", "phase2"} & {*stages} or not needs_vgg(run):
+        return stages
+    if "phase1" not in stages:  # refused before the VGG takes its minutes
+        earlier_tokenizer(run, ("phase1",), "discriminator")
+    print0(f"note: the perceptual loss needs a VGG and {run.out / 'vgg.pt'} is not finished: training it "
+           "first")
+    return ["vgg", *stages]
+
+
 def check_stages(run, stages, networks):
     """What the stages need of the data, of the processes and of the run folder; nothing is written.
 
     networks: of `build_on_meta`
     raises:   UserError for what any of the stages would refuse, before the first of them begins
     """
-    if {"phase1", "phase2"} & {*stages} and "vgg" not in stages and needs_vgg(run):
-        stages = ["vgg", *stages]
     for stage in stages:
         check_batch(run, stage)
         check_labels(run, stage)
@@ -132,9 +141,9 @@ def check_batch(run, stage):
         print0(f"note: {stage}: the learning rate does not decay in {c['steps']} steps; that would begin at "
                f"{name}={c['lr_start']}")
     if stage in ("phase1", "phase2") and run.config["discriminator"]["kind"] == "style" and c["adv_weight"]:
-        told = odd_groups(batch // count, run.args.micro_batch)
-        if told:
-            print0(f"note: {stage}: {told}")
+        odd = odd_groups(batch // count, run.args.micro_batch)
+        if odd:
+            print0(f"note: {stage}: {odd}")
 
 
 def odd_groups(share, micro):

@@ -25,6 +25,7 @@ from plumbing.files import (
 )
 from plumbing.hashes import not_finite, weights_hash
 from plumbing.images import make_sheet, to_float
+from plumbing.models import vgg_of
 from plumbing.parallel import wrap
 from plumbing.processes import (
     agreed, all_reduce_mean, barrier, mix, on_rank0, peak_memory, print0, rank, setup_device, world,
@@ -32,6 +33,7 @@ from plumbing.processes import (
 from plumbing.signals import listening
 from plumbing.stages import DEPENDS, SECTION, refuse_other_config, refuse_other_images
 from plumbing.validation import early_warnings
+from plumbing.weights import load_lpips_loss
 
 
 class Run:
@@ -65,16 +67,12 @@ class Run:
 
     @cached_property
     def vgg(self):
-        """The frozen VGG of the perceptual loss: ImageNet's, a file, random, or this run's own vgg.pt."""
-        from plumbing.classifiers import vgg_of
-
+        """The frozen VGG of the perceptual loss, see `vgg_of`."""
         return vgg_of(self)
 
     @cached_property
     def lpips(self):
         """LPIPS as a loss: the run's VGG-16 under the package's linear layers."""
-        from plumbing.weights import load_lpips_loss
-
         return load_lpips_loss(self.config["vgg"], self.device)
 
     def steps(self, stage):
@@ -127,7 +125,7 @@ class Run:
         on_rank0(self.claim)
         seen = stage in ("phase1", "phase2") and "vgg" in self.__dict__  # loaded, so in the loss
         self.seen_by = weights_hash(self.vgg) if seen else None
-        step, seconds, self.skips, self.skips_told = 0, 0.0, {}, {}
+        step, seconds, self.skips, self.skips_warned = 0, 0.0, {}, {}
         file = on_rank0(lambda: newest_intact(path))
         if file:
             ckpt = read_checkpoint(file, [stage])
@@ -147,7 +145,7 @@ class Run:
                     thing.load_state_dict(ckpt["model"] if name == "model" else ckpt["train"][name])
             step, seconds = ckpt["step"], ckpt["seconds"]
             self.skips = {name: torch.tensor(n, device=self.device) for name, n in ckpt["skips"].items()}
-            self.skips_told = {name: skipped for name, (_, skipped) in ckpt["skips"].items()}
+            self.skips_warned = {name: skipped for name, (_, skipped) in ckpt["skips"].items()}
         share = f"{c['batch']} images" + (f" = {world()} processes x {c['batch'] // world()}" * (world() > 1))
         print0(f"\n{stage}: step {step} of {c['steps']}, {share} a step, lr {c['lr']}, "
                f"{self.config['precision']} -> {path}")
@@ -155,9 +153,9 @@ class Run:
             print0(f"{file or path} has all its steps: nothing to do")
         if c["lr"] > 0.1 and rank() == 0:
             warn(f"a learning rate of {c['lr']} is far above the usual")
-        told = slow_average(stage, c)
-        if told and step < c["steps"] and rank() == 0:
-            warn(told)
+        slow = slow_average(stage, c)
+        if slow and step < c["steps"] and rank() == 0:
+            warn(slow)
         if c["batch"] > len(self.train):
             print0(f"note: one step sees each of the {len(self.train)} images "
                    f"{c['batch'] / len(self.train):.1f} times")
@@ -194,7 +192,7 @@ class Run:
 
     @contextlib.contextmanager
     def session(self):
-        """Around all stages of a command: signals are heeded, and errors of torch told in words."""
+        """Around all stages of a command: signals are answered, and errors of torch become one line."""
         begin = time.time()
         if self.args.ablation:
             sets = (f"--set {k}={v}" for k, v in self.args.expanded.items())
@@ -239,8 +237,8 @@ class Run:
         return (step + 1) % every == 0 or step + 1 == steps
 
     def update(self, optimizer, name, clip=0.0):
-        """optimizer.step(), which changes nothing if a gradient is not finite. The host does not wait to know
-        that: `found_inf` is how fused optimizers are told, and `skips` counts on the device.
+        """optimizer.step(), which changes nothing if a gradient is not finite. The host does not wait for
+        that: fused optimizers read `found_inf` themselves, and `skips` counts on the device.
 
         clip: the gradients' norm is cut to this, 0: not. Gradients are equal in all processes, so all skip or
         none.
@@ -262,10 +260,10 @@ class Run:
         """
         counts = {name: pair.tolist() for name, pair in self.skips.items()}
         for name, (in_a_row, skipped) in counts.items():
-            if rank() == 0 and skipped > self.skips_told.get(name, 0):
+            if rank() == 0 and skipped > self.skips_warned.get(name, 0):
                 warn(f"{self.place}: a gradient of the {name} was not finite, so the update was skipped; "
                      f"{skipped} so far")
-            self.skips_told[name] = skipped
+            self.skips_warned[name] = skipped
             if in_a_row >= MAX_SKIPS:
                 raise UserError(f"{self.place}: the last {in_a_row} updates of the {name} were skipped, as a "
                                 "gradient was not finite; the last save is intact. Try a lower lr, or "
@@ -337,7 +335,7 @@ MAX_SKIPS = 10  # updates with a gradient that is not finite, in a row
 def slow_average(stage, c, most=0.15):
     """What to say of averaged weights that are slower than the run, or "".
 
-    After n updates the first weights still make up decay^n of the average; told is a share above `most`.
+    After n updates the first weights still make up decay^n of the average; a share above `most` is reported.
     """
     share = c["ema"] ** c["steps"]
     if not c["ema"] or share <= most:

@@ -41,12 +41,12 @@ def evaluate_tokenizer(run, stage, step, tokenizer, limit=1000):
         sums = [a + b for a, b in zip(sums, values, strict=True)]
     val_psnr, val_l1 = ratio(run, sums)
     usage, perplexity = codebook_usage(all_reduce_mean(counts))
-    counted = min(limit, len(run.val)) * tokenizer.token_shape[0]
+    num_tokens = min(limit, len(run.val)) * tokenizer.token_shape[0]
     run.log(stage, step, val_psnr=val_psnr, val_l1=val_l1, usage=usage, perplexity=perplexity,
-            usage_tokens=counted)
-    if counted < PER_CODE * tokenizer.codebook_size and "few_tokens" not in run.warned:
+            usage_tokens=num_tokens)
+    if num_tokens < PER_CODE * tokenizer.codebook_size and "few_tokens" not in run.warned:
         run.warned.add("few_tokens")
-        print0(f"note: {told_usage(counted, tokenizer.codebook_size)}")
+        print0(f"note: {few_tokens(num_tokens, tokenizer.codebook_size)}")
     x = torch.stack([run.val.view(i) for i in range(min(10, len(run.val)))])
     with run.autocast:
         x_hat = to_uint8(tokenizer.decode(tokenizer.encode(to_float(x, run.device))))
@@ -66,11 +66,11 @@ def evaluate_prior(run, stage, step, prior, tokenizer, codes, limit=5000, batch=
         tokens = codes["val"][start : start + batch].long().to(run.device)
         labels = codes["val_labels"][start : start + batch].to(run.device) if classes else None
         noise = seeded_rand(len(tokens), tokens.shape[1] + 1, seed=mix("val", start)).to(run.device)
-        inputs, counted = prior.inputs(tokens, noise)
+        inputs, loss_mask = prior.inputs(tokens, noise)
         with eager(), run.autocast:
             logits = prior(inputs, labels)
-        loss, accuracy = prior.loss(logits, tokens, counted)
-        count = counted.sum().item()
+        loss, accuracy = prior.loss(logits, tokens, loss_mask)
+        count = loss_mask.sum().item()
         values = loss.item() * count, accuracy.item() * count, count
         sums = [a + b for a, b in zip(sums, values, strict=True)]
     loss, accuracy = ratio(run, sums)
@@ -115,9 +115,9 @@ ROWS = 10  # of a sheet of samples
 PER_CODE = 10  # tokens for each code that a usage must be counted on before its fall means anything
 
 
-def told_usage(counted, codebook_size):
-    """On how many tokens a codebook's usage was counted where these are few, and what that does to it."""
-    most = min(1.0, counted / codebook_size)
+def few_tokens(num_tokens, codebook_size):
+    """The note for a usage that is counted on few tokens: how many, and what that does to it."""
+    most = min(1.0, num_tokens / codebook_size)
     bound = f" and cannot exceed {most:.0%}" if most < 1 else ""
-    return (f"usage is counted on {counted} validation tokens for {codebook_size} codes{bound}; below "
+    return (f"usage is counted on {num_tokens} validation tokens for {codebook_size} codes{bound}; below "
             f"{PER_CODE} for each code it says little, and no alarm is raised")

@@ -14,7 +14,7 @@ from plumbing.data import images_of, load_data
 from plumbing.files import read_checkpoint, save_text, writable
 from plumbing.hashes import latent_hash
 from plumbing.images import psnr, to_float
-from plumbing.models import load_model, parts
+from plumbing.models import classes_of, load_model
 from plumbing.processes import mix, print0, rank, setup_device
 from plumbing.slices import decode
 from prior_ar import ARPrior
@@ -66,7 +66,8 @@ def probe(train, val, codebook_size, device="cpu", steps=400, batch=64, seed=0, 
 def probe_of(ckpt):
     """The AR prior of a checkpoint's fork, as small as ours."""
     fork = ckpt["config"].get("fork")
-    return dict(Prior=parts(ckpt["config"])["ar"]) | (getattr(forks.load(fork), "PROBE", {}) if fork else {})
+    more = getattr(forks.load(fork), "PROBE", {}) if fork else {}
+    return dict(Prior=classes_of(ckpt["config"])["ar"]) | more
 
 
 def probes(args, device):

@@ -6,7 +6,7 @@ import functools
 from plumbing.drawing import literal, pyplot
 from plumbing.errors import UserError
 from plumbing.files import read_checkpoint, save_atomic, save_text, writable
-from plumbing.models import parts
+from plumbing.models import classes_of
 from plumbing.processes import on_rank0, print0
 from studies.metrics import evaluate
 
@@ -14,7 +14,7 @@ from studies.metrics import evaluate
 def evaluate_sweep(args, device):
     """--sweep: one result for each value, a CSV of all and a plot. Values that are measured are not again."""
     ckpt, name = read_checkpoint(args.ckpt, ("ar", "nar")), args.values[0][0]
-    Prior = parts(ckpt["config"])[ckpt["stage"]]
+    Prior = classes_of(ckpt["config"])[ckpt["stage"]]
     if name not in Prior.SAMPLER:
         raise UserError(f"--sweep {name} does nothing for {Prior.__name__}, which reads "
                         f"{', '.join(Prior.SAMPLER)}")

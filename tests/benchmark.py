@@ -432,7 +432,8 @@ def safety(stage, folder):
              "--set", "tokenizer.warm_start=0", "--set", "phase1.adv_start=0.0"]
     args, config = recipes.options.train_args(["--stage", stage, "--steps", "40", *words])
     run, path = plumbing.run.Run(args, config), folder / f"{stage}.pt"
-    train.train_stage(run, stage)
+    for one in train.with_vgg(run, [stage]):
+        train.train_stage(run, one)
     rows = [row for row in read_metrics(folder / "metrics.jsonl") if row["stage"] == stage]
     step = (rows[-1]["seconds"] - rows[1]["seconds"]) / (rows[-1]["step"] - rows[1]["step"])
     ckpt = read_checkpoint(path, [stage])

@@ -107,7 +107,7 @@ def test_the_log_says_on_how_many_tokens_usage_was_counted_and_notes_where_they_
     assert told == [20 * 16] * 2  # validation images times tokens
     assert said.count("320 validation tokens for 512 codes and cannot exceed 62%") == 1
     assert json.loads((trained / "summary.json").read_text())["usage_tokens"] == 320
-    assert "exceed" not in plumbing.validation.told_usage(320, 64)
+    assert "exceed" not in plumbing.validation.few_tokens(320, 64)
 
 
 def test_the_summary_tells_the_view_number_by_number_in_short_lines(trained):

@@ -242,15 +242,25 @@ def test_set_cannot_change_the_fork(tmp_path):
 
 @pytest.mark.parametrize("returned, frozen, bypass, told", [
     (["loss_codebook"], False, False, "WEIGHTS name loss_mine, but its forward does not return it"),
+    (["loss_codebook", "loss_mine", "loss_commit", "loss_entropy"], False, False, ""),
     (["loss_mine", "loss_mime"], False, False, "forward returns loss_mime, but its WEIGHTS do not name it"),
     (["loss_mine"], False, False, ""), ([], True, False, ""), (["loss_codebook"], False, True, "")])
 def test_losses_and_weights_that_do_not_name_the_same_are_an_error(returned, frozen, bypass, told):
     """A misspelt loss was never trained. Phase 2 has none, and a K-means start not all of them."""
-    mine = types.SimpleNamespace(WEIGHTS=VQTokenizer.WEIGHTS | {"loss_mine": 2.0}, frozen=frozen,
+    mine = types.SimpleNamespace(WEIGHTS={"loss_mine": 2.0}, frozen=frozen,
                                  quantizer=types.SimpleNamespace(bypass=bypass))
     losses = dict.fromkeys(returned, 1.0)
     with pytest.raises(UserError, match=told) if told else contextlib.nullcontext():
-        assert train.latent_loss(losses, mine, dict(beta=1)) == sum(2 if "mine" in n else 1 for n in returned)
+        assert train.fork_loss(losses, mine, {}) == 2.0 * ("loss_mine" in returned)
+
+
+def test_a_fork_cannot_weight_a_loss_that_eq_2_weights_already():
+    """It would count twice. A weight may be the name of a value of the phase."""
+    mine = types.SimpleNamespace(WEIGHTS={"loss_commit": 0.5}, frozen=False, quantizer=None)
+    with pytest.raises(UserError, match="WEIGHTS name loss_commit, which Eq. 2 weights already"):
+        train.fork_loss({"loss_commit": 1.0}, mine, {})
+    mine.WEIGHTS = {"loss_mine": "eta"}
+    assert train.fork_loss({"loss_commit": 1.0, "loss_mine": 3.0}, mine, dict(eta=0.5)) == 1.5
 
 
 # The forks that exist -------------------------------------------------------------------------------------
@@ -304,7 +314,7 @@ def test_phase_2_without_attention_has_the_decoder_of_phase_1():
 
 
 @pytest.mark.parametrize("preset", ["lfq.demo", "guidance.demo", "noattention.demo"])
-def test_the_forks_that_exist_run_on_the_same_seam(preset, data, tmp_path):
+def test_the_forks_that_exist_run_on_the_same_interface(preset, data, tmp_path):
     out = tmp_path / "out"
     steps = [f"--set={stage}.steps=2" for stage in ("classifier", "phase1", "phase2", "ar", "nar")]
     code, _, error = script("train.py", *train_words("all", out, data, preset), *steps)

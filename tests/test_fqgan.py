@@ -583,7 +583,8 @@ def test_the_loss_weighs_fqgan_s_terms_as_the_preset_says():
     terms = dict(loss_codebook=1.0, loss_commit=10.0, loss_entropy=1e2, loss_disentangle=1e3,
                  loss_represent=1e4)
     tokenizer = types.SimpleNamespace(WEIGHTS=FactorizedTokenizer.WEIGHTS, frozen=False, quantizer=None)
-    assert train.latent_loss(terms, tokenizer, c) == pytest.approx(1 + 2.5 + 3 + 100 + 5000)
+    assert train.fork_loss(terms, tokenizer, c) == pytest.approx(100 + 5000)
+    assert (c["beta"], c["gamma"]) == (0.25, 0.03)
 
 
 def test_gradients_are_clipped_to_the_norm_asked_for(trained, data, tmp_path):

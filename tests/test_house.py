@@ -115,11 +115,16 @@ def test_the_loop_of_the_priors_has_one_path():
     assert '"nar"' not in loop and "'nar'" not in loop and "'ar'" not in loop
 
 
-def test_the_loss_of_the_tokenizer_is_one_expression_under_the_heading_of_eq_2():
+def test_the_loss_of_the_tokenizer_is_one_expression_with_every_term_under_the_heading_of_eq_2():
     text = "\n".join(lines("train"))
-    heading, loss = text.index("# E, Z, G (Eq. 2"), text.index("loss = loss_rec + latent_loss(")
-    assert heading < loss < text.index("        # D\n")
-    assert "per_weight" in text[loss:].splitlines()[0] and "loss_adv" in text[loss:].splitlines()[0]
+    heading, end = text.index("# E, Z, G (Eq. 2"), text.index("        # D\n")
+    sums = [node for node in ast.walk(function("train", "train_tokenizer")) if isinstance(node, ast.Assign)
+            and isinstance(node.value, ast.BinOp) and ast.unparse(node.targets[0]) == "loss"]
+    found = ast.get_source_segment(text, sums[0])
+    assert heading < text.index(found) < end
+    assert re.sub(r"[\s()]+", " ", ast.unparse(sums[0].value).replace("'", "")).split(" + ") == [
+        "loss_rec", "loss_codebook", "c[beta] * loss_commit", "c[gamma] * loss_entropy",
+        "c[per_weight] * loss_per", "adv_weight * loss_adv", "fork_loss latent, tokenizer, c "]
 
 
 @pytest.mark.parametrize("name", BUDGETS)
@@ -168,12 +173,19 @@ def test_a_script_imports_studies_and_forks_by_a_lazy_line_only(name):
     assert of("forks", anywhere(name)) <= ({"forks"} if name == "visualize" else set())  # the finder
 
 
-def test_what_every_run_stands_on_imports_no_script_but_in_models_and_vgg():
-    base = {name for name in of("plumbing", FILES)} - {"plumbing.models", "plumbing.classifiers"}
-    for name in base:
-        assert not loaded(name) & set(BUDGETS) and not of("studies", anywhere(name)), name
-        assert not of("forks", anywhere(name)), name
-    assert loaded("plumbing.models") & set(BUDGETS) == {"tokenizer", "perceptual", "prior_ar", "prior_nar"}
+def test_plumbing_and_recipes_are_the_bottom_and_models_alone_imports_scripts():
+    """Lazily neither: whoever needs more than they offer imports them, and not they it."""
+    for name in of("plumbing", FILES) | of("recipes", FILES):
+        scripts = {"tokenizer", "perceptual", "prior_ar", "prior_nar"} if name == "plumbing.models" else set()
+        assert anywhere(name) & set(BUDGETS) == scripts and not of("studies", anywhere(name)), name
+        presets = {"forks"} if name in ("plumbing.models", "recipes.options") else set()
+        assert of("forks", anywhere(name)) <= presets, name
+
+
+def test_training_imports_of_studies_its_explain_and_its_summary_only():
+    assert of("studies", anywhere("train")) == {"studies.cost", "studies.summary"}
+    for name in of("forks", FILES):
+        assert not of("studies", anywhere(name)), name
 
 
 def test_nobody_imports_forks_by_name_but_forks_themselves():
@@ -183,7 +195,10 @@ def test_nobody_imports_forks_by_name_but_forks_themselves():
 
 
 def test_no_module_is_imported_by_what_it_imports():
-    graph, done = {name: loaded(name) & set(FILES) for name in FILES}, set()
+    """Lazily neither, but for what `sample` and `visualize` call of the studies."""
+    graph = {name: (loaded if name in ("sample", "visualize") else anywhere)(name) & set(FILES)
+             for name in FILES}
+    done = set()
 
     def visit(name, above):
         assert name not in above, " -> ".join([*above, name])

@@ -169,9 +169,9 @@ def test_cached_logits_reproduce_the_full_forward_at_every_position():
     prior, tokens = tiny_prior(sharpen=5.0), random_tokens(3)
     model, labels = prior.transformer, torch.tensor([2, 0, 1])
     caches = [KVCache(12) for _ in model.blocks]
-    steps = [model.run(model.embed_condition(labels, 3), 0, caches)]
+    steps = [model.hidden(model.embed_condition(labels, 3), 0, caches)]
     for i in range(1, 12):
-        steps.append(model.run(model.token_table(tokens[:, i - 1 : i]), i, caches))
+        steps.append(model.hidden(model.token_table(tokens[:, i - 1 : i]), i, caches))
     found = model.logits(torch.cat(steps, dim=1))
     torch.testing.assert_close(found, prior(tokens, labels), rtol=1e-4, atol=1e-4)
 
@@ -292,7 +292,7 @@ def test_head_is_tied_to_the_code_rows_plus_a_bias():
         x = torch.randn(1, 5, 32)
         hidden = model.norm(x + model.position_table.weight[:5])
         expected = hidden @ model.token_table.weight[:32].T + model.head_bias
-        torch.testing.assert_close(model.logits(model.run(x)), expected)
+        torch.testing.assert_close(model.logits(model.hidden(x)), expected)
 
 
 def test_generate_ignores_dropout_and_restores_the_mode():

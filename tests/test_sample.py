@@ -651,7 +651,7 @@ def test_bf16_and_packed_weights_give_the_logits_of_float32_up_to_rounding_cache
     caches = [plumbing.fast.KVCache(16) for _ in model.blocks]
     for i in range(16):
         x = model.token_table(tokens[:, i - 1 : i]) if i else model.embed_condition(labels, batch)
-        steps.append(model.run(x, i, caches))
+        steps.append(model.hidden(x, i, caches))
     for logits in (model.logits(torch.cat(steps, 1)), half(tokens, labels)):
         assert (logits.float() - exact).abs().max() < 0.05 * exact.std()
 

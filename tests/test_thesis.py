@@ -143,7 +143,7 @@ def test_latents_that_point_where_the_features_point_cost_nothing():
     torch.testing.assert_close(loss, expected)
     model.to_features = torch.nn.Identity()
     model.encoder.forward = lambda x: 7 * target  # any length
-    model.quantizer.forward = lambda z, probs: (z[:, :16], torch.zeros(4, 4, 4).long(), {})
+    model.quantizer.forward = lambda z: (z[:, :16], torch.zeros(4, 4, 4).long(), {})
     assert model(x)[2]["loss_align"].item() == pytest.approx(0, abs=1e-5)
 
 
@@ -202,7 +202,7 @@ FORKS = ["fsq", "simvq", "rotation", "ibq", "perturb", "crt", "align", "frozen",
 
 
 @pytest.mark.parametrize("fork", FORKS)
-def test_every_fork_is_a_screen_and_trains_on_the_seam(fork, runs):
+def test_every_fork_is_a_screen_and_trains_on_the_interface(fork, runs):
     out = runs(fork)
     for stage in ("phase1", "phase2", "ar"):
         ckpt = read_checkpoint(out / f"{stage}.pt", (stage,))

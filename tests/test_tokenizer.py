@@ -1,6 +1,8 @@
 """Claims about tokenizer.py: sizes, quantizer and its gradients, K-means, windowed attention, phase 2."""
 
+import contextlib
 import math
+import types
 
 import pytest
 import torch
@@ -9,15 +11,13 @@ import torch.nn.functional as F
 import tokenizer as module
 from forks.fqgan.tokenizer import FactorizedConfig, FactorizedTokenizer
 from plumbing.codes import codebook_usage
-from plumbing.fast import group_norm
 from plumbing.kmeans import OfflineKMeans, kmeans
-from plumbing.parallel import wrap
+from plumbing.parallel import begin_step, mean_probs, wrap
 from tokenizer import (
     ALLOWED, BlockAttention, Downsample, KMeansQuantizer, ResBlock, TokenizerConfig, Upsample, VQTokenizer,
-    VectorQuantizer, attention_units, average_probs, code_distances, entropy_loss, from_windows,
+    VectorQuantizer, attention_units, average_probs, code_distances, entropy_loss, from_windows, group_norm,
     to_windows, windowed_attention,
 )
-from train import mean_probs
 
 CODEBOOKS = ALLOWED["codebook"]
 TINY = dict(image_size=16, base_width=8, channel_mult=(1, 2, 2), codebook_size=16, codebook_dim=4)  # f = 4
@@ -263,8 +263,8 @@ def test_distances_are_the_euclidean_ones_squared_up_to_a_constant_of_each_row()
     true = torch.cdist(z, codes)
     squared = code_distances(z, codes) + z.square().sum(1, keepdim=True)
     torch.testing.assert_close(squared, true.square())
-    soften = VectorQuantizer(TokenizerConfig(**TINY, distance="l2")).soften
-    torch.testing.assert_close(soften(code_distances(z, codes), z), true)
+    quantizer = VectorQuantizer(TokenizerConfig(**TINY, distance="l2"))
+    torch.testing.assert_close(quantizer.softmax_distances(code_distances(z, codes), z), true)
 
 
 def test_a_code_returns_its_own_index_and_costs_nothing():
@@ -409,7 +409,8 @@ def test_the_global_mean_makes_two_half_batches_equal_one_batch_in_float64():
     z, codes = z.requires_grad_(), codes.requires_grad_()
 
     def gradients(rows, global_probs):
-        loss = quantizer.usage_loss(code_distances(z[rows], codes), z[rows], 1, global_probs)
+        quantizer.global_probs = global_probs
+        loss = quantizer.usage_loss(code_distances(z[rows], codes), z[rows], 1)
         return loss, *torch.autograd.grad(loss, (z, codes))
 
     halves = slice(0, 20), slice(20, 40)
@@ -430,21 +431,26 @@ def test_accumulated_micro_batches_give_the_gradients_of_the_whole_batch(factori
     x = images(4)
     x[2:] = x[2:] * 0.1 + 0.5
 
-    def gradients(parts, probs):
+    def gradients(size, alone=False):
+        run = types.SimpleNamespace(micro=lambda x: x.split(size), autocast=contextlib.nullcontext())
+        micro = begin_step(run, model, None, x, 0)
+        if alone:  # as if each micro-batch were the batch
+            model.quantizer.global_probs = None
         model.zero_grad()
-        for part in parts:
-            (model(part, probs)[2]["loss_entropy"] / len(parts)).backward()
+        for part in micro:
+            (model(part)[2]["loss_entropy"] / len(micro)).backward()
         moved = (*model.encoder.parameters(), *model.quantizer.parameters())
         return torch.cat([p.grad.flatten() for p in moved])
 
     def gap(some, others):
         return ((some - others).norm() / others.norm()).item()
 
-    full, parts = gradients([x], None), x.split(2)
-    probs = mean_probs(model, parts)
-    assert gap(gradients(parts, probs), full) < 1e-4
-    assert gap(gradients(parts, None), full) > 1e-2
+    full = gradients(4)
+    assert gap(gradients(2), full) < 1e-4 and model.quantizer.global_probs is not None
+    assert gap(gradients(2, alone=True), full) > 1e-2
+    torch.testing.assert_close(gradients(4), full)  # the next step's batch in one piece: its own mean again
     whole = model.quantizer.probs(model.encoder(x)).detach()
+    assert not [name for name in model.state_dict() if "global_probs" in name]
     for parts in (x.split(2), x.split(3)):  # micro-batches of 2 and 2, of 3 and 1: each image counts alike
         torch.testing.assert_close(mean_probs(model, parts), whole)
 

@@ -142,7 +142,7 @@ class FactorizedTransformer(ClassDropout, Transformer):
         fused = self.fuse(torch.cat([table(part) for table, part in parts], dim=2))
         return fused.to(self.fuse.weight.dtype)  # float32 under autocast, as the condition is
 
-    def run(self, x, start=0, caches=None):
+    def hidden(self, x, start=0, caches=None):
         x, angles = self.drop(x), self.angles[start + torch.arange(x.shape[1], device=x.device)]
         for i, block in enumerate(self.blocks):
             x = block(x, None if caches is None else caches[i], angles)
@@ -154,7 +154,7 @@ class FactorizedTransformer(ClassDropout, Transformer):
         return self.classifiers[i](self.norm(x))
 
     def logits(self, x, targets=None):
-        """x: (B, T, d) of `run`; targets: (B, T, k), the true sub-tokens -> (B, T, k, K), without k if 1.
+        """x: (B, T, d) of `hidden`; targets: (B, T, k), the true sub-tokens -> (B, T, k, K), without k if 1.
 
         Slot i of the "ar" head sees the sub-tokens before i of its own position; other heads see none.
         """
@@ -233,7 +233,7 @@ class FactorizedNAR(Factorized, NARPrior):
     SAMPLER = NARPrior.SAMPLER | {"guidance": 1.0}
 
     def inputs(self, tokens, noise):
-        """(B, N, k) -> the hidden and, for the head, the true tokens (B, N, 2k); counted (B, N, k)."""
+        """(B, N, k) -> the hidden and, for the head, the true tokens (B, N, 2k); loss_mask (B, N, k)."""
         if tokens.ndim == 2:
             return super().inputs(tokens, noise)
         _, mask = mask_tokens(tokens[..., 0], self.mask_id, noise)

@@ -10,8 +10,7 @@ from torch import nn
 from forks.fqgan.losses import disentanglement, mean_cosine, representation_loss
 from forks.fqgan.teachers import check_teachers, load_teachers
 from forks.vqgan import VQGANDecoder, VQGANEncoder, VQGANTokenizer
-from plumbing.fast import group_norm
-from tokenizer import TokenizerConfig, VQTokenizer, VectorQuantizer
+from tokenizer import TokenizerConfig, VQTokenizer, VectorQuantizer, group_norm
 
 TEMPERATURE = 0.01  # of the softmax over codes
 
@@ -110,12 +109,11 @@ class UnitQuantizer(VectorQuantizer):
     def normalize(self, x):
         return F.normalize(x, dim=-1)
 
-    def soften(self, distances, z):
+    def softmax_distances(self, distances, z):
         return distances / TEMPERATURE
 
-    def usage_loss(self, distances, z, batch, global_probs=None):
-        usage = super().usage_loss(distances, z, batch, global_probs)
-        return usage + vector_entropy(self.soften(distances, z))
+    def usage_loss(self, distances, z, batch):
+        return super().usage_loss(distances, z, batch) + vector_entropy(self.softmax_distances(distances, z))
 
 
 def vector_entropy(distances):
@@ -133,6 +131,7 @@ class FactorizedQuantizer(nn.Module):
     """
 
     READS = ("entropy_set",)
+    global_probs = None  # (k, K), see VectorQuantizer
 
     def __init__(self, config):
         super().__init__()
@@ -152,10 +151,11 @@ class FactorizedQuantizer(nn.Module):
         parts = zip(self.parts, indices, strict=True)
         return torch.cat([part.lookup(index) for part, index in parts], 1)
 
-    def forward(self, z_hat, global_probs=None):
-        global_probs = [None] * len(self.parts) if global_probs is None else global_probs
+    def forward(self, z_hat):
+        for i, part in enumerate(self.parts):
+            part.global_probs = None if self.global_probs is None else self.global_probs[i]
         z_parts = z_hat.chunk(len(self.parts), 1)
-        found = [part(z, probs) for part, z, probs in zip(self.parts, z_parts, global_probs, strict=True)]
+        found = [part(z) for part, z in zip(self.parts, z_parts, strict=True)]
         codes, indices, losses = zip(*found, strict=True)
         sums = {name: sum(loss[name] for loss in losses) for name in losses[0]}
         heads = zip(self.heads, codes, strict=True)
@@ -178,7 +178,7 @@ class FactorizedTokenizer(VQTokenizer):
 
     Config, Encoder, Quantizer = FactorizedConfig, BranchedEncoder, FactorizedQuantizer
     Decoder, UNREAD = FactorizedDecoder, VQGANTokenizer.UNREAD
-    WEIGHTS = VQTokenizer.WEIGHTS | {"loss_disentangle": "disentangle", "loss_represent": "represent"}
+    WEIGHTS = {"loss_disentangle": "disentangle", "loss_represent": "represent"}
     check = staticmethod(check_teachers)  # of a whole preset, before anything is trained
     TRAINING_ONLY = "quantizer.heads."  # weights of the students, which no token and no image needs
 
@@ -186,16 +186,16 @@ class FactorizedTokenizer(VQTokenizer):
         super().__init__(config)
         self.teachers = []  # a plain list: neither saved nor hashed
         used = dict(loss_disentangle=config.num_codebooks > 1, loss_represent=any(config.teacher_widths))
-        self.WEIGHTS = {name: weight for name, weight in self.WEIGHTS.items() if used.get(name, True)}
+        self.WEIGHTS = {name: weight for name, weight in self.WEIGHTS.items() if used[name]}
         if config.num_codebooks > 1:
             self.token_shape = (self.grid_size**2, config.num_codebooks)  # (N, k)
 
     def prepare(self, run):
         self.teachers = [] if self.frozen else load_teachers(run)
 
-    def forward(self, x, global_probs=None):
+    def forward(self, x):
         """As VQTokenizer's, with `loss_disentangle` and `loss_represent`, the sum over teachers."""
-        x_hat, tokens, losses = super().forward(x, global_probs)
+        x_hat, tokens, losses = super().forward(x)
         codes, features = losses.pop("codes", []), losses.pop("features", [])
         if len(codes) > 1:
             losses["loss_disentangle"] = disentanglement(codes)
