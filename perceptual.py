@@ -1,4 +1,4 @@
-"""What an image is judged by: VGG-16 features (Eq. 4, Table 6) and a discriminator (Eq. 2).
+"""What compares images: VGG-16 features (Eq. 4, Table 6) and a discriminator (Eq. 2).
 
 Equation, section and table numbers are those of arXiv 2212.03185. Images are float tensors (B, 3, H, W)
 in [-1, 1]. Every loss is an unweighted float32 scalar; `train.py` weights and adds them.

@@ -1,7 +1,7 @@
 """The non-autoregressive prior: masked tokens are predicted together, in T rounds (Sec. 3.1.2 and 6.1).
 
 The paper uses MaskGIT as it is. Training hides a random share of the tokens; decoding starts with all of
-them hidden and keeps, in each round, the candidates the model is surest of.
+them masked and keeps, in each round, the candidates the model is surest of.
 Sections and tables are those of arXiv 2212.03185.
 """
 
@@ -28,8 +28,8 @@ def mask_tokens(tokens, mask_id, noise):
 
     tokens:    (B, N) int64 in [0, K); mask_id: K.
     noise:     (B, N + 1) uniforms in [0, 1) drawn by the caller: column 0 is r, and the positions with the
-               lowest of the other columns are hidden. The count is computed in float64, without a host sync.
-    returns:   inputs (B, N), with mask_id at hidden positions; mask (B, N) bool, True where hidden.
+               lowest of the other columns are masked. The count is computed in float64, without a host sync.
+    returns:   inputs (B, N), with mask_id at masked positions; mask (B, N) bool, True where masked.
     raises:    ValueError for shapes that do not fit.
     deviation: the paper does not say how the count is rounded; ceil, and at least one, is ours.
     """
@@ -79,7 +79,7 @@ class NARPrior(nn.Module):
         self.transformer = self.Transformer(config, causal=False)
 
     def inputs(self, tokens, noise):
-        """What a training step shows, and which positions its loss counts: the hidden ones.
+        """What a training step shows, and which positions its loss counts: the masked ones.
 
         tokens: (B, N) int64 in [0, K);  noise: (B, N + 1) uniforms, see `mask_tokens`
         """
@@ -101,7 +101,7 @@ class NARPrior(nn.Module):
         """Eq. 3 for NAR: mean cross-entropy in nats over the masked positions of the batch; top-1 accuracy.
 
         logits:    (B, N, K), any float dtype; tokens: (B, N) int64 in [0, K), the originals;
-                   loss_mask: (B, N) bool, True where the input was hidden.
+                   loss_mask: (B, N) bool, True where the input was masked.
         returns:   (loss, accuracy), 0-dim float32 tensors. The mean is over this batch's masked tokens; a
                    caller with several micro-batches or processes weights each mean by its masked tokens.
         deviation: MaskGIT smooths labels by 0.1; the paper does not mention it, so our default is 0.
@@ -181,5 +181,5 @@ class NARPrior(nn.Module):
         return (tokens, fixed_at) if return_steps else tokens
 
     def holes(self, tokens):
-        """(B, N) bool, True where a position is hidden."""
+        """(B, N) bool, True where a position is masked."""
         return tokens == self.mask_id

@@ -1,4 +1,4 @@
-"""Other tokenizers and priors on the seam of docs/forking.md: each is a file or a package in this folder.
+"""Other tokenizers and priors, by the interface of docs/forking.md: each is a file or a package here.
 
 A fork offers `parts()`, the classes that it replaces (tokenizer, ar, nar), and `PRESETS`; if it wants, also
 `TABLES` (rows for --ablation, as in recipes/ablations.py) and `FIGURES` ({name: help}) with
@@ -31,7 +31,7 @@ def load(name):
         print_traceback()
         raise ValueError(f"fork {name} cannot be imported: {of_fork(error) or one_line(error)}") from error
     if not callable(getattr(module, "parts", None)):
-        raise ValueError(f"{module.__file__} has no function parts(), which tells what it replaces")
+        raise ValueError(f"{module.__file__} has no function parts(), which names what it replaces")
     return module
 
 

@@ -69,7 +69,7 @@ class Guidance:
     def guided(self, scale):
         if not self.config.class_dropout:
             raise UserError(f"guidance {scale:g}, but the prior was trained without prior.class_dropout and "
-                             "knows no null class; pass --guidance 1")
+                             "has no null class; pass --guidance 1")
         inner = self.transformer
         self.transformer = self.Wrapped(inner, scale)
         try:

@@ -33,7 +33,7 @@ class PostTrainedTokenizer(VQTokenizer):
             if ckpt["tokenizer_hash"] != latent_hash(self):
                 raise UserError(f"{path} draws tokens of another tokenizer; train --stage ar on this one")
             if prior.config.num_classes not in (0, run.vgg.vgg.classifier[-1].out_features):
-                raise UserError(f"the VGG (--vgg) does not know the classes of {path}, which it names")
+                raise UserError(f"the VGG (--vgg) has other classes than {path}")
             self.helpers = [(prior, run.vgg)]
 
     @torch.no_grad()

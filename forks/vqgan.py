@@ -194,7 +194,7 @@ def converted(state, sizes, names, family, left_out):
     names:    of encoder and decoder the forms of blocks, attention, down or up, and the middle's names; the
               number of the decoder's stage i of L
     left_out: beginnings of keys that generation does not need, as losses and the discriminator
-    raises:   UserError for a key that lacks, and for one that nothing here knows
+    raises:   UserError for a key that is missing, and for one that nothing here reads
     """
     with torch.device("meta"):
         model = VQGANTokenizer(VQGANConfig(image_size=256, **sizes))

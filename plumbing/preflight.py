@@ -127,7 +127,7 @@ def check_stages(run, stages, networks):
 
 
 def check_batch(run, stage):
-    """raises: UserError for a batch that the processes cannot share; notes tell of odd micro-batches, and of
+    """raises: UserError for a batch that the processes cannot share; notes name odd micro-batches and
     a learning rate that never decays"""
     c, count = run.config[SECTION[stage]], world()
     batch = c["batch"]

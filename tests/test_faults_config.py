@@ -328,6 +328,16 @@ def test_a_phase_whose_vgg_is_missing_is_refused_before_that_is_trained(data, fl
     assert not (tmp_path / "out").exists()
 
 
+def test_a_phase_2_without_its_phase_1_is_refused_before_the_vgg_is_trained(trained, data, tmp_path, capsys):
+    assert "run --stage phase1 first" in refusal(capsys, "phase2", tmp_path / "out", data)
+    assert not (tmp_path / "out").exists()
+    out = earlier(trained, tmp_path / "out", "phase2")
+    (out / "vgg.pt").unlink()
+    before = contents(out)
+    assert "tokenizer.bias" in refusal(capsys, "phase2", out, data, tokenizer__bias=True)
+    assert contents(out) == before
+
+
 def test_a_prior_is_checked_with_the_sizes_of_the_tokenizer_that_it_is_given(trained, data, tmp_path):
     """Not with the preset's, whose codes are not the ones that it will model."""
     sizes = {"tokenizer.codebook_size": 7, "tokenizer.channel_mult": [1, 2], "ar.steps": 1}

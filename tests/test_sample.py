@@ -564,7 +564,7 @@ def test_flags_are_written_over_the_sampler_of_the_preset_and_zero_counts():
     with pytest.raises(UserError, match="--guidance does nothing for NARPrior"):
         sample.sample_settings(flags("--guidance", "2"), CONFIG, tiny_prior(NARPrior))
     assert sample.sample_settings(flags("--guidance", "2"), CONFIG, GuidedNAR)["guidance"] == 2
-    with pytest.raises(UserError, match="without prior.class_dropout and knows no null class"):
+    with pytest.raises(UserError, match="without prior.class_dropout and has no null class"):
         prior = GuidedNAR(GuidedNAR.Config(**PRIOR, class_dropout=0.0))
         prior.generate(torch.tensor([0]), None, guidance=2.0)
 

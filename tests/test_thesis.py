@@ -265,7 +265,7 @@ def test_phase_3_refuses_a_prior_of_other_tokens_and_a_vgg_of_other_classes(runs
     model.prepare(run)
     assert prior.config.num_classes == 10 and len(model.helpers) == 1
     run.vgg = VGGTaps(build_vgg16(4, 9, 16, skip_pools=1))
-    with pytest.raises(UserError, match="does not know the classes"):
+    with pytest.raises(UserError, match="has other classes than"):
         model.prepare(run)
     with torch.no_grad():
         model.quantizer.codebook.weight[0] += 1

@@ -219,5 +219,5 @@ class FactorizedTokenizer(VQTokenizer):
         return self.decoder(torch.cat([codes if j == i else torch.zeros_like(codes) for j, codes in maps], 1))
 
     def numbers(self, tokens):
-        """What a summary tells besides, {name: (B,)}."""
+        """What a summary prints besides, {name: (B,)}."""
         return dict(cos_between_codebooks=mean_cosine(self.code_maps(tokens))) if tokens.ndim > 2 else {}
