@@ -54,8 +54,11 @@ class Attention(nn.Module):
         return self.qkv(x).unflatten(2, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
     def attend(self, q, k, v, cache=None):
-        """softmax(q k^T / sqrt(head_dim)) v, then the projection. With a cache there is one query, the newest
-        position, which may see every cached key."""
+        """softmax(q k^T / sqrt(head_dim)) v, then the projection; if causal, position i sees 0 to i only.
+
+        PyTorch's fused attention, or what is faster (plumbing/fast.py). With a cache there is one query, the
+        newest position, which may see every cached key.
+        """
         if cache is not None:
             out = cache.attend(q, k, v)
         else:

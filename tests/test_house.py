@@ -87,8 +87,8 @@ def test_a_script_keeps_to_its_budget_and_is_not_squeezed(name):
     assert not [token for token in tokens if token.type == tokenize.OP and token.string == ";"]
 
 
-def test_the_seven_scripts_together_keep_to_2450_lines():
-    assert sum(len(lines(name)) for name in BUDGETS) <= 2450
+def test_the_seven_scripts_together_keep_to_2300_lines():
+    assert sum(len(lines(name)) for name in BUDGETS) <= 2300
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name not in BUDGETS])
