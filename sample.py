@@ -1,11 +1,10 @@
-"""Samples of both priors, and reconstructions; with --metrics their distances from real images.
+"""Samples of both priors, and reconstructions.
 
     python sample.py --ckpt runs/demo/ar.pt                              # a sheet, one column per class
     python sample.py --ckpt runs/demo/nar.pt --classes star,ring --num 16 --format files --out stars
     python sample.py --ckpt runs/demo/phase2.pt --reconstruct --num 16   # inputs above reconstructions
-    python sample.py --ckpt runs/cifar10/nar.pt --edit cat.png --box 8,8,16,16   # redraw a part of an image
-    python sample.py --ckpt runs/cifar10/nar.pt --metrics --num 10000    # distances, precision, recall
 
+What is measured of them, and what redraws a part of an image, is in studies/: `python -m studies`.
 Image i is a function of (seed, i) and its class only: it does not depend on how many are drawn or on the
 number of processes. How a prior draws tokens is in `generate` of prior_ar.py and prior_nar.py; how they
 become images, in plumbing/slices.py.
@@ -34,7 +33,7 @@ from plumbing.images import make_sheet
 from plumbing.models import load_model, load_tokenizer_of
 from plumbing.processes import on_rank0, one_line_errors, print0, setup_device
 from plumbing.slices import gather_images, image_chunks, reconstructions
-from recipes.options import SAMPLER, flag
+from recipes.flags import SAMPLER, flag
 
 
 def sample_settings(args, config, prior):
@@ -42,8 +41,8 @@ def sample_settings(args, config, prior):
 
     raises: UserError for a flag that this prior does not read
     """
-    flags = {key: getattr(args, key) for key in (*SAMPLER, "confidence_space")}
-    given = {key: value for key, value in flags.items() if value is not None}
+    given = {key: value for key, value in vars(args).items()
+             if key in (*SAMPLER, "confidence_space") and value is not None}
     strange = [flag(key) for key in given if key not in prior.SAMPLER]
     if strange:
         raise UserError(f"{strange[0]} does nothing for {type(prior).__name__}, which reads "
@@ -174,17 +173,6 @@ def write_one(chunks, info, path, columns, format):
 def main(args):
     with one_line_errors():
         device = setup_device(args.device)
-        if args.metrics:
-            from studies.metrics import evaluate
-            from studies.sweep import evaluate_sweep
-
-            (evaluate_sweep if args.values else evaluate)(args, device)
-            return
-        if args.edit:
-            from studies.edit import edit
-
-            edit(args, device)
-            return
         chunks, info, name, columns = (reconstruct if args.reconstruct else sample)(args, device)
         suffix = {"sheet": ".png", "npz": ".npz", "files": ""}[args.format]
         out = args.out or args.ckpt.with_name(name + suffix)

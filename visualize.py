@@ -2,8 +2,8 @@
 
     python visualize.py view --ckpt runs/demo/ar.pt                       # one prior with its tokenizer
     python visualize.py view --ckpt runs/a/ar.pt runs/b/ar.pt --num 6     # several, on the same images
-    python visualize.py table1 --preset demo --run                        # train and measure every row
-    python visualize.py metrics runs/*/metrics_ar.json                    # results side by side
+
+The paper's tables, and what else one asks of a run, are in studies/: `python -m studies`.
 
 The teacher-forced view decodes the prior's top-1 prediction of every token, given the true tokens before
 it, and shows it beside the reconstruction. A tokenizer whose tokens are predictable gives two alike pictures.
@@ -15,7 +15,6 @@ if __name__ == "__main__":
     ARGUMENTS = begin("visualize")  # before torch is imported: --help and a wrong flag answer at once
 
 # ruff: noqa: E402
-import importlib
 import io
 import math
 from pathlib import Path
@@ -37,7 +36,6 @@ from plumbing.models import find_vgg, load_model, load_tokenizer_of
 from plumbing.processes import one_line_errors, print0, setup_device
 from plumbing.shapes import Shapes, survival
 from plumbing.slices import decode, generate_tokens
-from recipes.options import STUDIES
 
 
 @torch.no_grad()
@@ -359,16 +357,8 @@ def draw(args, device):
     return figures[args.figure](args, device)
 
 
-def study(args):
-    """Tables and other questions asked of finished checkpoints, which the folder studies/ answers."""
-    module, function = STUDIES.get(args.figure, "tables.table").split(".")
-    getattr(importlib.import_module(f"studies.{module}"), function)(args)
-
-
 def main(args):
     with one_line_errors():
-        if not args.ckpt or args.figure in STUDIES:
-            return study(args)
         default = args.ckpt[0].parent / f"{args.figure}.png"
         out = writable_picture(args.out, default, ".json", *[".pdf"] * args.pdf)
         fig, numbers = draw(args, setup_device(args.device))

@@ -6,8 +6,9 @@ A fork offers `parts()`, the classes that it replaces (tokenizer, ar, nar), and 
 A folder `forks` on PYTHONPATH is searched too. Nothing here imports torch.
 """
 
-import importlib
+import importlib.util
 import pkgutil
+from pathlib import Path
 
 from plumbing.errors import of_fork, one_line, print_traceback
 
@@ -36,9 +37,11 @@ def load(name):
 
 
 def shown(name, kinds=("FIGURES", "TABLES")):
-    """The names of what a fork offers of these kinds; none of one that cannot be imported."""
+    """The names of what a fork offers of these kinds; none of one that cannot be imported. Only a fork whose
+    text has these words is imported, as that may import torch."""
+    text = Path(importlib.util.find_spec(f"forks.{name}").origin).read_text(encoding="utf-8", errors="ignore")
     try:
-        return [entry for kind in kinds for entry in getattr(load(name), kind, {})]
+        return [entry for kind in kinds if kind in text for entry in getattr(load(name), kind, {})]
     except ValueError:
         return []
 

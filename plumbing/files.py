@@ -228,7 +228,7 @@ def safetensors():
 
 
 def read_export(folder):
-    """The checkpoint dict of a folder that `python -m studies.export` wrote."""
+    """The checkpoint dict of a folder that `python -m studies export` wrote."""
     load_file = safetensors().load_file
     try:
         about = json.loads((folder / "config.json").read_text())

@@ -1,4 +1,5 @@
-"""Rows of Tables 1, 5, 6 and Fig. 5b, 7b: `train.py --ablation NAME` trains one, `visualize.py TABLE` all.
+"""Rows of Tables 1, 5, 6 and Fig. 5b, 7b: `train.py --ablation NAME` trains one, `python -m studies TABLE`
+all.
 
 A row: label, NAME, what it changes in a preset ({"section.key": value}, or a function of the preset), the
 paper's numbers in the order of the columns, and which decoder is measured. All rows train one phase.

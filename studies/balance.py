@@ -88,7 +88,7 @@ def balance_of(path, args, device):
 
 
 def balance(args):
-    """`visualize.py balance`"""
+    """`python -m studies balance`"""
     out = args.out or args.ckpt[0].with_name("balance.json")
     writable(out, suffix=".json")
     text = json.dumps([balance_of(path, args, setup_device(args.device)) for path in args.ckpt], indent=1)

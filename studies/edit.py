@@ -1,4 +1,4 @@
-"""Editing an image with the masked prior: `sample.py --edit IMAGE`.
+"""Editing an image with the masked prior: `python -m studies edit IMAGE`.
 
 Inpainting (--box or --mask: what is redrawn), outpainting (--onto: where the image lies on the canvas), and
 class editing (--classes: what the redrawn part should belong to). The NAR prior fills the redrawn positions
@@ -19,7 +19,7 @@ from plumbing.files import save_atomic, save_text, writable
 from plumbing.hashes import weights_hash
 from plumbing.images import BadImage, load_rgb, make_sheet, to_float, to_square, to_uint8
 from plumbing.models import find_vgg, load_model, load_tokenizer_of
-from plumbing.processes import on_rank0, print0, rank
+from plumbing.processes import on_rank0, print0, rank, setup_device
 from plumbing.slices import decode, generate_tokens
 from sample import choose_classes, same_folder, sample_settings
 
@@ -88,7 +88,7 @@ def pixel_mask(args, size):
 def canvas(args, S):
     """(image (3, S, S) uint8, what is redrawn (S, S) bool), as the model sees them: the middle of the image,
     its short side scaled to S, or with --onto the image smaller and the rest of the canvas redrawn."""
-    image = read(args.edit, "--edit")
+    image = read(args.edit, "edit")
     mask = pixel_mask(args, image.size)
     side, x, y = S, 0, 0
     if args.onto:
@@ -129,14 +129,14 @@ def label_of(args, ckpt, prior, x):
 
 
 @torch.no_grad()
-def edit(args, device):
+def edit(args):
     """Writes one picture, rows of the input with its mask, the candidates and the composites, and a JSON; or
     with --format files all of them one by one.
 
     raises: UserError for another prior, an image or mask that cannot be read, a mask that hides nothing, and
             a place where the image or something else lies
     """
-    many = args.format == "files"
+    device, many = setup_device(args.device), args.format == "files"
     out = args.out or args.ckpt.with_name("edit" if many else "edit.png")
     on_rank0(lambda: writable(out / "info.json") if many else writable_picture(args.out, out, ".json"))
     if any(path and path.exists() and out.exists() and path.samefile(out) for path in (args.edit, args.mask)):

@@ -1,4 +1,4 @@
-"""Hands a run on: `python -m studies.export runs/demo --out DIR` (docs/handing-on.md).
+"""Hands a run on: `python -m studies export runs/demo --out DIR` (docs/handing-on.md).
 
     DIR/README.md                              a card: what it is, the numbers of the run, the licence
     DIR/phase2, DIR/ar, DIR/nar                config.json and model.safetensors (the averaged weights) each
@@ -7,10 +7,8 @@
 Every command takes such a folder as a checkpoint: `sample.py --ckpt DIR/ar`.
 """
 
-import argparse
 import io
 import json
-import sys
 
 import torch
 from torch import nn
@@ -19,8 +17,8 @@ from plumbing.errors import UserError
 from plumbing.files import EXPORTED, read_checkpoint, safetensors, save_atomic, save_text, writable
 from plumbing.hashes import weights_hash
 from plumbing.models import load_model
-from plumbing.paths import as_path
-from plumbing.processes import one_line_errors, print0
+from plumbing.processes import print0
+from studies.commands import moved
 from studies.metrics import read_result
 
 LICENCE = "The code is under the MIT licence. The weights come with no licence of their own: whoever hands "
@@ -86,8 +84,9 @@ def card(run, models):
     return "\n".join([*lines, "", "## Licence", "", LICENCE + f" Data: {data}.", ""])
 
 
-def export(run, out, decoder=False):
-    """raises: UserError for a folder without a tokenizer, and if `out` holds something else"""
+def export(args):
+    """raises: UserError for a folder without a tokenizer, and if --out holds something else"""
+    run, out = args.run, args.out
     safetensors()
     names = [s for s in ("phase2", "phase1", "ar", "nar") if (run / f"{s}.pt").is_file()]
     if not {"phase1", "phase2"} & {*names}:
@@ -98,24 +97,12 @@ def export(run, out, decoder=False):
     if out.exists() and not ours and any(p.name not in names for p in out.iterdir()):
         raise UserError(f"--out {out} holds other files; name another folder")
     models = {name: write_model(run / f"{name}.pt", out / name) for name in names}
-    if decoder:
+    if args.decoder:
         write_decoder(run / f"{names[0]}.pt", out / names[0] / "decoder.pt2")
     save_text(card(run, models), out / "README.md")
     size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file()) / 2**20
     print0(f"wrote {out}: {', '.join(names)}, {size:.1f} MB")
 
 
-def main(words=None):
-    parser = argparse.ArgumentParser(prog="python -m studies.export", allow_abbrev=False, description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"error: {message}\n")
-    parser.add_argument("run", type=as_path, help="the folder of a run")
-    parser.add_argument("--out", type=as_path, required=True, help="a folder to write")
-    parser.add_argument("--decoder", action="store_true", help="the decoder as a torch.export program too")
-    args = parser.parse_args(words)
-    with one_line_errors():
-        export(args.run, args.out, args.decoder)
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    moved("export")

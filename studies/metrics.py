@@ -1,4 +1,4 @@
-"""Metrics of checkpoints (sample.py --metrics).
+"""Metrics of checkpoints: `python -m studies metrics`.
 
 A number is told together with everything that decides it: HOW it was measured, and the weights, sampler and
 seed of what was measured. Only numbers of equal HOW may stand in one column.
@@ -7,6 +7,7 @@ seed of what was measured. Only numbers of equal HOW may stand in one column.
 import importlib.metadata
 import json
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -20,9 +21,11 @@ from plumbing.files import read_checkpoint, save_text, writable
 from plumbing.hashes import latent_hash, weights_hash
 from plumbing.images import psnr, to_float, to_uint8
 from plumbing.models import load_model, load_tokenizer_of
-from plumbing.processes import mix, on_rank0, print0, world
+from plumbing.processes import mix, on_rank0, print0, setup_device, world
 from plumbing.slices import decode, reconstructions
 from plumbing.weights import load_lpips
+from recipes.flags import unread
+from recipes.options import SAMPLING
 from sample import sample
 from studies.distances import fidelity, plain, ssim
 from studies.extractors import Extractor
@@ -35,12 +38,15 @@ PROTOCOLS = {  # of other features than Inception's they are rfd-val, pfd-val, g
     "gfid-train": "samples, classes in turn, against the central crops of all training images",
     "view-val": "teacher-forced predictions of all validation images against these images",
 }
+UNREAD = {  # flags that decide nothing in a protocol
+    **dict.fromkeys(("rfid-val", "pfid-val"), SAMPLING.replace(".sample", "")),
+    "view-val": SAMPLING.replace(".sample", "").removeprefix("tokenizer") + " lpips", "gfid-train": "lpips"}
 HOW = ("protocol", "num_images", "image_size", "classes", "extractor_hash", "resize", "feature_layer",
        "reference", "reference_images", "reference_hash")
 
 
 def read_result(path):
-    """One JSON of --metrics, older ones with today's names; raises UserError if it is none."""
+    """One JSON of metrics, older ones with today's names; raises UserError if it is none."""
     try:
         result = json.loads(Path(path).read_text())
         if {*HOW, "results", "images_hash"} <= result.keys():
@@ -49,11 +55,16 @@ def read_result(path):
             return result | dict(protocol=plain(str(result["protocol"]), layer), results=numbers)
     except (OSError, ValueError, AttributeError):  # no file, no text, no JSON, no object
         pass
-    raise UserError(f"{path} is no result of sample.py --metrics")
+    raise UserError(f"{path} is no result of python -m studies metrics")
+
+
+def metrics(args):
+    """`python -m studies metrics --ckpt FILE`"""
+    evaluate(args, setup_device(args.device))
 
 
 def evaluate(args, device):
-    """--metrics: measures a checkpoint by its protocol and writes one JSON, with --second another one of the
+    """Measures a checkpoint by its protocol and writes one JSON, with --second another one of the
     same images. An interrupted call goes on.  returns: the (first) result"""
     ckpt = read_checkpoint(args.ckpt, ("phase1", "phase2", "ar", "nar"))
     config = ckpt["config"]
@@ -66,8 +77,8 @@ def evaluate(args, device):
         if protocol != "rfid-val":
             raise UserError("--perturb needs a phase1.pt or phase2.pt, whose reconstructions it measures")
         protocol = "pfid-val"
-    if args.compile and protocol != "gfid-train":
-        raise UserError("--compile is for samples of an ar.pt or nar.pt; leave it out")
+    if found := unread(args, UNREAD[protocol] + " data" * bool(args.reference and protocol == "gfid-train")):
+        raise UserError(f"{found} changes nothing in {protocol}: {PROTOCOLS[protocol]}; leave it out")
     out = args.out or args.ckpt.with_name(f"metrics_{args.ckpt.stem}{'_view' * args.predict}"
                                       f"{'_perturbed' * args.perturb}.json")
     sources = {"": args.extractor} | ({"_2": args.second} if args.second else {})
@@ -133,7 +144,7 @@ def evaluate(args, device):
                     seconds=round(seconds, 1), processes=world(), device=str(device),
                     threads=torch.get_num_threads(), torch=torch.__version__,
                     torch_fidelity=importlib.metadata.version("torch-fidelity"),
-                    command=" ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]))
+                    command=shlex.join(["python", "-m", "studies", *sys.argv[1:]]))
                 text = json.dumps(mine[tail] | about, indent=1) + "\n"
                 save_text(text, path)
                 print0(f"{args.num:,} images in {seconds:.0f} s, {args.num / seconds:.1f} images/s -> {path}")

@@ -18,7 +18,7 @@ from plumbing.models import classes_of, load_model
 from plumbing.processes import mix, print0, rank, setup_device
 from plumbing.slices import decode
 from prior_ar import ARPrior
-from recipes.options import sample_args
+from studies.commands import study_args
 from studies.metrics import evaluate
 from studies.tables import number, print_table, refuse_unlike
 from visualize import alpha_of, same_size, stability
@@ -97,9 +97,9 @@ def probes(args, device):
             **probe(*tokens, tokenizer.codebook_size, device, args.steps or 400, **probe_of(ckpt)))
         if args.extractor:
             out = Path(path).with_name(f"metrics_{Path(path).stem}_compare.json")
-            words = ["--ckpt", path, "--metrics", "--lpips", "none", "--out", out]
+            words = ["metrics", "--ckpt", path, "--lpips", "none", "--out", out]
             words += ["--extractor", args.extractor, *(["--data", args.data] if args.data else [])]
-            measured[str(path)] = evaluate(sample_args([*map(str, words)]), device)
+            measured[str(path)] = evaluate(study_args(words), device)
             found = measured[str(path)]["results"]
             row |= {name: found[name] for name in ("rfid", "rfd") if name in found}
         rows.append(row)
@@ -112,7 +112,7 @@ def probes(args, device):
 
 
 def compare(args):
-    """`visualize.py compare`"""
+    """`python -m studies compare`"""
     out = args.out or args.files[0].with_name("compare.json")
     writable(out, suffix=".json")
     text = json.dumps(probes(args, setup_device(args.device)), indent=1) + "\n"

@@ -107,7 +107,7 @@ LOW = ("fid", "kid", "fd", "kd", "l1", "lpips", "nats")  # what is better when i
 def metric_tables(results):
     """A table for each way of measuring: a row for each result, a column for each number, the best marked.
 
-    results: {name: result of --metrics}
+    results: {name: result of `metrics`}
     """
     groups = {}
     for name, result in results.items():
@@ -152,8 +152,8 @@ def draw_curves(rows):
 
 
 def report(args):
-    """`visualize.py report RUN`; with --watch again whenever the run has new files, until it is stopped."""
-    run, seen = args.files[0], None
+    """`python -m studies report RUN`; with --watch again whenever the run has new files, until stopped."""
+    run, seen = args.run, None
     args.out = args.out or run / "report.html"
     writable(args.out, suffix=".html")
     if not args.watch:
@@ -182,7 +182,7 @@ def news(run):
 @torch.no_grad()
 def write_report(args):
     """One self-contained HTML page of a run folder: no network, images inside."""
-    run, sections, device = args.files[0], [], setup_device(args.device)
+    run, sections, device = args.run, [], setup_device(args.device)
     found = {s: run / f"{s}.pt" for s in ("phase1", "phase2", "ar", "nar") if (run / f"{s}.pt").is_file()}
     if "phase1" not in found and "phase2" not in found:
         raise UserError(f"{run} holds no phase1.pt or phase2.pt; name the folder of a run")

@@ -1,4 +1,4 @@
-"""`sample.py --metrics --sweep NAME=V1,V2,...`: measures over a setting of the sampler."""
+"""`python -m studies sweep NAME=V1,V2,...`: measures over a setting of the sampler."""
 
 import argparse
 import functools
@@ -7,16 +7,17 @@ from plumbing.drawing import literal, pyplot
 from plumbing.errors import UserError
 from plumbing.files import read_checkpoint, save_atomic, save_text, writable
 from plumbing.models import classes_of
-from plumbing.processes import on_rank0, print0
+from plumbing.processes import on_rank0, print0, setup_device
 from studies.metrics import evaluate
 
 
-def evaluate_sweep(args, device):
-    """--sweep: one result for each value, a CSV of all and a plot. Values that are measured are not again."""
+def sweep(args):
+    """One result for each value, a CSV of all and a plot. Values that are measured are not again."""
+    device = setup_device(args.device)
     ckpt, name = read_checkpoint(args.ckpt, ("ar", "nar")), args.values[0][0]
     Prior = classes_of(ckpt["config"])[ckpt["stage"]]
     if name not in Prior.SAMPLER:
-        raise UserError(f"--sweep {name} does nothing for {Prior.__name__}, which reads "
+        raise UserError(f"{name} does nothing for {Prior.__name__}, which reads "
                         f"{', '.join(Prior.SAMPLER)}")
     pyplot()  # known before the first value is measured
     stem, rows = args.out or args.ckpt.with_name(f"sweep_{args.ckpt.stem}_{name}"), []

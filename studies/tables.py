@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shlex
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from recipes.ablations import TABLES
 from recipes.options import STAGES, find_preset, train_args
 from studies.distances import plain
 from studies.metrics import HOW, read_result
+
+ROOT = Path(__file__).parent.parent
 
 
 def refuse_unlike(results):
@@ -53,7 +56,7 @@ def compare_metrics(args):
 
 
 def table(args, kind=None):
-    """`visualize.py TABLE`: makes what is missing with --run, and shows what is there."""
+    """`python -m studies TABLE`: makes what is missing with --run, and shows what is there."""
     made = (kind or Table)(args)
     failed = made.run() if args.run else []
     made.show()
@@ -157,7 +160,7 @@ class Table:
         for stage in self.stages:
             checkpoint = first / f"{decoder}.pt" if stage == "phase1" else folder / f"{stage}.pt"
             result[stage] = folder / f"metrics_{checkpoint.stem}_{decoder}.json"
-            command = ["sample.py", "--ckpt", str(checkpoint), "--metrics", "--extractor", self.extractor,
+            command = ["-m", "studies", "metrics", "--ckpt", str(checkpoint), "--extractor", self.extractor,
                        "--references", str(self.root / "references"), *self.device,
                        "--out", str(result[stage])]
             if stage == "phase1":
@@ -186,16 +189,17 @@ class Table:
             for j, (path, words) in enumerate(commands):
                 print0(f"\n{label}: {self.shown(words)}")
                 path.parent.mkdir(parents=True, exist_ok=True)
-                start, script = time.time(), str(Path(__file__).parent.with_name(words[0]))
+                start = time.time()
+                script = [str(ROOT / words[0]), *words[1:]] if words[0] != "-m" else words
                 launch, nproc = [sys.executable], self.args.nproc
                 if nproc > 1:
                     launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
-                code, told = run_command([*launch, script, *words[1:]], path.parent / "log.txt")
+                code, told = run_command([*launch, *script], path.parent / "log.txt")
                 if code:
                     lines = told.strip().splitlines() or ["no message"]
                     reason = [line for line in lines if line.startswith("error: ")][-1:] or lines[-1:]
                     reason = reason[0].removeprefix("error: ")
-                    failed.append(f"{label}: {words[0]} ended with {code}: {reason}")
+                    failed.append(f"{label}: {kind(words)[0]} ended with {code}: {reason}")
                     print0(f"failed ({reason}); the next row goes on")
                     break
                 spent.setdefault(kind(words), []).append(time.time() - start)
@@ -250,7 +254,7 @@ class Table:
         more = "".join(f" --{key} {getattr(self.args, key)}" for key in more)
         about = dict(
             title=self.table["title"], preset=self.args.preset, paper_scale=self.table["scale"],
-            command=f"python visualize.py {self.name} --preset {self.args.preset}{sets}{more} --run",
+            command=f"python -m studies {self.name} --preset {self.args.preset}{sets}{more} --run",
             how={stage: {key: result[key] for key in ("extractor", *HOW)} for stage, result in first.items()},
             threads=torch.get_num_threads(), torch=torch.__version__, rows=rows)
         self.root.mkdir(parents=True, exist_ok=True)
@@ -271,8 +275,9 @@ def run_command(words, log):
     Ctrl-C reaches the command too, and this waits until it has saved.  raises: UserError after Ctrl-C
     """
     with open(log, "a", encoding="utf-8") as file:
-        with subprocess.Popen(words, stdout=file, stderr=subprocess.PIPE, text=True,
-                              encoding="utf-8", errors="backslashreplace") as child:
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])  # for -m studies
+        with subprocess.Popen(words, stdout=file, stderr=subprocess.PIPE, text=True, encoding="utf-8",
+                              errors="backslashreplace", env=dict(os.environ, PYTHONPATH=path)) as child:
             try:
                 told, stopped = child.communicate()[1], False
             except KeyboardInterrupt:
@@ -285,7 +290,7 @@ def run_command(words, log):
 
 def kind(words):
     """What commands take about the same time."""
-    return (words[0], words[2]) if words[0] == "train.py" else (words[0], Path(words[2]).stem)
+    return (words[0], words[2]) if words[0] == "train.py" else (words[2], Path(words[4]).stem)
 
 
 def finished(path, words):

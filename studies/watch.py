@@ -1,17 +1,15 @@
-"""Shows a run in TensorBoard or Weights & Biases while it goes: `python -m studies.watch runs/demo`.
+"""Shows a run in TensorBoard or Weights & Biases while it goes: `python -m studies watch runs/demo`.
 
 It follows metrics.jsonl and the pictures in the folder of a run, from beside: training knows nothing of it,
 and a watcher that is stopped or fails disturbs nothing. Both packages are installed only where wanted.
 
-    pip install tensorboard; python -m studies.watch runs/demo; tensorboard --logdir runs/demo/tensorboard
-    pip install wandb; WANDB_MODE=offline python -m studies.watch runs/demo --to wandb
+    pip install tensorboard; python -m studies watch runs/demo; tensorboard --logdir runs/demo/tensorboard
+    pip install wandb; WANDB_MODE=offline python -m studies watch runs/demo --to wandb
 """
 
-import argparse
 import contextlib
 import importlib
 import json
-import sys
 import time
 
 import numpy as np
@@ -19,8 +17,8 @@ import numpy as np
 from plumbing.errors import InUse, UserError
 from plumbing.files import claim
 from plumbing.images import BadImage, load_rgb
-from plumbing.paths import as_path
-from plumbing.processes import one_line_errors, print0
+from plumbing.processes import print0
+from studies.commands import moved
 
 
 def package(name, pip):
@@ -142,15 +140,14 @@ class Follower:
         return count
 
 
-def watch(run, to, every, once):
-    """Hands on what the folder of a run holds, and without `once` what is added, until Ctrl-C.
+def watch(args):
+    """Hands on what the folder of a run holds, and without --once what is added, until Ctrl-C.
 
-    raises: UserError for no folder, another time between two looks, and a run that is watched already
+    raises: UserError for no folder, and for a run that is watched already
     """
+    run, to = args.run, args.to
     if not run.is_dir():
         raise UserError(f"{run} is no folder of a run")
-    if not 0 < every <= 86400:
-        raise UserError(f"--every {every} must be above 0 seconds and at most a day, 86400")
     try:
         lock = claim(run / to)
     except InUse:
@@ -158,25 +155,12 @@ def watch(run, to, every, once):
     with lock:
         follower = Follower(run, TARGETS[to](run))
         print0(f"{follower.follow()} rows and pictures of {run} handed on to {to}"
-               + ("" if once else "; Ctrl-C ends watching"))
+               + ("" if args.once else "; Ctrl-C ends watching"))
         with contextlib.suppress(KeyboardInterrupt):
-            while not once:
-                time.sleep(every)
+            while not args.once:
+                time.sleep(args.every)
                 follower.follow()
 
 
-def main(words=None):
-    parser = argparse.ArgumentParser(prog="python -m studies.watch", allow_abbrev=False, description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"error: {message}\n")
-    parser.add_argument("run", type=as_path, help="the folder of a run")
-    parser.add_argument("--to", choices=TARGETS, default="tensorboard")
-    parser.add_argument("--every", type=float, default=5.0, help="seconds between two looks (default 5)")
-    parser.add_argument("--once", action="store_true", help="hand on what is there and end")
-    args = parser.parse_args(words)
-    with one_line_errors():
-        watch(args.run, args.to, args.every, args.once)
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    moved("watch")

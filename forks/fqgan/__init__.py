@@ -82,7 +82,7 @@ TABLES = {
               Row("AR head", "fq-both", with_low(), (3.74,))]),
 }
 TOKENIZER_OF = {"head-linear": "fq-both", "head-mlp": "fq-both"}  # rows that only train a prior of their own
-PROBE = dict(head_layers=1, class_dropout=0.0)  # sizes of the small prior of `visualize.py compare`
+PROBE = dict(head_layers=1, class_dropout=0.0)  # sizes of the small prior of `python -m studies compare`
 FIGURES = dict(
     fq_alone="reconstructions from all and from each single sub-codebook, of phase1.pt or phase2.pt",
     fq_map="codes of a few classes in two dimensions (PCA), of phase1.pt or phase2.pt")
