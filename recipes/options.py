@@ -10,7 +10,7 @@ from plumbing.console import steady_process
 from plumbing.paths import expanded
 from recipes import paper
 from recipes.ablations import TABLES, expand_ablation
-from recipes.flags import PRESETS, new_parser, read, unread
+from recipes.flags import PRESETS, STAGES, new_parser, read, unread
 from recipes.values import KINDS, check_values
 
 FIGURES = dict(
@@ -29,7 +29,7 @@ SAMPLE = f"ckpt num reconstruct images format out {SAMPLING} batch.sample device
 DRAW = "figure ckpt.figure tokenizer.figure num images pdf out device"
 UNREAD = {  # flags that a stage, a kind of picture or a figure does not read
     **dict.fromkeys(("vgg", "resnet"), "tokenizer vgg alpha ablation micro_batch"),
-    **dict.fromkeys(("phase1", "phase2", "ar", "nar", "all"), "arch"),
+    **dict.fromkeys((*STAGES[1:], "all"), "arch"),
     "samples": "data", "--reconstruct": SAMPLING.replace(".sample", ""),
     **dict.fromkeys(("fig7a", "fig9"), "data"), "fig8": "tokenizer", "fig10": "tokenizer data num"}
 OLD = dict(  # flags that sample.py had, by the study that has them now

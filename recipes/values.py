@@ -11,9 +11,9 @@ ANY, COUNT, SHARE = (0, 1e9), (1, 1e9), (0, 1)
 BOUNDS = dict(  # of flags and of values of a preset, wherever a name occurs; VGG-16 needs 32 pixels
     steps=(0, 1e12), batch=COUNT, micro_batch=COUNT, workers=(0, 1e4), timeout=(0.1, 1e9), num=COUNT,
     log_every=(1, 1e12), eval_every=(0, 1e12), save_every=(1, 1e12), seed=(0, 2**63 - 1), limit=(1, 1e12),
-    samples=COUNT, nproc=COUNT, every=(1e-3, 86400), image_size=(32, 1e5),
-    codebook_size=(2, 1e8), codebook_dim=(1, 1e5), kmeans_every=COUNT, width=(1, 1e5),
-    hidden=(1, 1e6), skip_pools=(0, 5), max_width=(1, 1e5), channel_multiplier=(1, 1e4), n_layer=(1, 1e4), n_head=(1, 1e4), n_embd=(1, 1e6),
+    samples=COUNT, nproc=COUNT, every=(1e-3, 86400), image_size=(32, 1e5), codebook_size=(2, 1e8),
+    codebook_dim=(1, 1e5), kmeans_every=COUNT, width=(1, 1e5), hidden=(1, 1e6), skip_pools=(0, 5),
+    max_width=(1, 1e5), channel_multiplier=(1, 1e4), n_layer=(1, 1e4), n_head=(1, 1e4), n_embd=(1, 1e6),
     head_layers=(1, 1e4), dropout=SHARE, class_dropout=SHARE, label_smoothing=SHARE, code_variants=(1, 1e4),
     alpha=SHARE, beta=ANY, gamma=(-1e9, 1e9), per_weight=ANY, adv_weight=ANY, adv_start=ANY, adv_ramp=ANY,
     r1_gamma=ANY, r1_every=COUNT, disentangle=ANY, represent=ANY, clip=ANY, lr=(1e-12, 1e3), lr_end=(0, 1e3),

@@ -22,6 +22,7 @@ from PIL import Image
 import forks
 import plumbing.run
 import recipes.options
+import studies.commands
 import train
 from plumbing.shapes import Shapes
 
@@ -65,6 +66,11 @@ def command(stage, out, data, *more, **sets):
 
 def call(*words, **sets):
     train.main(*recipes.options.train_args(command(*words, **sets)))
+
+
+def study(*words):
+    """`python -m studies` in this process."""
+    studies.commands.main(studies.commands.study_args(words))
 
 
 def open_run(*words, **sets):
@@ -134,7 +140,7 @@ def forked(function, *arguments, patience=60):
 
 
 def script(*words, path=None):
-    """A command of the repository, with the folder `path` on PYTHONPATH: (exit code, stdout, stderr).
+    """A script, or `-m studies`, with the folder `path` on PYTHONPATH: (exit code, stdout, stderr).
 
     The process is forked from this one, so that it need not import PyTorch again.
     """
@@ -143,10 +149,13 @@ def script(*words, path=None):
             os.dup2(file.fileno(), number)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
         os.chdir(ROOT)
-        sys.argv = [str(word) for word in words]
+        sys.argv = [str(word) for word in words if word != "-m"]
         if path:
             forks.__path__.append(f"{path}/forks")
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        if words[0] == "-m":
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(sys.argv[0], run_name="__main__")
 
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as error:
         files = out, error

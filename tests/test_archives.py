@@ -10,13 +10,11 @@ import tarfile
 
 import pytest
 import torch
-from helpers import call, differing
+from helpers import call, differing, study
 from PIL import Image
 
 import plumbing.archives
 import plumbing.data
-import recipes.options
-import sample
 from plumbing.data import load_data
 from plumbing.errors import UserError
 from plumbing.files import read_checkpoint
@@ -231,10 +229,9 @@ def test_folders_that_are_called_by_numbers_are_classes_in_the_order_of_a_folder
 
 def test_metrics_compare_with_images_of_archives(trained, data, archives, tmp_path):
     call("vgg", tmp_path, data, "--arch", "resnet", classifier__width=2)  # 16 features, for 20 images
-    words = ["--ckpt", trained / "phase1.pt", "--metrics", "--extractor", tmp_path / "resnet.pt",
-             "--lpips", "none", "--data", f"{archives}/val.tar", "--references", tmp_path / "r",
-             "--out", tmp_path / "x.json", "--device", "cpu"]
-    sample.main(recipes.options.sample_args(list(map(str, words))))
+    study("metrics", "--ckpt", trained / "phase1.pt", "--extractor", tmp_path / "resnet.pt", "--lpips",
+          "none", "--data", f"{archives}/val.tar", "--references", tmp_path / "r", "--out",
+          tmp_path / "x.json", "--device", "cpu")
     assert json.loads((tmp_path / "x.json").read_text())["reference_images"] == 20
 
 

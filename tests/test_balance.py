@@ -1,4 +1,4 @@
-"""Claims about the VGG's scaled taps and `visualize.py balance`. CPU, no network."""
+"""Claims about the VGG's scaled taps and `python -m studies balance`. CPU, no network."""
 
 import json
 
@@ -11,10 +11,9 @@ import plumbing.models
 import plumbing.weights
 import recipes.options
 import recipes.small
-from helpers import call, differing, earlier
+from helpers import call, differing, earlier, study
 
 import perceptual as P
-import visualize
 
 
 def read(path):
@@ -22,7 +21,7 @@ def read(path):
 
 
 def look(*words):
-    visualize.main(recipes.options.visualize_args(["balance", *map(str, words), "--device", "cpu"]))
+    study("balance", *words, "--device", "cpu")
 
 
 def refused(capsys, *words):
@@ -76,7 +75,7 @@ def test_a_vgg_that_was_interrupted_gets_the_scales_of_one_that_was_not(trained,
 
 
 def test_the_balance_is_that_of_sizes_and_gradients_by_their_definition(trained, tmp_path):
-    look("--ckpt", trained / "phase1.pt", "--num", 4, "--out", tmp_path / "b.json")
+    look(trained / "phase1.pt", "--num", 4, "--out", tmp_path / "b.json")
     (told,) = json.loads((tmp_path / "b.json").read_text())
     tokenizer, ckpt = plumbing.models.load_model(trained / "phase1.pt", ("phase1",))
     vgg, _ = plumbing.models.load_model(trained / "vgg.pt", ("vgg",))
@@ -110,14 +109,14 @@ def test_the_balance_is_that_of_sizes_and_gradients_by_their_definition(trained,
 
 
 def test_the_balance_tells_a_table_and_one_line_for_the_decisions(trained, capsys, tmp_path):
-    look("--ckpt", trained / "phase1.pt", trained / "phase2.pt", "--out", tmp_path / "b.json")
+    look(trained / "phase1.pt", trained / "phase2.pt", "--out", tmp_path / "b.json")
     text = capsys.readouterr().out
     assert text.count("for the table of decisions: ") == 2 and text.count("| relu5_3 ") == 2
     assert [told["stage"] for told in json.loads((tmp_path / "b.json").read_text())] == ["phase1", "phase2"]
 
 
 def test_imagenet_s_vgg_serves_too_and_random_weights_are_told(trained, capsys, tmp_path):
-    look("--ckpt", trained / "phase1.pt", "--vgg", "random", "--num", 2, "--out", tmp_path / "b.json")
+    look(trained / "phase1.pt", "--vgg", "random", "--num", 2, "--out", tmp_path / "b.json")
     assert "random weights" in capsys.readouterr().out
     (told,) = json.loads((tmp_path / "b.json").read_text())
     assert told["vgg"] == "random" and told["note"]
@@ -127,17 +126,17 @@ def test_what_has_no_balance_is_refused(trained, data, capsys, tmp_path, monkeyp
     alone = tmp_path / "alone"
     earlier(trained, alone, "phase2")
     (alone / "vgg.pt").unlink()
-    assert "no vgg.pt beside" in refused(capsys, "--ckpt", alone / "phase1.pt")
-    assert "ar.pt" in refused(capsys, "--ckpt", trained / "ar.pt")
-    assert "is not a file" in refused(capsys, "--ckpt", trained / "phase1.pt", "--vgg", tmp_path / "no.pth")
-    assert "balance needs --ckpt" in refused(capsys)
+    assert "no vgg.pt beside" in refused(capsys, alone / "phase1.pt")
+    assert "ar.pt" in refused(capsys, trained / "ar.pt")
+    assert "is not a file" in refused(capsys, trained / "phase1.pt", "--vgg", tmp_path / "no.pth")
+    assert "required: CKPT" in refused(capsys)
     ckpt = read(trained / "phase1.pt")
     ckpt["config"]["phase1"]["layers"] = "lpips"
     torch.save(ckpt, tmp_path / "phase1.pt")
-    assert "LPIPS" in refused(capsys, "--ckpt", tmp_path / "phase1.pt")
+    assert "LPIPS" in refused(capsys, tmp_path / "phase1.pt")
     with pytest.raises(SystemExit):
         recipes.options.visualize_args(["view", "--ckpt", "ar.pt", "--vgg", "random"])
-    assert "--vgg is of balance" in capsys.readouterr().err
+    assert "unknown argument --vgg" in capsys.readouterr().err
     assert not (tmp_path / "balance.json").exists() and not (trained / "balance.json").exists()
 
 

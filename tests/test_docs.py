@@ -19,11 +19,13 @@ import train
 import visualize
 from recipes.ablations import TABLES
 from recipes.options import PRESETS, sample_args, train_args, visualize_args
+from studies.commands import study_args
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "assets").glob("*.md"))]
-PARSERS = {"train.py": train_args, "sample.py": sample_args, "visualize.py": visualize_args}
+PARSERS = {"train.py": train_args, "sample.py": sample_args, "visualize.py": visualize_args,
+           "studies": study_args}
 SECTIONS = {  # of the preprint, and what is there
     "3.1.1": "VQ tokenizers: Eq. 1 and 2", "3.1.2": "generative transformers: Eq. 3, AR, NAR (MaskGIT)",
     "3.2": "the teacher-forced view, Fig. 3", "3.3.1": "Table 1, L_low, L_sem, Eq. 4, alpha",
@@ -51,11 +53,12 @@ def anchors(page):
 
 
 def commands(page):
-    """Lines of code blocks that call a script: [(line, script, words after it, up to a word such as >)]."""
+    """Lines of code blocks that call a script or the door of the studies: [(line, script, words after it, up
+    to a word such as >)]."""
     found = []
     for language, text in BLOCK.findall(page.read_text()):
         for line in text.splitlines() if language not in ("python", "bibtex") else ():
-            if not re.search(r"\b(python|torchrun) (.* )?(train|sample|visualize)\.py\b", line):
+            if not re.search(r"\b(python|torchrun) (.* )?((train|sample|visualize)\.py|-m studies)\b", line):
                 continue
             words = shlex.split(line, comments=True)
             start = next(i for i, word in enumerate(words) if word in PARSERS)
@@ -89,7 +92,9 @@ def test_every_command_shown_parses(capsys):
             seen += 1
             try:
                 PARSERS[script](words)
-            except SystemExit:
+            except SystemExit as stop:
+                if stop.code == 0:  # the list of studies, or --help
+                    continue
                 refused.append(f"{page.relative_to(ROOT)}: {line}\n    {capsys.readouterr().err}")
     assert not refused, "\n".join(refused)
     assert seen > 40
@@ -129,7 +134,7 @@ def test_the_loss_of_each_prior_and_their_loop_cite_eq_3():
 
 def place_exists(word):
     """A command parses, a file is there, a name is one of the scripts'. None: a flag or a recipe's word."""
-    script, _, rest = word.partition(" ")
+    script, _, rest = word.removeprefix("python -m ").partition(" ")
     if rest and script in PARSERS:
         return bool(PARSERS[script](shlex.split(rest)))
     if script.endswith(".py"):

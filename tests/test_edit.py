@@ -1,4 +1,4 @@
-"""Claims about sample.py --edit: what is not redrawn stays, token for token and pixel for pixel."""
+"""Claims about `python -m studies edit`: what is not redrawn stays, token for token and pixel for pixel."""
 
 import json
 import shutil
@@ -6,12 +6,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from helpers import study
 from PIL import Image
 
 import plumbing.files
 import plumbing.images
-import recipes.options
-import sample
 import studies.edit
 from plumbing.errors import UserError
 from plumbing.models import load_model
@@ -28,8 +27,7 @@ def picture(tmp_path_factory):
 
 
 def edit(trained, picture, out, *words):
-    words = ["--ckpt", trained / "nar.pt", "--edit", picture, "--device", "cpu", "--out", out, *words]
-    sample.main(recipes.options.sample_args(list(map(str, words))))
+    study("edit", picture, "--ckpt", trained / "nar.pt", "--device", "cpu", "--out", out, *words)
     return json.loads((out / "info.json" if out.suffix == "" else out.with_suffix(".json")).read_text())
 
 
@@ -164,7 +162,7 @@ def test_what_cannot_be_edited_is_refused_in_one_line(trained, picture, tmp_path
             (picture, ["--mask", tmp_path / "black.png"], "nothing is redrawn"),
             (picture, ["--mask", tmp_path / "text.png"], "--mask"),
             (picture, ["--onto", "20,0,16"], "canvas of 32x32"),
-            (tmp_path / "text.png", ["--box", "0,0,4,4"], "--edit"),
+            (tmp_path / "text.png", ["--box", "0,0,4,4"], "error: edit "),
             (picture, ["--box", "40,0,8,8", "--classes", "cat"], "--classes cat"),
             (picture, ["--box", "40,0,8,8", "--ckpt", trained / "ar.pt"], "needs nar")):
         with pytest.raises(SystemExit) as stop:
@@ -172,9 +170,8 @@ def test_what_cannot_be_edited_is_refused_in_one_line(trained, picture, tmp_path
         error = capsys.readouterr().err
         assert stop.value.code == 2 and error.count("\n") == 1 and told in error, error
     assert not (tmp_path / "x.png").exists()
-    for words, told in ((["--edit", "x.png"], "--edit needs --box"),
-                        (["--box", "1,2,3,4"], "--box is of --edit"),
-                        (["--edit", "x.png", "--box", "1", "--metrics"], "--edit draws")):
+    for words, told in (("x.png", "edit needs --box"), ("--box 1,2,3,4", "required: IMAGE"),
+                        ("x.png --box 1 --format npz", "--format"), ("x.png --box 1 --top-p 1", "--top-p")):
         with pytest.raises(SystemExit) as stop:
-            recipes.options.sample_args(["--ckpt", "nar.pt", *words])
+            study("edit", "--ckpt", "nar.pt", *words.split())
         assert stop.value.code == 2 and told in capsys.readouterr().err

@@ -6,7 +6,6 @@ import io
 import locale
 import logging
 import os
-import re
 import shutil
 import struct
 import subprocess
@@ -25,12 +24,13 @@ import plumbing.dataset
 import plumbing.files
 import plumbing.images
 import plumbing.slices
+import recipes.flags
 import recipes.options
 import studies.metrics
 import studies.probe
 import studies.report
 import studies.tables
-from helpers import call, contents, differing, earlier, open_run, refusal
+from helpers import call, contents, differing, earlier, open_run, refusal, study
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -39,6 +39,9 @@ import train
 import visualize
 from plumbing.errors import UserError
 from plumbing.files import read_checkpoint
+from plumbing.paths import as_path, expanded
+from recipes.flags import FLAGS
+from studies import commands
 
 CONFIG = dict(data=None, val=None, image_size=16, seed=0, limit=None)
 
@@ -358,13 +361,13 @@ def refused(capsys, script, *words):
 
 @pytest.mark.parametrize("script, words, name", [
     (sample, ["--reconstruct", "--ckpt", "phase1.pt"], "phase1.pt"),
-    (sample, ["--metrics", "--ckpt", "phase1.pt", "--extractor", "VGG"], "phase1.pt"),
-    (sample, ["--metrics", "--ckpt", "ar.pt", "--extractor", "VGG", "--num", "999"], "ar.pt"),
-    (sample, ["--metrics", "--predict", "--ckpt", "ar.pt", "--extractor", "VGG"], "ar.pt"),
+    (commands, ["metrics", "--ckpt", "phase1.pt", "--extractor", "VGG"], "phase1.pt"),
+    (commands, ["metrics", "--ckpt", "ar.pt", "--extractor", "VGG", "--num", "999"], "ar.pt"),
+    (commands, ["metrics", "--predict", "--ckpt", "ar.pt", "--extractor", "VGG"], "ar.pt"),
     (visualize, ["view", "--ckpt", "ar.pt"], "ar.pt"),
     (visualize, ["fig8", "--ckpt", "phase1.pt"], "phase1.pt"),
-    (visualize, ["compare", "phase1.pt"], "phase1.pt"),
-    (visualize, ["report", "."], "phase1.pt"),
+    (commands, ["compare", "phase1.pt"], "phase1.pt"),
+    (commands, ["report", "."], "phase1.pt"),
 ])
 def test_images_that_are_not_there_are_laid_to_the_run_and_data_is_the_remedy(
     trained, moved, capsys, script, words, name
@@ -379,9 +382,7 @@ def test_data_mends_it(moved, data):
     for words in (["--ckpt", moved / "phase1.pt", "--reconstruct", "--num", 2],):
         sample.main(recipes.options.sample_args([*map(str, words), "--data", str(data), "--device", "cpu"]))
     assert (moved / "reconstructions_phase1.png").is_file()
-    visualize.main(
-        recipes.options.visualize_args(["report", str(moved), "--data", str(data), "--device", "cpu"])
-    )
+    study("report", moved, "--data", data, "--device", "cpu")
     assert (moved / "report.html").is_file()
 
 
@@ -452,9 +453,7 @@ def test_a_table_goes_on_with_its_images_in_another_spelling(tmp_path, monkeypat
     (root / "settings.json").write_text('{"preset": "demo", "data": "d1", "set": []}')
 
     def table(data):
-        return studies.tables.Table(
-            recipes.options.visualize_args(["table1", "--data", str(data), "--out", str(root)])
-        )
+        return studies.tables.Table(commands.study_args(["table1", "--data", data, "--out", root]))
 
     for same in ("d1", "d1/", "./d1", tmp_path / "d1"):
         table(same)
@@ -474,24 +473,23 @@ def paths_of(script, *words):
 
 
 PARSERS = {train: recipes.options.train_args, sample: recipes.options.sample_args,
-           visualize: recipes.options.visualize_args}
-PATHS = {train: ("data", "val", "out", "tokenizer", "vgg"),
-         sample: ("ckpt", "tokenizer", "data", "out", "extractor", "lpips", "references", "reference"),
-         visualize: ("data", "extractor")}
+           visualize: recipes.options.visualize_args, commands: commands.study_args}
+PATHS = {train: ("data", "val", "out", "tokenizer", "vgg"), sample: ("ckpt", "tokenizer", "out"),
+         visualize: ("data", "out"),
+         commands: ("ckpt", "tokenizer", "data", "out", "extractor", "second", "lpips", "references")}
 
 
 @pytest.mark.parametrize("script", PATHS)
 def test_every_path_flag_knows_the_home_folder(script, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    first = {train: ["--stage", "phase1"], sample: [], visualize: ["table1"]}[script]
+    first = {train: ["--stage", "phase1"], sample: [], visualize: ["view", "--ckpt", "x"],
+             commands: ["metrics"]}[script]
     found, config = paths_of(script, *first)
     assert found == {name: type(value)(f"/home/me/{name}") for name, value in found.items()}
     assert all(config[key] == f"/home/me/{key}" for key in ("data", "val", "vgg") if config)
-    source = inspect.getsource(PARSERS[script])
-    flags = re.findall(r'add\("(?:--)?(\w+)", type=(?:as_path|expanded)', source)
-    others = {visualize: ("files", "ckpt", "tokenizer", "out", "vgg"),  # the next test
-              sample: ("second", "edit", "mask")}
-    assert set(flags) == {*PATHS[script], *others.get(script, ())} and "type=Path" not in source
+    paths = {key.partition(".")[0] for key, how in FLAGS.items() if how.get("type") in (as_path, expanded)}
+    others = {"images", "image", "results", "tokenizers", "folder", "mask", "reference"}  # the next test
+    assert paths == others.union(*PATHS.values()) and "type=Path" not in inspect.getsource(recipes.flags)
 
 
 def test_paths_in_lists_and_in_set_know_the_home_folder(monkeypatch):
@@ -501,12 +499,14 @@ def test_paths_in_lists_and_in_set_know_the_home_folder(monkeypatch):
     )
     assert [str(p) for p in (*args.ckpt, *args.tokenizer, args.out)] == [
         "/home/me/a.pt", "/home/me/b.pt", "/home/me/c.pt", "d.pt", "/home/me/x.png"]
-    assert recipes.options.visualize_args(["report", "~/run"]).files == [Path("/home/me/run")]
-    balance = recipes.options.visualize_args(["balance", "--ckpt", "a.pt", "--vgg", "~/vgg.pth"])
-    assert str(balance.vgg) == "/home/me/vgg.pth"
-    words = ["--ckpt", "a.pt", "--metrics", "--second", "~/vgg.pt"]
-    assert recipes.options.sample_args(words).second == "/home/me/vgg.pt"
-    args = recipes.options.sample_args(["--ckpt", "a.pt", "--edit", "~/x.png", "--mask", "~/m.png"])
+    assert commands.study_args(["report", "~/run"]).run == Path("/home/me/run")
+    balance = commands.study_args(["balance", "~/a.pt", "--vgg", "~/vgg.pth"])
+    assert (balance.ckpt, balance.vgg) == ([Path("/home/me/a.pt")], "/home/me/vgg.pth")
+    args = commands.study_args(["metrics", "--ckpt", "a.pt", "--reference", "~/r.pt"])
+    assert args.reference == Path("/home/me/r.pt")
+    for name in ("metrics", "compare"):
+        assert commands.study_args([name, "~/a.pt", "~/b.json"]).files[0] == Path("/home/me/a.pt")
+    args = commands.study_args(["edit", "~/x.png", "--ckpt", "a.pt", "--mask", "~/m.png"])
     assert (args.edit, args.mask) == (Path("/home/me/x.png"), Path("/home/me/m.png"))
     sets = ["data=~/d", "val=~/v", "vgg=~/vgg.pth", 'phase1.teachers=[null, "~/clip.pt", "vgg"]']
     words = [word for item in sets for word in ("--set", item)]
@@ -545,12 +545,12 @@ BAD_PLACES = ["file/below/x", "/dev/null/x", "/proc/nowhere/x", "n" * 300]
 @pytest.mark.parametrize("script, words", [
     *((sample, f"--ckpt ar.pt --format {form}") for form in ("sheet", "files", "npz")),
     (sample, "--ckpt phase1.pt --reconstruct --format npz"),
-    (sample, "--ckpt ar.pt --metrics --num 999 --extractor vgg.pt"),
-    (sample, "--ckpt ar.pt --metrics --num 999 --extractor vgg.pt --sweep top_p=0.5,1"),
+    (commands, "metrics --ckpt ar.pt --num 999 --extractor vgg.pt"),
+    (commands, "sweep top_p=0.5,1 --ckpt ar.pt --num 999 --extractor vgg.pt"),
     (visualize, "view .png --ckpt ar.pt"),
-    (visualize, "report . "),
-    (visualize, "compare phase1.pt"),
-    (visualize, "table1 --preset demo --run"),
+    (commands, "report . "),
+    (commands, "compare phase1.pt"),
+    (commands, "table1 --preset demo --run"),
 ])
 def test_a_bad_place_for_results_is_known_before_the_work(
     trained, tmp_path, capsys, idle, script, words, place
@@ -586,21 +586,19 @@ def test_each_file_of_a_figure_is_tried(trained, tmp_path, capsys, idle, suffix)
 @pytest.mark.parametrize("script, words, name, suffix", [
     (sample, "--ckpt ar.pt", "s.jpg", ".png"),
     (sample, "--ckpt ar.pt --format npz", "s.png", ".npz"),
-    (sample, "--ckpt nar.pt --edit view.png --box 0,0,9,9", "s.jpg", ".png"),
-    (sample, "--ckpt ar.pt --metrics --num 999 --extractor vgg.pt", "s.pt", ".json"),
+    (commands, "edit view.png --ckpt nar.pt --box 0,0,9,9", "s.jpg", ".png"),
+    (commands, "metrics --ckpt ar.pt --num 999 --extractor vgg.pt", "s.pt", ".json"),
     (visualize, "view --ckpt ar.pt", "summary.json", ".png"),
-    (visualize, "positions --ckpt ar.pt", "s.pdf", ".png"),
-    (visualize, "balance --ckpt phase1.pt", "phase1.pt", ".json"),
-    (visualize, "compare phase1.pt", "phase1.pt", ".json"),
-    (visualize, "report .", "s.png", ".html"),
+    (commands, "balance phase1.pt", "phase1.pt", ".json"),
+    (commands, "compare phase1.pt", "phase1.pt", ".json"),
+    (commands, "report .", "s.png", ".html"),
     # a picture whose numbers would take the place of the run's own
-    (sample, "--ckpt nar.pt --edit view.png --box 0,0,9,9", "summary.png", "would overwrite"),
+    (commands, "edit view.png --ckpt nar.pt --box 0,0,9,9", "summary.png", "would overwrite"),
     (visualize, "view --ckpt ar.pt", "summary.png", "would overwrite"),
-    (visualize, "positions --ckpt ar.pt", "summary.png", "would overwrite"),
     # what is edited
-    (sample, "--ckpt nar.pt --edit view.png --box 0,0,9,9", "view.png", "would overwrite what is edited"),
-    (sample, "--ckpt nar.pt --edit samples_nar.png --mask view.png", "view.png", "would overwrite what"),
-    (sample, "--ckpt nar.pt --edit view.png --onto 8,8,16 --format files", "", "holds other files"),
+    (commands, "edit view.png --ckpt nar.pt --box 0,0,9,9", "view.png", "would overwrite what is edited"),
+    (commands, "edit samples_nar.png --ckpt nar.pt --mask view.png", "view.png", "would overwrite what"),
+    (commands, "edit view.png --ckpt nar.pt --onto 8,8,16 --format files", "", "holds other files"),
 ])
 def test_no_file_is_overwritten_by_another_kind_of_file_and_none_is_named_like_one(
         trained, tmp_path, capsys, idle, script, words, name, suffix):

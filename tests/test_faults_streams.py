@@ -67,7 +67,7 @@ def test_compile_without_a_compiler_is_refused_in_one_line_before_anything_is_ma
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("script", ["train.py", "sample.py", "visualize.py"])
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "visualize.py", "-m studies table1"])
 def test_variables_that_the_progress_bar_cannot_read_are_refused_by_name(script):
     done = shell(f"{PYTHON} {script} --help", TQDM_MININTERVAL="soon")
     assert done.returncode == 2 and done.stdout == ""

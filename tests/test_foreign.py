@@ -10,7 +10,7 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import command
+from helpers import command, study
 
 import forks
 import plumbing.models
@@ -250,10 +250,10 @@ def test_a_prior_is_trained_on_a_public_tokenizer_and_looked_at(
     train.main(*recipes.options.train_args(words))
     ckpt = read_checkpoint(tmp_path / "ar.pt", ("ar",))
     assert ckpt["tokenizer_hash"] == latent_hash(load_model(path, ("phase1",))[0])
-    for words in (["view", "--ckpt", tmp_path / "ar.pt", "--tokenizer", path, "--num", 2],
-                  ["compare", path, "--steps", 2, "--samples", 20, "--data", data,
-                   "--out", tmp_path / "compare.json"]):
-        visualize.main(recipes.options.visualize_args([*map(str, words), "--device", "cpu"]))
+    words = ["view", "--ckpt", tmp_path / "ar.pt", "--tokenizer", path, "--num", 2, "--device", "cpu"]
+    visualize.main(recipes.options.visualize_args([*map(str, words)]))
+    study("compare", path, "--steps", 2, "--samples", 20, "--data", data, "--out", tmp_path / "compare.json",
+          "--device", "cpu")
     for words in (["--ckpt", tmp_path / "ar.pt", "--tokenizer", path, "--num", 2],
                   ["--ckpt", path, "--reconstruct", "--num", 2, "--data", data, "--out", tmp_path / "x.png"]):
         sample.main(recipes.options.sample_args(list(map(str, words))))

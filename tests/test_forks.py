@@ -102,8 +102,8 @@ def test_a_fork_goes_through_all_stages_with_its_own_quantizer(mine):
     ("sample.py --ckpt RUN/nar.pt --num 4 --format npz --out OUT/n.npz", "n.npz"),
     ("sample.py --ckpt RUN/phase2.pt --reconstruct --num 4 --out OUT/r.png", "r.png"),
     ("visualize.py view --ckpt RUN/ar.pt --num 4 --out OUT/v.png", "v.json"),
-    ("visualize.py compare RUN/phase1.pt --steps 2 --samples 20 --out OUT/c.json", "c.json"),
-    ("visualize.py report RUN --num 4 --out OUT/r.html", "r.html"),
+    ("-m studies compare RUN/phase1.pt --steps 2 --samples 20 --out OUT/c.json", "c.json"),
+    ("-m studies report RUN --num 4 --out OUT/r.html", "r.html"),
 ])
 def test_every_command_opens_its_checkpoints_without_being_told(mine, folder, tmp_path, words, made):
     words = [word.replace("RUN", str(mine)).replace("OUT", str(tmp_path)) for word in words.split()]

@@ -13,7 +13,7 @@ import torch
 import forks.fqgan.figures
 import forks.fqgan.teachers
 import recipes.options
-from helpers import call, earlier, open_run, refusal, rows
+from helpers import call, earlier, open_run, refusal, rows, study
 from PIL import Image
 from torch import nn
 
@@ -516,9 +516,8 @@ def run(trained, data, tmp_path_factory):
 
 def test_an_image_is_edited_in_all_sub_tokens_of_a_position(run, tmp_path):
     Image.fromarray(Shapes("val", 20, 32).view(3).permute(1, 2, 0).numpy()).save(tmp_path / "x.png")
-    words = ["--ckpt", run / "nar.pt", "--edit", tmp_path / "x.png", "--box", "16,0,16,32", "--num", 3,
-             "--classes", "star", "--device", "cpu", "--out", tmp_path / "y.png"]
-    sample.main(recipes.options.sample_args(list(map(str, words))))
+    study("edit", tmp_path / "x.png", "--ckpt", run / "nar.pt", "--box", "16,0,16,32", "--num", 3,
+          "--classes", "star", "--device", "cpu", "--out", tmp_path / "y.png")
     info = json.loads((tmp_path / "y.json").read_text())
     tokens, given = torch.tensor(info["tokens"]), torch.tensor(info["input_tokens"])
     redrawn = torch.tensor(info["redrawn"]).bool().flatten()
@@ -546,10 +545,8 @@ def test_the_pictures_of_fqgan_and_the_view_run_and_hold_finite_numbers(run, tmp
         assert path.stat().st_size > 1000 and "NaN" not in path.with_suffix(".json").read_text()
     numbers = json.loads((tmp_path / "fq_alone.json").read_text())
     assert numbers["psnr"].keys() == {"reconstruction", "sub-codebook 0 alone", "sub-codebook 1 alone"}
-    for words in (["report", run, "--out", tmp_path / "r.html", "--num", 8],
-                  ["compare", run / "phase1.pt", "--steps", 2, "--samples", 20, "--out",
-                   tmp_path / "c.json"]):
-        visualize.main(recipes.options.visualize_args([*map(str, words)]))
+    study("report", run, "--out", tmp_path / "r.html", "--num", 8)
+    study("compare", run / "phase1.pt", "--steps", 2, "--samples", 20, "--out", tmp_path / "c.json")
 
 
 def test_one_sub_codebook_alone_is_the_decoder_on_zeros_for_the_others(run):
@@ -570,7 +567,6 @@ def test_what_does_not_fit_together_is_one_line(run, trained, data, tmp_path, ca
     out = earlier(trained, tmp_path / "c", "ar")
     error = refusal(capsys, "ar", out, data, "--tokenizer", run / "phase1.pt")
     assert "does not take tokens (B, 16, 2)" in error
-    import sample
 
     with pytest.raises(SystemExit) as stop:
         sample.main(recipes.options.sample_args(

@@ -1,4 +1,4 @@
-"""Claims about handing a run on (studies.export) and watching one (studies.watch).
+"""Claims about handing a run on (studies export) and watching one (studies watch).
 
 Neither safetensors nor a logger is among the requirements: a file of the published safetensors format is
 written and read here, and what a logger is told is looked at. Both were tried with the real packages by hand.
@@ -15,7 +15,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from helpers import fork, forked, wait_for, wait_until
+from helpers import fork, forked, study, wait_for, wait_until
 from PIL import Image
 
 import recipes.options
@@ -69,7 +69,7 @@ def package(monkeypatch):
 
 def test_an_exported_run_draws_the_same_images_to_the_last_bit(trained, package, tmp_path):
     out = tmp_path / "out"
-    studies.export.main([str(trained), "--out", str(out)])
+    study("export", trained, "--out", out)
     assert sorted(p.name for p in out.iterdir()) == ["README.md", "ar", "nar", "phase2"]
     for stage in ("phase2", "ar", "nar"):
         (ours, ckpt), (theirs, other) = (load_model(path, (stage,)) for path in (
@@ -83,7 +83,7 @@ def test_an_exported_run_draws_the_same_images_to_the_last_bit(trained, package,
     a, b = (np.load(tmp_path / f"{name}.npz")["arr_0"] for name in "ab")
     assert np.array_equal(a, b) and a.shape == (4, 32, 32, 3)
     sample.main(recipes.options.sample_args(["--ckpt", str(out / "ar"), "--num", "2"]))  # a sheet there
-    studies.export.main([str(trained), "--out", str(out)])  # again: the same files
+    study("export", trained, "--out", out)  # again: the same files
     umask = os.umask(0)
     os.umask(umask)
     modes = {path.name: path.stat().st_mode & 0o777 for path in out.rglob("*") if path.is_file()}
@@ -96,7 +96,7 @@ def test_an_export_to_a_full_disk_ends_in_one_line_whatever_its_writers_raise(
     """Weights by safetensors, whose error is no OSError, and the program of torch.export, which aborts."""
     def child():
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-        studies.export.main([str(trained), "--out", str(tmp_path / "out"), "--decoder"])
+        study("export", trained, "--out", tmp_path / "out", "--decoder")
 
     assert forked(child) == 1
     error = capfd.readouterr().err
@@ -108,13 +108,13 @@ def test_the_card_tells_the_numbers_of_the_run_and_the_licence(trained, package,
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     (run / "summary.json").write_text(json.dumps(dict(psnr_phase1=17.25, preset="demo", usage=1.0)))
-    studies.export.main([str(run), "--out", str(tmp_path / "out")])
+    study("export", run, "--out", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| psnr_phase1 | 17.25 |" in card and "MIT licence" in card and "`ar`: ar, 6 steps" in card
 
 
 def test_the_exported_decoder_decodes_any_number_of_images_alike(trained, package, tmp_path):
-    studies.export.main([str(trained), "--out", str(tmp_path / "out"), "--decoder"])
+    study("export", trained, "--out", tmp_path / "out", "--decoder")
     program = torch.export.load(tmp_path / "out" / "phase2" / "decoder.pt2").module()
     model, _ = load_model(trained / "phase2.pt", ("phase2",))
     for count in (1, 2, 5):
@@ -125,30 +125,30 @@ def test_the_exported_decoder_decodes_any_number_of_images_alike(trained, packag
 
 def refused(capsys, call, *words):
     with pytest.raises(SystemExit) as stop:
-        call(list(map(str, words)))
+        call(*words)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1
     return error
 
 
 def test_what_cannot_be_exported_or_opened_is_refused_in_one_line(trained, package, tmp_path, capsys):
-    assert "holds no phase1.pt" in refused(capsys, studies.export.main, tmp_path, "--out", tmp_path / "out")
+    assert "holds no phase1.pt" in refused(capsys, study, "export", tmp_path, "--out", tmp_path / "out")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("do not touch")
-    error = refused(capsys, studies.export.main, trained, "--out", tmp_path / "mine")
+    error = refused(capsys, study, "export", trained, "--out", tmp_path / "mine")
     assert "holds other files" in error and (tmp_path / "mine" / "thesis.tex").read_text() == "do not touch"
     (tmp_path / "mine" / "thesis.tex").rename(tmp_path / "mine" / "README.md")
-    error = refused(capsys, studies.export.main, trained, "--out", tmp_path / "mine")
+    error = refused(capsys, study, "export", trained, "--out", tmp_path / "mine")
     assert "holds other files" in error and (tmp_path / "mine" / "README.md").read_text() == "do not touch"
-    error = refused(capsys, studies.export.main, trained, "--out", tmp_path / "mine" / "README.md")
+    error = refused(capsys, study, "export", trained, "--out", tmp_path / "mine" / "README.md")
     assert "cannot be written" in error
-    studies.export.main([str(trained), "--out", str(tmp_path / "out")])
+    study("export", trained, "--out", tmp_path / "out")
     weights = tmp_path / "out" / "ar" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")  # a bit of a weight
     words = "--ckpt", tmp_path / "out" / "ar", "--num", 2
 
-    def draw(words):
-        sample.main(recipes.options.sample_args(words))
+    def draw(*words):
+        sample.main(recipes.options.sample_args([*map(str, words)]))
 
     capsys.readouterr()
     assert "damaged or no exported model" in refused(capsys, draw, *words)
@@ -158,15 +158,15 @@ def test_what_cannot_be_exported_or_opened_is_refused_in_one_line(trained, packa
 
 def test_without_the_package_one_line_names_it(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    assert "pip install safetensors" in refused(capsys, studies.export.main, trained, "--out", tmp_path / "x")
+    assert "pip install safetensors" in refused(capsys, study, "export", trained, "--out", tmp_path / "x")
     assert not (tmp_path / "x").exists()
     for target in ("tensorboard", "wandb"):
         monkeypatch.setitem(sys.modules, target, None)
         words = tmp_path, "--once", "--to", target
-        assert f"pip install {target}" in refused(capsys, studies.watch.main, *words)
-    assert "no folder of a run" in refused(capsys, studies.watch.main, tmp_path / "nowhere", "--once")
+        assert f"pip install {target}" in refused(capsys, study, "watch", *words)
+    assert "no folder of a run" in refused(capsys, study, "watch", tmp_path / "nowhere", "--once")
     for every in ("inf", "nan", "0", "1e9"):
-        assert "--every" in refused(capsys, studies.watch.main, tmp_path, "--every", every)
+        assert "--every" in refused(capsys, study, "watch", tmp_path, "--every", every)
 
 
 class Logger:
@@ -232,16 +232,16 @@ def test_a_second_watcher_of_a_run_is_refused_while_the_first_one_watches(tmp_pa
 
     child = fork(other)
     wait_until((tmp_path / "held").exists)
-    assert "end it first" in refused(capsys, studies.watch.main, tmp_path, "--once")
+    assert "end it first" in refused(capsys, study, "watch", tmp_path, "--once")
     (tmp_path / "done").touch()
     assert wait_for(child) == 0
-    studies.watch.main([str(tmp_path), "--once"])
+    study("watch", tmp_path, "--once")
 
 
 def test_the_command_looks_at_a_run_once(trained, tmp_path, monkeypatch, capsys):
     trained, loggers = shutil.copytree(trained, tmp_path / "run"), [Logger()]
     monkeypatch.setitem(studies.watch.TARGETS, "tensorboard", lambda run: loggers[0])
-    studies.watch.main([str(trained), "--once"])
+    study("watch", trained, "--once")
     rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert len(loggers[0].seen) == len(rows) and loggers[0].pictures
     assert {(stage, step) for stage, step, _ in loggers[0].seen} == {(r["stage"], r["step"]) for r in rows}
@@ -251,5 +251,5 @@ def test_the_command_looks_at_a_run_once(trained, tmp_path, monkeypatch, capsys)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(studies.watch.time, "sleep", interrupted)
-    studies.watch.main([str(trained)])  # Ctrl-C ends it without a traceback
+    study("watch", trained)  # Ctrl-C ends it without a traceback
     assert "Ctrl-C ends watching" in capsys.readouterr().out

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
+from studies.commands import STUDIES
+
 BUDGETS = dict(
     tokenizer=480, perceptual=350, prior_ar=360, prior_nar=200, train=400, sample=260, visualize=420)
 READING_ORDER = list(BUDGETS)
@@ -218,14 +220,36 @@ def test_recipes_need_no_torch(name):
     assert of("plumbing", anywhere(name)) <= {"plumbing.console", "plumbing.paths"}
 
 
-@pytest.mark.parametrize("script", ["train", "sample", "visualize"])
-def test_help_is_told_without_torch(script):
-    code = ("import runpy, sys, atexit\n"
+def test_the_door_of_the_studies_is_the_only_way_to_them_and_needs_no_torch():
+    """But for `train.py --explain`, the summary after --stage all, and one study that measures by another."""
+    allowed = dict(train={"studies.cost", "studies.summary"})
+    for name in FILES:
+        if not name.startswith("studies"):
+            assert of("studies", anywhere(name)) <= allowed.get(name, set()), name
+    assert anywhere("studies.__main__") == {"plumbing.console", "studies.commands"}
+    door = {"forks", "recipes.ablations", "recipes.flags", "recipes.options", "recipes.values"}
+    assert loaded("studies.commands") - {*sys.stdlib_module_names} == door
+    answers = {STUDIES[name][0] for name in STUDIES} | {"tables.table", "tables.compare_metrics"}
+    for module, answer in (answer.split(".") for answer in answers):
+        assert [arg.arg for arg in function(f"studies.{module}", answer).args.args][0] == "args", answer
+
+
+@pytest.mark.parametrize("words, code", [
+    *((f"{script}.py --help", 0) for script in ("train", "sample", "visualize")),
+    ("train.py --stage vgg --tokenizer x", 2), ("sample.py --ckpt x --no-flag", 2), ("visualize.py fig0", 2),
+    ("studies", 0), ("studies metrics --help", 0), ("studies table1 --preset no-such --no-flag", 2),
+    ("studies metric", 2), ("sample.py --ckpt x --metrics", 2), ("visualize.py table1 --run", 2)])
+def test_help_and_what_is_refused_are_printed_without_torch(words, code):
+    script, *words = words.split()
+    run = "run_module('studies'" if script == "studies" else f"run_path('{script}'"
+    text = ("import runpy, sys, atexit\n"
             "atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr))\n"
-            f"sys.argv = ['{script}.py', '--help']\n"
-            f"sys.path.insert(0, '.'); runpy.run_path('{script}.py', run_name='__main__')")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert "usage" in done.stdout and done.stderr.strip() == "False", done.stderr
+            f"sys.argv = {[script, *words]}\n"
+            f"sys.path.insert(0, '.'); runpy.{run}, run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    *error, loaded = done.stderr.splitlines()
+    assert done.returncode == code and loaded == "False", done.stderr
+    assert "usage" in done.stdout if code == 0 else len(error) == 1 and error[0].startswith("error: ")
 
 
 def test_the_scripts_start_without_the_compiler():

@@ -1,4 +1,4 @@
-"""Claims about sample.py --metrics and its parts in perceptual.py: the numbers, and how they are told."""
+"""Claims about `python -m studies metrics` and its parts: the numbers, and how they are told."""
 
 import argparse
 import json
@@ -31,13 +31,13 @@ import studies.references
 import studies.probe
 import studies.tables
 import studies.verdicts
-from helpers import ROOT, call, command, fork, save_from_gpu, wait_for, wait_until
+from helpers import ROOT, call, command, fork, save_from_gpu, study, wait_for, wait_until
 from PIL import Image
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 import perceptual
 import sample
-import visualize
+from studies.commands import main, study_args
 from studies.distances import fidelity, reference_statistics, ssim
 from plumbing.errors import UserError
 from studies.perturbed import near_codes, perturb
@@ -66,11 +66,12 @@ def references(tmp_path_factory):
 
 
 def measure(run, name, scorer, references, *words):
-    """sample.py --metrics in this process; the JSON that it writes."""
+    """`python -m studies metrics` in this process; the JSON that it writes."""
     out = run / "result.json"
-    words = ["--ckpt", run / name, "--metrics", "--extractor", scorer, "--references", references,
-             "--lpips", "none", "--device", "cpu", "--out", out, *words]
-    sample.main(recipes.options.sample_args(list(map(str, words))))
+    lpips = ["--lpips", "none"] * (name.startswith("phase") and "--lpips" not in words)
+    cache = ["--references", references] * ("--reference" not in words)
+    study("metrics", "--ckpt", run / name, "--extractor", scorer, *cache, *lpips, "--device", "cpu",
+          "--out", out, *words)
     return json.loads(out.read_text())
 
 
@@ -415,11 +416,9 @@ def test_samples_and_references_are_exchanged_in_the_form_of_adm(run, scorer, re
 
 
 def test_a_second_extractor_is_refused_where_it_would_do_nothing(capsys):
-    for words, told in ((["--second", "x.pt"], "--second measures: pass --metrics too"),
-                        (["--second", "x.pt", "--metrics", "--reference", "y.pt"], "use --references")):
-        with pytest.raises(SystemExit) as stop:
-            recipes.options.sample_args(["--ckpt", "ar.pt", *words])
-        assert stop.value.code == 2 and told in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        study("metrics", "--ckpt", "ar.pt", "--second", "x.pt", "--reference", "y.pt")
+    assert stop.value.code == 2 and "use --references" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["ar.pt", "nar.pt"])
@@ -525,10 +524,10 @@ def test_two_processes_measure_the_same_samples_and_the_same_numbers(run, scorer
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
     found = []
     for name, launch in dict(one=[sys.executable], two=torchrun).items():
-        words = ["--ckpt", run / "nar.pt", "--metrics", "--extractor", scorer, "--references", run / name,
-                 "--num", "44", "--batch", "8", "--device", "cpu", "--out", run / f"{name}.json"]
-        done = subprocess.run([*launch, ROOT / "sample.py", *words], capture_output=True, text=True,
-                              env=dict(os.environ, OMP_NUM_THREADS="1"))
+        words = ["--ckpt", run / "nar.pt", "--extractor", scorer, "--references", run / name,
+                 "--count", "44", "--batch", "8", "--device", "cpu", "--out", run / f"{name}.json"]
+        done = subprocess.run([*launch, "-m", "studies", "metrics", *words], capture_output=True, text=True,
+                              env=dict(os.environ, OMP_NUM_THREADS="1"), cwd=ROOT)
         assert done.returncode == 0, done.stderr[-3000:]
         found.append(json.loads((run / f"{name}.json").read_text()))
     one, two = found
@@ -541,7 +540,7 @@ def test_two_processes_measure_the_same_samples_and_the_same_numbers(run, scorer
 def test_reference_statistics_are_made_once_and_again_when_an_image_changes(trained, scorer, data, tmp_path):
     folder = shutil.copytree(data, tmp_path / "data")
     config = dict(plumbing.files.read_checkpoint(trained / "ar.pt", ("ar",))["config"], data=str(folder))
-    args = recipes.options.sample_args(["--ckpt", "x", "--references", str(tmp_path / "cache")])
+    args = study_args(["metrics", "--ckpt", "x", "--references", tmp_path / "cache"])
     extractor = studies.extractors.Extractor(scorer, 32, torch.device("cpu"))
 
     def reference():
@@ -562,7 +561,7 @@ def test_reference_statistics_are_made_once_and_again_when_an_image_changes(trai
 
 def test_too_few_samples_are_refused_before_any_is_drawn(run, scorer, references, capsys, monkeypatch):
     monkeypatch.setattr(plumbing.slices, "generate_tokens", None)
-    error = refused(capsys, ["--ckpt", run / "ar.pt", "--metrics", "--extractor", scorer, "--num", 16,
+    error = refused(capsys, ["metrics", "--ckpt", run / "ar.pt", "--extractor", scorer, "--num", 16,
                              "--references", references])
     assert "16 images are too few" in error and "16 features" in error
 
@@ -637,10 +636,8 @@ def test_an_unconditional_prior_of_labelled_images_is_measured(trained, data, sc
 
 
 def test_a_sweep_measures_each_value_once_and_writes_a_csv_and_a_plot(run, scorer, references, monkeypatch):
-    words = ("--num", 20, "--sweep", "top-p=0.5,1")
-    sample.main(recipes.options.sample_args(list(map(str, [
-        "--ckpt", run / "ar.pt", "--metrics", "--extractor", scorer, "--references", references,
-        "--device", "cpu", *words]))))
+    words = ("--ckpt", run / "ar.pt", "--num", 20, "--extractor", scorer, "--references", references)
+    study("sweep", "top-p=0.5,1", *words, "--device", "cpu")
     lines = (run / "sweep_ar_top_p.csv").read_text().splitlines()
     assert lines[0].startswith("top_p,fd,class_score,kd,precision,recall") and len(lines) == 3
     results = [json.loads((run / "sweep_ar_top_p" / f"{v}.json").read_text()) for v in (0.5, 1.0)]
@@ -649,9 +646,7 @@ def test_a_sweep_measures_each_value_once_and_writes_a_csv_and_a_plot(run, score
     assert lines[1].split(",")[1] == str(results[0]["results"]["fd"])
     assert Image.open(run / "sweep_ar_top_p.png").size[0] > 1000
     monkeypatch.setattr(plumbing.slices, "generate_tokens", None)  # nothing is drawn a second time
-    sample.main(recipes.options.sample_args(list(map(str, [
-        "--ckpt", run / "ar.pt", "--metrics", "--extractor", scorer, "--references", references,
-        "--device", "cpu", *words]))))
+    study("sweep", "top-p=0.5,1", *words, "--device", "cpu")
 
 
 def test_class_accuracy_counts_by_class_and_keeps_silent_about_other_classes(scorer):
@@ -666,58 +661,60 @@ def test_class_accuracy_counts_by_class_and_keeps_silent_about_other_classes(sco
 
 def refused(capsys, words):
     with pytest.raises(SystemExit) as stop:
-        sample.main(recipes.options.sample_args(list(map(str, words))))
+        study(*words)
     error = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 2 and error.startswith("error: ")
     return error
 
 
 def test_bad_input_of_metrics_ends_with_one_line_and_exit_code_2(run, scorer, references, capsys, tmp_path):
-    base = ["--metrics", "--extractor", scorer, "--references", references, "--lpips", "none"]
-    ar, phase2 = ["--ckpt", run / "ar.pt", *base], ["--ckpt", run / "phase2.pt", *base]
+    base = ["--extractor", scorer, "--references", references]
+    ar = ["metrics", "--ckpt", run / "ar.pt", *base]
+    phase2 = ["metrics", "--ckpt", run / "phase2.pt", *base, "--lpips", "none"]
+    given = ["metrics", "--ckpt", run / "ar.pt", "--extractor", scorer, "--num", 30, "--reference"]
     assert "too few" in refused(capsys, [*ar, "--num", 10])
     assert "takes all 20" in refused(capsys, [*phase2, "--num", 10])
     assert "needs vgg or resnet" in refused(capsys, [*ar, "--extractor", run / "ar.pt"])
     assert "no checkpoint" in refused(capsys, [*ar, "--extractor", "nowhere.pt"])
     assert "no Inception weights" in refused(capsys, [*ar, "--extractor", "nowhere.pth"])
-    assert "--lpips" in refused(capsys, ["--ckpt", run / "phase2.pt", "--metrics", "--extractor", scorer,
-                                         "--references", references, "--lpips", "nowhere.pth"])
-    assert "pass --metrics" in refused(capsys, ["--ckpt", run / "ar.pt", "--sweep", "top_p=1"])
-    assert "does nothing for AR" in refused(capsys, [*ar, "--num", 30, "--sweep", "steps=4"])
-    assert "this needs ar or nar" in refused(capsys, [*phase2, "--sweep", "top_p=0.5"])
-    assert "--compile is for samples of an ar.pt" in refused(capsys, [*phase2, "--compile"])
-    assert "--compile is for samples of an ar.pt" in refused(capsys, [*ar, "--predict", "--compile"])
+    assert "--lpips" in refused(capsys, [*phase2, "--lpips", "nowhere.pth"])
+    assert "does nothing for AR" in refused(capsys, ["sweep", "steps=4", *ar[1:], "--num", 30])
+    assert "this needs ar or nar" in refused(capsys, ["sweep", "top_p=0.5", *phase2[1:-2]])
+    assert "--compile changes nothing in rfid-val" in refused(capsys, [*phase2, "--compile"])
+    assert "--compile changes nothing in view-val" in refused(capsys, [*ar, "--predict", "--compile"])
+    assert "--lpips changes nothing in gfid-train" in refused(capsys, [*ar, "--lpips", "none"])
     with pytest.raises(SystemExit):
         recipes.options.sample_args(["--ckpt", "phase2.pt", "--reconstruct", "--compile"])
-    assert "leave it out with --edit and --reconstruct" in capsys.readouterr().err
+    assert "--compile does nothing for --reconstruct" in capsys.readouterr().err
     for name, content in (("text.json", b"\xff\x00"), ("empty.json", b"{}"), ("list.json", b"[]")):
         (run / name).write_bytes(content)
-        assert "no result of sample.py" in refused(capsys, [*ar, "--num", 30, "--out", run / name])
+        assert "no result of python -m studies" in refused(capsys, [*ar, "--num", 30, "--out", run / name])
         assert (run / name).read_bytes() == content
     assert "no result" in refused(capsys, [*ar, "--num", 30, "--out", run])
     np.savez(run / "stats.npz", mu=np.zeros(3))
-    assert "no npz with mu and sigma" in refused(capsys, [*ar, "--num", 30, "--reference", run / "stats.npz"])
+    assert "no npz with mu and sigma" in refused(capsys, [*given, run / "stats.npz"])
     np.savez(run / "stats.npz", mu=np.zeros(2048), sigma=np.eye(2048))
-    error = refused(capsys, [*ar, "--num", 30, "--reference", run / "stats.npz"])
+    error = refused(capsys, [*given, run / "stats.npz"])
     assert "this extractor 16 features" in error
     np.savez(run / "stats.npz", mu=np.array([os.system]), sigma=np.eye(16))  # pickled
-    assert "no npz with mu" in refused(capsys, [*ar, "--num", 30, "--reference", run / "stats.npz"])
-    assert "no setting" in refused(capsys, [*ar, "--sweep", "sharpness=1"])
-    assert "top_p must be a number between 1e-09 and 1" in refused(capsys, [*ar, "--sweep", "top_p=0.5,2"])
-    assert "NUMBER" in refused(capsys, [*ar, "--sweep", "top_p=high"])
+    assert "no npz with mu" in refused(capsys, [*given, run / "stats.npz"])
+    for words, told in (("sharpness=1", "no setting"), ("top_p=high", "NUMBER"),
+                        ("top_p=0.5,2", "top_p must be a number between 1e-09 and 1"),
+                        ("top_p=1 --top-p 0.5", "--top-p is what is swept")):
+        assert told in refused(capsys, ["sweep", *words.split(), *ar[1:]])
     # reference statistics of another protocol, and a file that is none
     measure(run, "phase2.pt", scorer, tmp_path / "vals")
     val = next((tmp_path / "vals").glob("val_*.pt"))
-    assert "reference val, not train" in refused(capsys, [*ar, "--num", 30, "--reference", val])
-    assert "no file of reference" in refused(capsys, [*ar, "--num", 30, "--reference", run / "ar.pt"])
-    assert "missing" in refused(capsys, [*ar, "--num", 30, "--reference", run / "nowhere.pt"])
+    assert "reference val, not train" in refused(capsys, [*given, val])
+    assert "no file of reference" in refused(capsys, [*given, run / "ar.pt"])
+    assert "missing" in refused(capsys, [*given, run / "nowhere.pt"])
 
 
 def test_an_extractor_of_another_image_size_is_refused(run, scorer, capsys, tmp_path):
     ckpt = torch.load(scorer, weights_only=True)
     ckpt["config"]["image_size"] = 64
     torch.save(ckpt, tmp_path / "large.pt")
-    error = refused(capsys, ["--ckpt", run / "ar.pt", "--metrics", "--extractor", tmp_path / "large.pt"])
+    error = refused(capsys, ["metrics", "--ckpt", run / "ar.pt", "--extractor", tmp_path / "large.pt"])
     assert "64-pixel images" in error and "32" in error
 
 
@@ -727,10 +724,11 @@ def test_images_that_are_not_finite_are_refused_and_not_rounded_to_black(run, sc
         if weights:
             weights["decoder.conv_out.bias"][:] = math.nan
     torch.save(ckpt, run / "nan.pt")
-    error = refused(capsys, ["--ckpt", run / "nan.pt", "--metrics", "--extractor", scorer, "--references",
-                             references, "--lpips", "none"])
+    words = ["--extractor", scorer, "--references", references]
+    error = refused(capsys, ["metrics", "--ckpt", run / "nan.pt", *words, "--lpips", "none"])
     assert "not finite" in error
-    error = refused(capsys, ["--ckpt", run / "ar.pt", "--tokenizer", run / "nan.pt", "--num", 4])
+    error = refused(capsys, ["metrics", "--ckpt", run / "ar.pt", *words, "--tokenizer", run / "nan.pt",
+                             "--num", 40])
     assert "not finite" in error
 
 
@@ -749,9 +747,7 @@ def test_numbers_of_unlike_protocols_never_share_a_column(key, tmp_path, capsys)
     (tmp_path / "a.json").write_text(json.dumps(fake_result()))
     (tmp_path / "b.json").write_text(json.dumps(fake_result(**{key: 7})))
     with pytest.raises(SystemExit) as stop:
-        visualize.main(
-            recipes.options.visualize_args(["metrics", str(tmp_path / "a.json"), str(tmp_path / "b.json")])
-        )
+        study("metrics", tmp_path / "a.json", tmp_path / "b.json")
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1
     assert "cannot share a column" in error and key in error and "7 in the other" in error
@@ -760,17 +756,15 @@ def test_numbers_of_unlike_protocols_never_share_a_column(key, tmp_path, capsys)
 def test_like_results_stand_side_by_side(tmp_path, capsys):
     for name, fd in (("a", 3.5), ("b", 4.25)):
         (tmp_path / f"{name}.json").write_text(json.dumps(fake_result(results=dict(fd=fd, precision=0.25))))
-    visualize.main(
-        recipes.options.visualize_args(["metrics", str(tmp_path / "a.json"), str(tmp_path / "b.json")])
-    )
+    study("metrics", tmp_path / "a.json", tmp_path / "b.json")
     out = capsys.readouterr().out
     assert "gfd-train" in out and "3.5" in out and "4.25" in out and "precision" in out
     (tmp_path / "a.json").write_text("[]")
     with pytest.raises(SystemExit):
-        visualize.main(recipes.options.visualize_args(["metrics", str(tmp_path / "a.json")]))
-    assert "no result of sample.py" in capsys.readouterr().err
+        study("metrics", tmp_path / "a.json")
+    assert "no result of python -m studies metrics" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
-        visualize.main(recipes.options.visualize_args(["metrics", str(tmp_path / "nowhere.json")]))
+        study("metrics", tmp_path / "nowhere.json")
     assert stop.value.code == 2
 
 
@@ -816,7 +810,7 @@ def table(name, out, data, *words):
     sets = command("phase1", out, data, **{"classifier.width": 2})
     sets = [word for pair in zip(sets, sets[1:], strict=False) if pair[0] == "--set" for word in pair]
     words = [name, "--preset", "demo", "--data", data, "--out", out, "--samples", 20, *sets, *words]
-    return recipes.options.visualize_args(list(map(str, words)))
+    return study_args(words)
 
 
 def in_process(monkeypatch, fail=()):
@@ -834,7 +828,7 @@ def in_process(monkeypatch, fail=()):
             if words[1].endswith("train.py"):
                 train.main(*recipes.options.train_args(words[2:]))
             else:
-                sample.main(recipes.options.sample_args(words[2:]))
+                study(*words[3:])
         except SystemExit as stop:
             code, message = stop.code, "see above"
         return code, message
@@ -851,7 +845,7 @@ def test_a_table_trains_and_measures_every_row_once_and_shows_the_paper_beside(
     )
     ran = in_process(monkeypatch)
     words = ("--stages", "phase1,ar", "--run")
-    visualize.main(table("table1", tmp_path, data, *words))
+    main(table("table1", tmp_path, data, *words))
     assert len(ran) == 2 + 2 * 4  # vgg and scorer; and for each row two stages and two results
     found = json.loads((tmp_path / "table1.json").read_text())
     assert [row["paper"]["ar_fid"] for row in found["rows"]] == [16.97, 17.19]
@@ -862,13 +856,13 @@ def test_a_table_trains_and_measures_every_row_once_and_shows_the_paper_beside(
     assert "paper: ar_fid" in told and "ours: ar_fd" in told and "ours: ar_fid" not in told
     capsys.readouterr()
     ran.clear()
-    visualize.main(table("table1", tmp_path, data, *words))
+    main(table("table1", tmp_path, data, *words))
     assert not ran and "missing" not in capsys.readouterr().out  # all is there
-    visualize.main(table("table6", tmp_path, data, "--stages", "phase1,ar"))
+    main(table("table6", tmp_path, data, "--stages", "phase1,ar"))
     out = capsys.readouterr().out
     assert "missing for low" not in out and "missing for A" in out  # "low" is the baseline of Table 1
     shown = [line.strip() for line in out.splitlines() if line.startswith("  python")]
-    assert len(shown) == 6 * 4 and all("train.py" in line or "sample.py" in line for line in shown)
+    assert len(shown) == 6 * 4 and all("train.py" in line or "-m studies metrics" in line for line in shown)
 
 
 def test_a_damaged_checkpoint_counts_as_missing_and_its_numbers_are_refused(trained, tmp_path):
@@ -884,14 +878,14 @@ def test_a_damaged_checkpoint_counts_as_missing_and_its_numbers_are_refused(trai
 def test_rows_of_other_settings_never_stand_in_one_table(data, tmp_path, monkeypatch, capsys):
     in_process(monkeypatch)
     words = ("table5", tmp_path, data, "--stages", "phase1")
-    visualize.main(table(*words, "--run"))
+    main(table(*words, "--run"))
     before = (tmp_path / "table5.json").read_bytes()
     with pytest.raises(SystemExit) as stop:
-        visualize.main(table(*words, "--run", "--set", "phase1.lr=1e-3"))
+        main(table(*words, "--run", "--set", "phase1.lr=1e-3"))
     assert stop.value.code == 2 and "other settings" in capsys.readouterr().err
     assert (tmp_path / "table5.json").read_bytes() == before
     # another extractor measures anew instead of standing above the old numbers
-    visualize.main(table(*words, "--extractor", tmp_path / "vgg" / "vgg.pt"))
+    main(table(*words, "--extractor", tmp_path / "vgg" / "vgg.pt"))
     out = capsys.readouterr().out
     assert "features of " + str(tmp_path / "scorer" / "resnet.pt") in out
     assert out.count("missing for") == 4 and "train.py" not in out
@@ -907,7 +901,7 @@ def test_a_wrong_setting_of_a_table_is_refused_before_anything_is_written(
     monkeypatch.setattr(studies.tables, "run_command", None)
     words = [name, "--preset", "demo", "--set", item, "--out", str(tmp_path / "out"), "--run"]
     with pytest.raises(SystemExit) as stop:
-        visualize.main(recipes.options.visualize_args(words))
+        study(*words)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and named in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
 
@@ -915,7 +909,7 @@ def test_a_wrong_setting_of_a_table_is_refused_before_anything_is_written(
 def test_a_failed_row_is_told_and_the_others_go_on(data, tmp_path, monkeypatch, capsys):
     ran = in_process(monkeypatch, fail=["vqgan"])
     with pytest.raises(SystemExit) as stop:
-        visualize.main(table("table5", tmp_path, data, "--stages", "phase1", "--run"))
+        main(table("table5", tmp_path, data, "--stages", "phase1", "--run"))
     captured = capsys.readouterr()
     assert stop.value.code == 1 and "1 rows failed" in captured.err
     assert "VQGAN: train.py ended with 1: out of luck" in captured.out
@@ -924,20 +918,20 @@ def test_a_failed_row_is_told_and_the_others_go_on(data, tmp_path, monkeypatch, 
     assert "missing for VQGAN" in captured.out and len(ran) == 2 + 1 + 3 * 2
     ran.clear()
     in_process(monkeypatch)
-    visualize.main(table("table5", tmp_path, data, "--stages", "phase1", "--run"))
+    main(table("table5", tmp_path, data, "--stages", "phase1", "--run"))
     assert "missing" not in capsys.readouterr().out  # the failed row alone was run again
 
 
 def test_fig_5b_is_drawn_over_alpha_and_fig_7b_decodes_with_both_phases(data, tmp_path, monkeypatch):
     ran = in_process(monkeypatch)
-    visualize.main(table("fig7b", tmp_path, data, "--stages", "phase1,ar", "--run"))
+    main(table("fig7b", tmp_path, data, "--stages", "phase1,ar", "--run"))
     stages = [words[2] for words in ran if words[0].endswith("train.py")]
     assert stages.count("phase1") == 1 and stages.count("phase2") == 1 and stages.count("ar") == 1
     rows = json.loads((tmp_path / "fig7b.json").read_text())["rows"]
     assert rows[0]["ours"]["ar_fd"] != rows[1]["ours"]["ar_fd"]
     assert rows[1]["paper"]["nar_fid"] == 4.99
     ran.clear()
-    visualize.main(table("fig5b", tmp_path, data, "--stages", "phase1", "--run"))
+    main(table("fig5b", tmp_path, data, "--stages", "phase1", "--run"))
     assert sum(words[2] == "phase1" for words in ran if words[0].endswith("train.py")) == 5  # 1 is there
     assert Image.open(tmp_path / "fig5b_curves.png").size[0] > 500
 
@@ -947,7 +941,7 @@ def test_the_claims_are_told_from_the_measured_numbers_of_each_run(data, tmp_pat
         studies.claims, "ROWS", [recipes.ablations.Row("alpha=1, seed 0", "alpha=1|0", {}, ())]
     )
     ran = in_process(monkeypatch)
-    visualize.main(table("claims", tmp_path, data, "--run"))
+    main(table("claims", tmp_path, data, "--run"))
     assert len(ran) == 4 + 4 + 7
     (row,) = [json.loads(line) for line in (tmp_path / "claims.jsonl").read_text().splitlines()]
     assert (row["arm"], row["seed"], row["alpha"], len(row["commands"])) == ("alpha=1", 0, 1, 4 + 7)
@@ -980,11 +974,11 @@ def test_the_claims_are_told_from_the_measured_numbers_of_each_run(data, tmp_pat
     ran.clear()
     capsys.readouterr()
     monkeypatch.setattr(studies.claims, "stability", None)  # the second time its numbers come from a file
-    visualize.main(table("claims", tmp_path, data, "--run"))
+    main(table("claims", tmp_path, data, "--run"))
     assert not ran and "missing" not in capsys.readouterr().out
     assert json.loads((tmp_path / "claims.jsonl").read_text()) == row
     (folder / "metrics_nar_phase1.json").unlink()  # a run that was cut short is told as far as it went
-    visualize.main(table("claims", tmp_path, data))
+    main(table("claims", tmp_path, data))
     assert "missing for alpha=1, seed 0: 1 commands" in capsys.readouterr().out
     short = json.loads((tmp_path / "claims.jsonl").read_text())
     left_out = {key for key in row if key.startswith("nar_phase1_")}
@@ -1004,7 +998,7 @@ def test_the_table_of_forks_trains_and_measures_its_rows_and_ranks_them(data, tm
     monkeypatch.setattr(studies.fork_table, "disagreeing", lambda rows: ["plain"])
     ran = in_process(monkeypatch)
     words = ("--set", "tokenizer.codebook_dim=16", "--run")  # frozen wants 8 times the VGG's width
-    visualize.main(table("forks", tmp_path, data, *words))
+    main(table("forks", tmp_path, data, *words))
     assert len(ran) == 2 + (3 + 4) + (1 + 4) + (3 + 4) + (3 + 4)  # phase 2 goes on from the plain phase 1
     found = json.loads((tmp_path / "forks.json").read_text())["rows"]
     assert [(row["label"], row["decoder"]) for row in found] == [
@@ -1025,7 +1019,7 @@ def test_the_table_of_forks_trains_and_measures_its_rows_and_ranks_them(data, tm
     assert ckpt["config"]["fork"] == "frozen" and found[0]["pfd"] != found[0]["rfd"]
     ran.clear()
     monkeypatch.setattr(studies.fork_table, "compare", None)  # what is there is not made again
-    visualize.main(table("forks", tmp_path, data, *words))
+    main(table("forks", tmp_path, data, *words))
     assert not ran and "missing" not in capsys.readouterr().out
 
 
@@ -1054,16 +1048,14 @@ def test_the_rank_correlations_are_spearman_s_of_the_rows_after_phase_1():
 
 @pytest.mark.parametrize("preset", [*recipes.options.PRESETS, "demo-fq", "lfq.demo"])
 def test_a_table_takes_every_preset_of_train(preset, tmp_path):
-    args = recipes.options.visualize_args(["table6", "--preset", preset, "--out", str(tmp_path)])
+    args = study_args(["table6", "--preset", preset, "--out", tmp_path])
     table, found = studies.tables.Table(args), recipes.options.find_preset(preset)
     assert (table.fork, table.small) == (found["fork"], found["vgg"] == "own")
 
 
 def test_at_full_scale_the_entropy_row_is_the_baseline_and_inception_the_extractor(tmp_path):
     def folders(preset):
-        table = studies.tables.Table(
-            recipes.options.visualize_args(["table5", "--preset", preset, "--out", str(tmp_path)])
-        )
+        table = studies.tables.Table(study_args(["table5", "--preset", preset, "--out", tmp_path]))
         rows = [table.row(name, "phase1")[0] for name in [row.name for row in table.table["rows"]]]
         return [commands[0][0].parent.name for commands in rows], table
 
@@ -1076,7 +1068,7 @@ def test_at_full_scale_the_entropy_row_is_the_baseline_and_inception_the_extract
 def test_the_commands_of_a_table_go_through_torchrun_where_several_processes_are_wanted(tmp_path, capsys):
     words = ["table5", "--preset", "imagenet-ablation", "--out", str(tmp_path), "--nproc", "8"]
     words += ["--data", "DIR", "--workers", "4", "--set", "phase1.lr=2e-4"]
-    visualize.main(recipes.options.visualize_args(words))
+    study(*words)
     out = capsys.readouterr().out
     lines = [line.strip() for line in out.splitlines() if line.startswith("  ")]
     assert len(lines) == 4 * 6 and "ours: ar_fid" in out  # in Inception's features

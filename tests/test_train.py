@@ -3,9 +3,7 @@
 What happens when something fails is in test_reliability.py.
 """
 
-import argparse
 import ast
-import inspect
 import json
 import math
 import os
@@ -128,26 +126,6 @@ def test_weight_decay_is_on_matrices_of_linear_layers_and_convolutions_only():
 # The command line -----------------------------------------------------------------------------------------
 
 
-def test_every_flag_is_read_and_has_a_help_text_of_its_own(monkeypatch):
-    real, parsers = argparse.ArgumentParser.parse_known_args, []
-
-    def spy(parser, *words):
-        parsers.append(parser)
-        return real(parser, *words)
-
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", spy)
-    recipes.options.train_args(["--stage", "vgg"])
-    actions = [action for action in parsers[0]._actions if action.dest != "help"]
-    texts = [action.help for action in actions]
-    assert len(texts) > 15 and all(texts) and len(set(texts)) == len(texts)
-    code = "".join(path.read_text() for path in (
-        ROOT / "train.py", ROOT / "recipes" / "options.py", *(ROOT / "plumbing").glob("*.py")))
-    by_name = inspect.getsource(recipes.options.build_config) + inspect.getsource(plumbing.run.Run.due)
-    for action in actions:
-        name = action.dest.removesuffix("_every")  # Run.due puts the two together
-        assert re.search(rf"args\.{action.dest}\b", code) or f'"{name}"' in by_name, action.dest
-
-
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -208,19 +186,6 @@ def test_a_wrong_command_line_ends_with_exit_code_2_and_names_the_cause(words, m
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("error: ") == 1
     assert message in error[error.index("error: ") :] and error[error.index("error: ") :].count("\n") == 1
-
-
-def test_no_flag_is_taken_for_one_of_torchrun_s():
-    """torchrun reads the words after the script too: it refuses a prefix that two of its own flags share."""
-    from torch.distributed.run import get_args_parser
-
-    for parse in (recipes.options.train_args, recipes.options.sample_args):
-        name = parse.__name__.removesuffix("_args")
-        flags = re.findall(r'add\("(--[\w-]+)"', inspect.getsource(parse))
-        assert len(flags) > 10
-        for flag in flags:
-            parsed = get_args_parser().parse_args(["--standalone", f"{name}.py", flag, "1"])
-            assert parsed.training_script_args == [flag, "1"]
 
 
 def test_flags_and_set_are_written_into_a_copy_of_the_preset():

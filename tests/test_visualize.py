@@ -28,13 +28,14 @@ import studies.metrics
 import studies.probe
 import studies.report
 import studies.summary
-from helpers import ROOT, command, open_run
+from helpers import ROOT, command, open_run, study
 from PIL import Image
 
 import sample
 import visualize
 from prior_ar import ARPrior, PriorConfig
 from plumbing.models import load_model
+from studies.commands import study_args
 
 K, SIDE = 5, 4
 
@@ -349,39 +350,10 @@ def test_equal_tokens_have_equal_colours_in_all_panels_of_fig_8(monkeypatch):
 
 def test_every_figure_of_the_help_is_tested_and_the_paper_s_numbers_are_all_there():
     drawn = {name for name, _ in FIGURES}
-    elsewhere = {"metrics", "compare", "report", "balance", "positions"}  # tested in files of their own
-    elsewhere |= {"fq_alone", "fq_map"}  # in test_fqgan.py
-    assert drawn == set(recipes.options.FIGURES) - elsewhere
+    assert drawn == set(recipes.options.FIGURES)
     assert drawn | set(recipes.ablations.TABLES) >= {
         f"fig{n}" for n in "1b 3 4 5a 5b 7a 7b 8 9 10 11".split()
     }
-
-
-def test_nats_by_position_are_the_prior_s_own_and_their_mean_its_loss(run):
-    (run / "elsewhere").mkdir()
-    for name in ("phase1", "phase2"):
-        (run / f"{name}.pt").rename(run / "elsewhere" / f"{name}.pt")
-    draw("positions", "--ckpt", run / "ar.pt", "--tokenizer", run / "elsewhere" / "phase2.pt", "--num", 12,
-         "--out", run / "x.png")
-    (row,) = json.loads((run / "x.json").read_text())
-    prior, ckpt = plumbing.models.load_model(run / "ar.pt", ("ar",))
-    tokenizer, _ = plumbing.models.load_model(run / "elsewhere" / "phase2.pt", ("phase2",))
-    val = plumbing.data.load_data(ckpt["config"])[1]
-    x = plumbing.images.to_float(torch.stack([val.view(i) for i in range(12)]), "cpu")
-    tokens, labels = tokenizer.encode(x), torch.tensor([val.label(i) for i in range(12)])
-    with torch.no_grad():
-        loss = prior.loss(prior(tokens, labels), tokens)[0].item()
-    assert len(row["nats"]) == 16 == len(row["entropy"])
-    assert sum(row["nats"]) / 16 == pytest.approx(loss, rel=1e-4)
-    codes = torch.load(run / "codes.pt", weights_only=True)["train"][0]
-    for i in (0, 15):
-        p = torch.bincount(codes[:, i].long()).float() / len(codes)
-        assert row["entropy"][i] == pytest.approx(-(p * p.clamp(min=1e-9).log()).sum().item(), rel=1e-4)
-    assert (run / "x.png").stat().st_size > 5000
-    (run / "codes.pt").unlink()  # of the images of the view each has nearly its own token
-    draw("positions", "--ckpt", run / "ar.pt", "--tokenizer", run / "elsewhere" / "phase2.pt", "--num", 12,
-         "--out", run / "x.png")
-    assert json.loads((run / "x.json").read_text())[0]["entropy"] is None
 
 
 @pytest.mark.parametrize("figure, name", [("fig7a", "nar.pt"), ("fig9", "ar.pt")])
@@ -408,8 +380,7 @@ def test_both_phases_decode_identical_tokens(run, monkeypatch, capsys, figure, n
 
 
 @pytest.mark.parametrize("words, told", [
-    ("report runs/a runs/b", "report is of one run, got 2"),
-    ("fig8 --ckpt a.pt --tokenizer b.pt", "fig8 reads no --tokenizer"),
+    ("fig8 --ckpt a.pt --tokenizer b.pt", "--tokenizer does nothing for fig8"),
     ("fig3 --ckpt a.pt b.pt", "fig3 is of one --ckpt, got 2")])
 def test_words_that_a_figure_would_not_read_are_refused(words, told, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -494,8 +465,7 @@ def test_the_probe_finds_predictable_codes_easier_than_the_same_codes_shuffled()
 
 
 def test_compare_probes_several_tokenizers_on_the_same_images(run, capsys):
-    visualize.main(recipes.options.visualize_args(
-        ["compare", str(run / "phase1.pt"), str(run / "phase2.pt"), "--steps", "3", "--device", "cpu"]))
+    study("compare", run / "phase1.pt", run / "phase2.pt", "--steps", "3", "--device", "cpu")
     one, two = json.loads((run / "compare.json").read_text())
     assert one["tokenizer_hash"] == two["tokenizer_hash"] and one["bits_per_image"] == two["bits_per_image"]
     assert one["psnr"] != two["psnr"] and all_finite(one) and one["train_images"] == 60
@@ -512,9 +482,8 @@ def test_compare_draws_from_all_training_images_and_never_from_those_it_validate
 
     real = plumbing.data.FolderData.view
     monkeypatch.setattr(plumbing.data.FolderData, "view", spy)
-    visualize.main(recipes.options.visualize_args([
-        "compare", str(trained / "phase1.pt"), "--steps", "1", "--device", "cpu", "--data", str(whole),
-        "--samples", "20", "--out", str(tmp_path / "x.json")]))
+    study("compare", trained / "phase1.pt", "--steps", "1", "--device", "cpu", "--data", whole,
+          "--samples", "20", "--out", tmp_path / "x.json")
     train_files, val_files = seen[:20], seen[20:]
     assert len({Path(file).parent.name for file in train_files}) > 5  # the first 20 files are of 4 classes
     assert len(val_files) == 3 and not set(train_files) & set(val_files)
@@ -543,9 +512,8 @@ def test_compare_takes_images_of_which_only_some_have_classes(trained, data, tmp
     (tmp_path / "val").mkdir()
     for i, path in enumerate((data / "val").rglob("*.png")):
         shutil.copy(path, tmp_path / "val" / f"{i}.png")
-    visualize.main(recipes.options.visualize_args([
-        "compare", str(trained / "phase1.pt"), "--steps", "1", "--device", "cpu", "--data", str(tmp_path),
-        "--samples", "20", "--out", str(tmp_path / "x.json")]))
+    study("compare", trained / "phase1.pt", "--steps", "1", "--device", "cpu", "--data", tmp_path,
+          "--samples", "20", "--out", tmp_path / "x.json")
     assert json.loads((tmp_path / "x.json").read_text())[0]["val_images"] == 20
 
 
@@ -572,7 +540,7 @@ def test_the_report_is_one_page_that_needs_no_other_file(run):
         extractor_hash="e", resize="none",
         feature_layer="pool", reference="train", reference_images=60, reference_hash="r",
         extractor="<b>resnet.pt</b>", results=dict(fd=3.25))))
-    visualize.main(recipes.options.visualize_args(["report", str(run), "--num", "20", "--device", "cpu"]))
+    study("report", run, "--num", "20", "--device", "cpu")
     page = (run / "report.html").read_text()
     assert len(page) < 8 * 2**20 and "http" not in page.replace("http-equiv", "")
     sources = re.findall(r'(?:src|href)="([^"]{0,30})', page)
@@ -617,7 +585,7 @@ def test_a_watched_report_is_written_again_when_the_run_has_news_and_reloads_its
     made = []
     real = studies.report.write_report
     monkeypatch.setattr(studies.report, "write_report", lambda args: made.append(1) or real(args))
-    args = recipes.options.visualize_args(["report", str(run), "--watch", "--device", "cpu", "--num", "4"])
+    args = study_args(["report", run, "--watch", "--device", "cpu", "--num", "4"])
     with pytest.raises(Stopped):
         studies.report.report(args)
     assert len(made) == 2 and all('http-equiv="refresh"' in page for page in written)
@@ -636,11 +604,11 @@ def test_a_watched_report_is_written_again_when_the_run_has_news_and_reloads_its
     told = capsys.readouterr().out
     assert told.index("watching") < told.index("renamed meanwhile") < told.index("wrote") and len(made) == 3
     assert "refresh" not in (run / "report.html").read_text()  # nobody writes it any more
-    args = recipes.options.visualize_args(["report", str(run), "--device", "cpu", "--num", "4"])
+    args = study_args(["report", run, "--device", "cpu", "--num", "4"])
     studies.report.report(args)
     assert "refresh" not in (run / "report.html").read_text()
     with pytest.raises(SystemExit):
-        recipes.options.visualize_args(["table1", "--watch"])
+        study_args(["table1", "--watch"])
 
 
 def test_the_report_shows_each_stage_s_configuration_as_its_own_checkpoint_has_it(run):
@@ -652,7 +620,7 @@ def test_the_report_shows_each_stage_s_configuration_as_its_own_checkpoint_has_i
         ckpt["config"][section][key] = value
         torch.save(ckpt, run / f"{stage}.pt")
     (run / "ar.pt").unlink()
-    visualize.main(recipes.options.visualize_args(["report", str(run), "--device", "cpu", "--num", "4"]))
+    study("report", run, "--device", "cpu", "--num", "4")
     page = (run / "report.html").read_text()
     shown = dict(re.findall("<tr><td>([^<]*)</td><td>([^<]*)</td></tr>", page.split("<h2>Configuration")[1]))
     assert "steps = 8" in shown["phase2"] and "steps = 6" in shown["phase1"] \
@@ -672,8 +640,7 @@ def test_a_report_of_a_run_that_has_only_begun_shows_what_is_there_as_utf8_in_ev
         log.write('{"stage": "nar", "step": 1, "val_accuracy": 0.5}\n')
     (odd := run.with_name("caf\udce9 α")).symlink_to(data)
     monkeypatch.setattr(io, "text_encoding", lambda encoding, *_: encoding or "ascii")  # as LC_ALL=C has it
-    visualize.main(recipes.options.visualize_args(
-        ["report", str(run), "--device", "cpu", "--num", "4", "--data", str(odd)]))
+    study("report", run, "--device", "cpu", "--num", "4", "--data", odd)
     page = (run / "report.html").read_bytes().decode("utf-8")
     assert "<h2>Reconstructions" in page and "<h2>Teacher" not in page and "<button" not in page
     assert "caf\\udce9 α" in page and not [w for w in recwarn if "artists" in str(w.message)]
@@ -688,8 +655,8 @@ def test_a_report_of_a_run_that_has_only_begun_shows_what_is_there_as_utf8_in_ev
         ("fig8 --ckpt phase1.pt --num 21", "only 20 images"),
         ("fig10 --ckpt phase1.pt", "this needs ar or nar"),
         ("fig7a --ckpt nar.pt --tokenizer phase1.pt", "two"),
-        ("fig7a", "needs --ckpt"), ("report", "needs files"), ("compare", "needs files"),
-        ("fig4 ar.pt", "pass them with --ckpt"), ("report .", "holds no phase1.pt"),
+        ("fig7a", "needs --ckpt"), ("report", "required: RUN"), ("compare", "required: CKPT"),
+        ("fig4 ar.pt", "unknown argument ar.pt"), ("report .", "holds no phase1.pt"),
         ("fig3 --ckpt ar.pt --out x.json", ".png"), ("table1 --preset imagenette", "imagenette"),
         ("compare phase1.pt --steps 0", "--steps"), ("fig12 --ckpt ar.pt", "fig12"),
         ("fig1b --ckpt ar.pt big/ar.pt --num 4", "64-pixel"), ("compare phase1.pt big/phase1.pt", "64-pixel"),
@@ -707,7 +674,10 @@ def test_bad_input_of_figures_ends_with_one_line_and_exit_code_2(run, monkeypatc
     monkeypatch.chdir(run)
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     with pytest.raises(SystemExit) as stop:
-        visualize.main(recipes.options.visualize_args([*words.split(), "--device", "cpu"]))
+        name, words = words.split()[0], [*words.split(), "--device", "cpu"]
+        if name.startswith("fig"):
+            visualize.main(recipes.options.visualize_args(words))
+        study(*words)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and message in error
     assert error.startswith("error: ") and error.count("\n") == 1

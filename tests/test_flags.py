@@ -1,0 +1,261 @@
+"""Claims about flags: each is defined once, and whatever command it is given to reads it or refuses it.
+
+The kind: `visualize.py fig8 --run --preset no-such-preset` and `sample.py --reconstruct --classes star` ended
+with exit code 0. What a command reads is looked up in the source of the functions that it reaches.
+"""
+
+import ast
+import shlex
+
+import pytest
+from test_house import FILES, TREES
+
+import forks
+from recipes import options
+from recipes.flags import FLAGS, SAMPLER
+from recipes.options import FIGURES, TRAIN, UNREAD, train_args
+from studies.commands import STUDIES, TABLE, study_args
+from studies.metrics import UNREAD as NOT_MEASURED
+
+# What is read ---------------------------------------------------------------------------------------------
+
+PLACES = {}  # {module: {name: its definition, or (module, name) where it comes from}}
+for module, tree in TREES.items():
+    places = PLACES[module] = {node.name: node for node in tree.body if hasattr(node, "name")}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            places |= {alias.asname or alias.name: (node.module, alias.name) for alias in node.names}
+
+
+def reached(module, name, without, seen):
+    """All definitions that one names, and those that they name: {(module, name): tree}."""
+    place = PLACES.get(module, {}).get(name)
+    if isinstance(place, tuple):
+        return reached(*place, without, seen)
+    if place is None or (module, name) in seen or name in without:
+        return seen
+    seen[module, name] = place
+    inner = {node.name for node in ast.walk(place) if isinstance(node, ast.FunctionDef)} - {name}
+    for node in ast.walk(place):
+        if isinstance(node, ast.Name) and node.id not in inner:
+            reached(module, node.id, without, seen)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):  # module.function
+            source = PLACES[module].get(node.value.id)
+            if isinstance(source, tuple) and ".".join(source) in FILES:
+                reached(".".join(source), node.attr, without, seen)
+    return seen
+
+
+def read_by(*entries, without=()):
+    """The names that functions, and whatever they reach, read of a namespace `args`."""
+    found, trees = set(), {}
+    for entry in entries:
+        reached(*entry.rsplit(".", 1), without, trees)
+    for tree in trees.values():
+        nodes = list(ast.walk(tree))
+        found |= {node.attr for node in nodes if isinstance(node, ast.Attribute)
+                  and (getattr(node.value, "id", "") == "args" or getattr(node.value, "attr", "") == "args")}
+        words = {node.value for node in nodes if isinstance(node, ast.Constant)}
+        text = ast.unparse(tree)
+        if "getattr(args, key)" in text or "getattr(self.args, key)" in text:  # by a name out of a tuple
+            found |= {word for word in words if isinstance(word, str)}
+        if "vars(args)" in text and "SAMPLER" in text:
+            found |= {*SAMPLER, "confidence_space"}
+        found |= {f"{node.args[0].value}_every" for node in nodes if isinstance(node, ast.Call)
+                  and getattr(node.func, "attr", "") == "due" and isinstance(node.args[0], ast.Constant)}
+    return found
+
+
+def spelled(key):
+    return FLAGS[key].get("names") or ["--" + key.partition(".")[0].replace("_", "-")]
+
+
+def names(keys):
+    """Keys of FLAGS as names in the namespace."""
+    return {FLAGS[key].get("dest") or spelled(key)[0].strip("-").replace("-", "_") for key in keys.split()}
+
+
+DRAWN = {  # the function that draws each figure
+    **dict.fromkeys(("view", "fig1b", "fig4", "fig5a", "fig11"), "figure_views"), "fig3": "figure_example",
+    **dict.fromkeys(("fig7a", "fig9"), "figure_phases"), "fig8": "figure_stability", "fig10": "figure_losses"}
+PROTOCOLS = {
+    "rfid-val": ("measure_samples", "measure_view"), "pfid-val": ("measure_samples", "measure_view"),
+    "view-val": ("measure_samples", "measure_reconstructions"),
+    "gfid-train": ("measure_view", "measure_reconstructions")}
+
+
+def test_train_reads_each_of_its_flags():
+    assert names(TRAIN) <= read_by("train.main", "recipes.options.train_args")
+
+
+@pytest.mark.parametrize("mode, other", [("samples", "reconstruct"), ("--reconstruct", "sample")])
+def test_sample_reads_each_flag_that_it_takes_for_samples_and_for_reconstructions(mode, other):
+    found = read_by("sample.main", "recipes.options.sample_args", without=[other])
+    assert names(options.SAMPLE) - {*UNREAD[mode].split()} <= found
+    assert not found & {*UNREAD[mode].split()}
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_a_figure_reads_each_flag_that_it_takes(figure):
+    found = read_by("visualize.main", f"visualize.{DRAWN[figure]}", without=["draw"])
+    assert names(options.DRAW) - {*UNREAD.get(figure, "").split()} <= found
+    assert not found & {*UNREAD.get(figure, "").split()}
+
+
+def test_a_figure_of_a_fork_reads_or_refuses_each_flag():
+    for figure in forks.load("fqgan").FIGURES:
+        name = figure.replace("fq_", "figure_")
+        found = read_by("visualize.main", f"forks.fqgan.figures.{name}", without=["draw"])
+        assert names(options.DRAW) <= found | {"figure"}
+
+
+@pytest.mark.parametrize("name", [*STUDIES, "table1"])
+def test_a_study_reads_each_of_its_flags(name):
+    answer, keys = STUDIES[name][:2] if name in STUDIES else ("tables.table", TABLE)
+    entries = [f"studies.{answer}", *["studies.tables.compare_metrics"] * (name == "metrics")]
+    entries += ["studies.commands.swept"] * (name == "sweep")
+    assert names(keys) <= read_by(*entries)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_protocol_reads_each_flag_that_it_takes(protocol):
+    found, left_out = read_by("studies.metrics.metrics", without=PROTOCOLS[protocol]), NOT_MEASURED[protocol]
+    assert names(STUDIES["metrics"][1]) - {*left_out.split()} - {"files"} <= found
+    assert not found & {*left_out.split()}
+
+
+# What is refused ------------------------------------------------------------------------------------------
+
+WORDS = {"--set": "seed=1", "--ablation": "+conv2", "--stages": "ar", "--preset": "demo", "--data": "shapes"}
+SPELLED = {name: how for key, how in FLAGS.items() for name in spelled(key) if name[0] == "-"}
+COMMANDS = {
+    **{f"train.py --stage {stage}": (TRAIN, UNREAD.get(stage, "")) for stage in (*options.STAGES, "all")},
+    "train.py --stage vgg --arch resnet": (TRAIN, UNREAD["resnet"]),
+    "sample.py --ckpt x.pt": (options.SAMPLE, UNREAD["samples"]),
+    "sample.py --ckpt x.pt --reconstruct": (options.SAMPLE, UNREAD["--reconstruct"]),
+    **{f"visualize.py {name} --ckpt x.pt": (options.DRAW, UNREAD.get(name, ""))
+       for name in (*FIGURES, "fq_alone", "fq_map")},
+    "studies metrics --ckpt x.pt": (STUDIES["metrics"][1], ""),
+    "studies metrics x.json": ("results", ""),
+    "studies sweep temperature=1 --ckpt x.pt": (STUDIES["sweep"][1], "temperature"),
+    "studies edit x.png --ckpt x.pt --box 1,1,1,1": (STUDIES["edit"][1], ""),
+    "studies export run --out x": (STUDIES["export"][1], ""),
+    **{f"studies {name} x": (STUDIES[name][1], "") for name in ("compare", "balance", "report", "watch")},
+    "studies table1": (TABLE, ""),
+    "studies fq-table3 --preset demo-fq": (TABLE, "")}
+
+
+def parse(words):
+    script, *words = words
+    return study_args(words) if script == "studies" else getattr(
+        options, f"{script.removesuffix('.py')}_args")(words)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_flag_is_in_the_list_of_a_command_or_refused_with_exit_code_2(command, capsys):
+    keys, left_out = COMMANDS[command]
+    wanted = {name for key in keys.split() if not names(key) & {*left_out.split()} for name in spelled(key)}
+    wanted -= {"--steps", "--batch"} if command.endswith("--stage all") else set()  # they belong to one stage
+    taken = set()
+    for name, how in SPELLED.items():
+        value = [WORDS.get(name) or (how["choices"][0] if "choices" in how else "1")]
+        if name == "--preset" and "demo-fq" in command:
+            value = ["demo-fq"]
+        if name == "--tokenizer" and ("fig7a" in command or "fig9" in command):
+            value = ["1", "2"]  # of phase 1, and of phase 2
+        try:
+            parse([*command.split(), name, *value * (how.get("action") != "store_true")])
+            taken.add(name)
+        except SystemExit as stop:
+            error = capsys.readouterr().err
+            assert stop.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert taken == {name for name in wanted if name[0] == "-"}
+
+
+@pytest.mark.parametrize("words", [
+    "sample.py --reconstruct --classes star --top-p 0.3 --tokenizer nowhere.pt --ckpt phase1.pt",
+    "visualize.py fig8 --run --preset no-such-preset --ckpt phase1.pt"])
+def test_what_once_ended_with_0_is_refused(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(words.split())
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: ")
+
+
+# Old spellings, names -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("old, new", [
+    ("sample.py --ckpt a.pt --metrics --num 9", "metrics --ckpt a.pt --num 9"),
+    ("sample.py --ckpt a.pt --metrics --predict", "metrics --ckpt a.pt --predict"),
+    ("sample.py --ckpt a.pt --metrics --sweep top-p=0.5,1", "sweep --ckpt a.pt top-p=0.5,1"),
+    ("sample.py --ckpt a.pt --sweep=steps=4 --metrics", "sweep --ckpt a.pt steps=4"),
+    ("sample.py --ckpt n.pt --edit 'a b.png' --box 1,2,3,4", "edit --ckpt n.pt 'a b.png' --box 1,2,3,4"),
+    ("visualize.py table1 --preset demo --run", "table1 --preset demo --run"),
+    ("visualize.py fq-table3 --preset demo-fq", "fq-table3 --preset demo-fq"),
+    ("visualize.py fig5b --run", "fig5b --run"),
+    ("visualize.py metrics a.json b.json", "metrics a.json b.json"),
+    ("visualize.py balance --ckpt a.pt b.pt --num 3", "balance a.pt b.pt --num 3"),
+    ("visualize.py compare a.pt --steps 3", "compare a.pt --steps 3"),
+    ("visualize.py report runs/demo --watch", "report runs/demo --watch")])
+def test_an_old_spelling_ends_with_the_command_of_today_which_parses(old, new, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(shlex.split(old))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.endswith(f"the command is now: python -m studies {new}\n")
+    assert study_args(shlex.split(new)).figure == new.split()[0]
+
+
+@pytest.mark.parametrize("name", ["claims", "forks", "positions"])
+def test_what_is_gone_says_where_its_results_are(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(["visualize.py", name, "--run"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "docs/results.md" in error and "python -m studies arena" in error
+
+
+def test_a_wrong_name_or_flag_is_answered_with_the_nearest_one(capsys):
+    for words, told in (("studies tabel1", "did you mean table1?"), ("studies forks", "there are metrics"),
+                        ("studies edit x.png --ckpt x --bax 1", "did you mean --box?"),
+                        ("sample.py --ckpt x --topp 1", "did you mean --top-p?"),
+                        ("studies metrics", "needs --ckpt FILE"), ("visualize.py fig12 --ckpt x", "fig11")):
+        with pytest.raises(SystemExit) as stop:
+            parse(words.split())
+        assert stop.value.code == 2 and told in capsys.readouterr().err
+
+
+def test_the_studies_are_listed_with_a_line_each(capsys):
+    with pytest.raises(SystemExit) as stop:
+        study_args([])
+    lines = capsys.readouterr().out.splitlines()
+    listed = {line.split()[0] for line in lines[2:]}
+    assert stop.value.code == 0 and listed == {*STUDIES, *options.TABLES, "fq-table3", "fq-table4"}
+    assert all(len(line.split()) > 4 and len(line) <= 110 for line in lines[2:])
+
+
+def test_every_flag_of_a_command_has_a_help_text_of_its_own():
+    for keys in (TRAIN, options.SAMPLE, options.DRAW, TABLE, *(study[1] for study in STUDIES.values())):
+        texts = [FLAGS[key]["help"] for key in keys.split()]
+        assert all(texts) and len(set(texts)) == len(texts)
+
+
+def test_every_flag_belongs_to_a_command():
+    used = {key for keys, _ in COMMANDS.values() for key in keys.split()}
+    assert used == {*FLAGS}
+
+
+def test_no_flag_is_taken_for_one_of_torchrun_s():
+    """torchrun reads the words after the script too: it refuses a prefix that two of its own flags share, as
+    --num is one; then there is a second spelling."""
+    from torch.distributed.run import get_args_parser
+
+    def passes(flag):
+        try:
+            words = get_args_parser().parse_args(["--standalone", "sample.py", flag, "1"])
+            return words.training_script_args == [flag, "1"]
+        except SystemExit:
+            return False
+
+    keys = " ".join([TRAIN, options.SAMPLE, *(STUDIES[name][1] for name in ("metrics", "sweep", "edit"))])
+    for key in keys.split():
+        assert spelled(key)[0][0] != "-" or any(map(passes, spelled(key))), key
+    assert train_args(["--stage", "vgg"])[0].given == {"stage": "--stage"}
