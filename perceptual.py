@@ -22,6 +22,7 @@ NAMES = [*LAYERS, LOGIT]
 # The rows of Table 6: "low", then ever fewer low-level layers beside the logit. All weights are 1.
 LAYER_SETS = {"low": dict.fromkeys(LAYERS, 1.0)}
 LAYER_SETS |= {name: dict.fromkeys(NAMES[i:], 1.0) for i, name in enumerate(["A", "B", "C", "D", "sem", "E"])}
+LAYER_SETS["L4"] = dict.fromkeys(NAMES[:4], 1.0)  # ours: relu1_2 to relu4_3
 
 
 def layer_weights(alpha):

@@ -92,8 +92,11 @@ def new_prior(config, stage, tokenizer, num_classes):
     return Prior(sizes)
 
 
-def load_model(path, stages, device="cpu"):
-    """(model in eval mode, checkpoint) of any stage; averaged weights where the run kept them."""
+def load_model(path, stages, device="cpu", config=None):
+    """(model in eval mode, checkpoint) of any stage; averaged weights where the run kept them.
+
+    config: of a run whose fork's tokenizer this phase 1 becomes; without one it stays its own fork's
+    """
     ckpt = read_checkpoint(path, stages)
     weights, sizes = ckpt["ema"] or ckpt["model"], dict(ckpt["model_config"])
     if ckpt["stage"] == "vgg":
@@ -107,7 +110,7 @@ def load_model(path, stages, device="cpu"):
         model.load_state_dict(weights, strict=True)
     else:
         kind = "tokenizer" if ckpt["stage"] in ("phase1", "phase2") else ckpt["stage"]
-        Model = classes_of(ckpt["config"])[kind]
+        Model = classes_of(config or ckpt["config"])[kind]
         with as_user_error():  # a fork may have changed since
             model = Model(Model.Config(**sizes))
             model.load_state_dict(weights, strict=True)
@@ -141,7 +144,9 @@ def earlier_tokenizer(run, stages, *also):
     found = on_rank0(lambda: [run.out / f"{s}.pt" for s in stages if (run.out / f"{s}.pt").exists()])
     if not given and not found:
         raise UserError(f"no {run.out / 'phase1.pt'}: run --stage phase1 first, or pass --tokenizer FILE")
-    tokenizer, ckpt = load_model(given or on_rank0(lambda: newest_intact(found[-1])), stages, run.device)
+    path = given or on_rank0(lambda: newest_intact(found[-1]))
+    goes_on = stages == ("phase1",)  # phase 2 may be of a fork where phase 1 is not
+    tokenizer, ckpt = load_model(path, stages, run.device, run.config if goes_on else None)
     run.note = run.note or ckpt["note"]
     if not given:
         refuse_other_config(found[-1], ["tokenizer", *also], ckpt["config"], run.config)

@@ -7,7 +7,7 @@ paper's numbers in the order of the columns, and which decoder is measured. All 
 
 from dataclasses import dataclass
 
-LAYERS = ("low", "A", "B", "C", "D", "sem", "E")  # Table 6: perceptual.LAYER_SETS
+LAYERS = ("low", "A", "B", "C", "D", "sem", "E", "L4")  # perceptual.LAYER_SETS: Table 6, and one of ours
 LOW = {"phase1.alpha": 0.0}
 CODEBOOK = LOW | {"tokenizer.warm_start": 0}  # Table 5 starts with quantization; a warm start is a K-means
 SCALE = "ImageNet 256x256, batch 64, 500,000 steps each, Inception FID, 50,000"

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import time
 from pathlib import Path
 
 import torch
@@ -84,6 +85,7 @@ def probes(args, device):
         drawn = random.Random(mix(0, "compare")).sample(range(len(split)), min(limit, len(split)))
         images.append(torch.stack([split.view(i) for i in drawn]))  # training images lie class by class
     for path in args.files:
+        begin = time.time()
         tokenizer, ckpt = load_model(path, ("phase1", "phase2"), device)
         tokens = [torch.cat([tokenizer.encode(to_float(part, device)).cpu() for part in split.split(100)])
                   for split in images]
@@ -95,6 +97,7 @@ def probes(args, device):
             psnr=psnr(x, x_hat).mean().item(),
             changed=stability(tokenizer, x),
             **probe(*tokens, tokenizer.codebook_size, device, args.steps or 400, **probe_of(ckpt)))
+        row["seconds"] = round(time.time() - begin, 1)
         if args.extractor:
             out = Path(path).with_name(f"metrics_{Path(path).stem}_compare.json")
             words = ["metrics", "--ckpt", path, "--lpips", "none", "--out", out]
