@@ -81,56 +81,6 @@ TABLES = {
               Row("phase 1 + 2", "sem", {"phase1.alpha": 1.0}, (1.99, 7.55, 4.99), "phase2")]),
 }
 
-@dataclass
-class Arm:
-    """One arm of the experiment on the paper's claims; what is not said here is the preset's.
-
-    words: flags of train.py, or a function of the preset that gives them;  seeds: how many, from 0
-    phases: of the tokenizer;  vgg: a --set for a VGG of its own;  fork: whose variant of the preset
-    priors: the arm whose priors draw, as its tokens are the same;  draws: False leaves priors and samples out
-    odd: steps that no other arm has;  strength: factor on the preset's phase1.per_weight
-    """
-
-    words: object
-    seeds: int = 1
-    phases: tuple = ("phase1",)
-    vgg: str = ""
-    fork: str = ""
-    priors: str = ""
-    draws: bool = True
-    odd: bool = False
-    strength: float = 1.0
-
-
-def longer(config):
-    """Phase 1 with the steps of both phases: what phase 2 is worth beyond its steps."""
-    return ["--alpha", "1", "--set", f"phase1.steps={config['phase1']['steps'] + config['phase2']['steps']}"]
-
-
-def fewer_codes(config):
-    """A quarter of the codes."""
-    return ["--alpha", "0", "--set", f"tokenizer.codebook_size={config['tokenizer']['codebook_size'] // 4}"]
-
-
-BOTH = ("phase1", "phase2")
-# L_sem's gradient at x_hat over that of an arm's loss: assets/claims_protocol.md, "Strength"
-STRENGTH = {0: 2.5, 0.2: 2.1, 0.4: 1.7, 0.6: 1.4, 0.8: 1.17, 1: 1.0, "D": 0.96, "E": 1.26, "five-pools": 1.0}
-CLAIMS = {
-    "alpha=0": Arm(["--alpha", "0"], 3, strength=STRENGTH[0]),
-    "alpha=1": Arm(["--alpha", "1"], 3, BOTH, strength=STRENGTH[1]),
-    **{f"alpha={alpha}": Arm(["--alpha", str(alpha)], seeds, draws=False, strength=STRENGTH[alpha])
-       for alpha, seeds in ((0.4, 3), (0.2, 1), (0.6, 1), (0.8, 1))},
-    "literal": Arm(["--alpha", "0"]),
-    "no-attention": Arm(["--alpha", "1"], 1, BOTH, fork="noattention", priors="alpha=1"),
-    "longer": Arm(longer, odd=True),
-    "D": Arm(["--ablation", "D"], strength=STRENGTH["D"]),
-    "E": Arm(["--ablation", "E"], strength=STRENGTH["E"]),
-    "fewer-codes": Arm(fewer_codes, strength=STRENGTH[0]),
-    "five-pools,alpha=0": Arm(["--alpha", "0"], vgg="classifier.skip_pools=0",
-                              strength=STRENGTH["five-pools"]),
-    "five-pools,alpha=1": Arm(["--alpha", "1"], vgg="classifier.skip_pools=0"),
-}
-
 
 def expand_ablation(name, config, further=()):
     """--ablation NAME as values of the preset: {"section.key": value}.

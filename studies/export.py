@@ -75,7 +75,7 @@ def card(run, models):
               + (f"; {about['note']}" if about["note"] else "") for name, about in models.items()]
     summary = run / "summary.json"
     found = [("summary", json.loads(summary.read_text()))] if summary.exists() else []
-    results = [path for path in sorted(run.glob("metrics_*.json")) if ".previous" not in path.stem]
+    results = sorted(run.glob("metrics_*.json"))
     found += [(path.stem, read_result(path)["results"]) for path in results]
     for name, numbers in found:
         lines += ["", f"## {name}", "", "| | |", "|---|---|"]

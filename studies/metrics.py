@@ -64,8 +64,10 @@ def metrics(args):
 
 
 def evaluate(args, device):
-    """Measures a checkpoint by its protocol and writes one JSON, with --second another one of the
-    same images. An interrupted call goes on.  returns: the (first) result"""
+    """Measures a checkpoint by its protocol and writes one JSON. An interrupted call goes on.
+
+    returns: the result
+    """
     ckpt = read_checkpoint(args.ckpt, ("phase1", "phase2", "ar", "nar"))
     config = ckpt["config"]
     protocol = "rfid-val" if ckpt["stage"] in ("phase1", "phase2") else "gfid-train"
@@ -80,84 +82,63 @@ def evaluate(args, device):
     if found := unread(args, UNREAD[protocol] + " data" * bool(args.reference and protocol == "gfid-train")):
         raise UserError(f"{found} changes nothing in {protocol}: {PROTOCOLS[protocol]}; leave it out")
     out = args.out or args.ckpt.with_name(f"metrics_{args.ckpt.stem}{'_view' * args.predict}"
-                                      f"{'_perturbed' * args.perturb}.json")
-    sources = {"": args.extractor} | ({"_2": args.second} if args.second else {})
-    outs = {tail: out.with_name(f"{out.stem}{tail}{out.suffix}") for tail in sources}
-    on_rank0(lambda: [read_result(o) if os.path.exists(o) else writable(o, suffix=".json")
-                      for o in outs.values()])
-    extractors = {tail: Extractor(source, config["image_size"], device) for tail, source in sources.items()}
-
-    def features(images):
-        """What all extractors give; digests, of the images themselves, once."""
-        return {key + tail * (key != "digests"): rows for tail, extractor in extractors.items()
-                for key, rows in extractor(images).items()}
-
+                                          f"{'_perturbed' * args.perturb}.json")
+    on_rank0(lambda: read_result(out) if os.path.exists(out) else writable(out, suffix=".json"))
+    extractor = Extractor(args.extractor, config["image_size"], device)
     if protocol != "gfid-train":
         val = images_of(args.ckpt, config, args.data)[1]
         if args.num not in (None, len(val)):
             raise UserError(f"this takes all {len(val)} validation images; leave --num out")
         args.num, names = len(val), val.class_names
         measure = measure_view if args.predict else measure_reconstructions
-        measured, info = measure(args, features, val, device)
+        measured, info = measure(args, extractor, val, device)
     else:
         args.num = args.num or 50_000
-        measured, info = measure_samples(args, features, device)
+        measured, info = measure_samples(args, extractor, device)
         names = ckpt["class_names"] if info["classes"] else []
-    references, mine = {}, {}
-    for tail, extractor in extractors.items():
-        extractor.check_number(args.num, "images")
-        references[tail] = load_reference(args, extractor, config, protocol.split("-")[1])
-        how = dict(protocol=plain(protocol, extractor.info["feature_layer"]), num_images=args.num,
-                   image_size=config["image_size"], **extractor.info)
-        mine[tail] = how | dict(classes=None) | info
+    extractor.check_number(args.num, "images")
+    reference = load_reference(args, extractor, config, protocol.split("-")[1])
+    mine = dict(
+        protocol=plain(protocol, extractor.info["feature_layer"]), num_images=args.num,
+        image_size=config["image_size"], **extractor.info, classes=None) | info
+    mine |= {key: reference[key] for key in HOW if key.startswith("reference")}
 
     def known():
-        """Which results are there already, and the name of the folder for their parts."""
-        for tail, path in outs.items():
-            mine[tail] |= {key: references[tail][key] for key in HOW if key.startswith("reference")}
-            old = read_result(path) if path.exists() else {}
-            if any(old.get(k) != v for k, v in mine[tail].items() if old and k != "extractor"):
-                name, n = f"{path.stem}.previous.{old['images_hash']}", 1
-                while (aside := path.with_name(f"{name}.json" if n == 1 else f"{name}.{n}.json")).exists():
-                    n += 1  # the same images, measured in another way
-                os.replace(path, aside)
-                print0(f"note: {path} held another result, now {aside.name}")
-            if path.exists():
-                os.utime(path)  # newer than its checkpoint, also where both were copied
-        keys = [sorted((k, str(v)) for k, v in mine[tail].items()) for tail in outs]
-        return [tail for tail, path in outs.items() if path.exists()], f".{out.stem}.{mix(*keys):016x}"
+        """Whether this result is there already, and the name of the folder for its parts."""
+        old = read_result(out) if out.exists() else {}
+        there = old and all(old.get(key) == value for key, value in mine.items() if key != "extractor")
+        if there:
+            os.utime(out)  # newer than its checkpoint, also where both were copied
+        elif old:
+            print0(f"note: {out} holds another result, which this one replaces")
+        keys = sorted((key, str(value)) for key, value in mine.items())
+        return there, f".{out.stem}.{mix(*keys):016x}"
 
     there, parts = on_rank0(known)
-    parts = out.with_name(parts)
-    for tail in there:
-        print0(f"{outs[tail]} is there already")
-    if len(there) < len(outs):
-        rows = collect(measured, parts, mine[""]["protocol"], args.num)
+    if there:
+        print0(f"{out} is there already")
+    else:
+        rows = collect(measured, out.with_name(parts), mine["protocol"], args.num)
 
         def finish():
             seconds = rows["seconds"].sum().item()
-            for tail, path in reversed(outs.items()):  # the first last: where it is, all are
-                own = rows | {name: rows[name + tail] for name in ("features", "logits")}
-                numbers = results_of(protocol, own, references[tail], info, extractors[tail], names)
-                about = dict(
-                    checkpoint=str(args.ckpt), images_hash=joint_hash(rows["digests"]), results=numbers,
-                    seconds=round(seconds, 1), processes=world(), device=str(device),
-                    threads=torch.get_num_threads(), torch=torch.__version__,
-                    torch_fidelity=importlib.metadata.version("torch-fidelity"),
-                    command=shlex.join(["python", "-m", "studies", *sys.argv[1:]]))
-                text = json.dumps(mine[tail] | about, indent=1) + "\n"
-                save_text(text, path)
-                print0(f"{args.num:,} images in {seconds:.0f} s, {args.num / seconds:.1f} images/s -> {path}")
-            shutil.rmtree(parts)
+            about = dict(
+                checkpoint=str(args.ckpt), images_hash=joint_hash(rows["digests"]),
+                results=results_of(protocol, rows, reference, info, extractor, names),
+                seconds=round(seconds, 1), processes=world(), device=str(device),
+                threads=torch.get_num_threads(), torch=torch.__version__,
+                torch_fidelity=importlib.metadata.version("torch-fidelity"),
+                command=shlex.join(["python", "-m", "studies", *sys.argv[1:]]))
+            save_text(json.dumps(mine | about, indent=1) + "\n", out)
+            print0(f"{args.num:,} images in {seconds:.0f} s, {args.num / seconds:.1f} images/s -> {out}")
+            shutil.rmtree(out.with_name(parts))
 
         on_rank0(finish)
-    results = on_rank0(lambda: {tail: read_result(path) for tail, path in outs.items()})
-    for tail, result in results.items():
-        print0(f"{result['protocol']}: {PROTOCOLS[protocol]}; {args.num:,} images, features of "
-               f"{sources[tail]}")
-        for name, value in result["results"].items():
-            print0(f"  {name:28s} {value:.5g}" if isinstance(value, float) else f"  {name:28s} {value}")
-    return results[""]
+    result = on_rank0(lambda: read_result(out))
+    print0(f"{result['protocol']}: {PROTOCOLS[protocol]}; {args.num:,} images, features of {args.extractor}")
+    for name, value in result["results"].items():
+        print0(f"  {name:28s} {value:.5g}" if isinstance(value, float) else f"  {name:28s} {value}")
+    return result
 
 
 def results_of(protocol, rows, reference, info, extractor, names):
@@ -179,7 +160,7 @@ def results_of(protocol, rows, reference, info, extractor, names):
     return {plain(name, extractor.info["feature_layer"]): value for name, value in numbers.items()}
 
 
-def measure_samples(args, features, device):
+def measure_samples(args, extractor, device):
     """(chunks for `collect`, what identifies the samples)"""
     chunks, info, *_ = sample(args, device)
     classes = info["classes"] or [0]
@@ -187,12 +168,12 @@ def measure_samples(args, features, device):
     def measured(done):
         for start, images in chunks(done):
             labels = torch.tensor([classes[i % len(classes)] for i in range(start, start + len(images))])
-            yield start, features(images) | dict(labels=labels)
+            yield start, extractor(images) | dict(labels=labels)
 
     return measured, info
 
 
-def measure_reconstructions(args, features, data, device):
+def measure_reconstructions(args, extractor, data, device):
     """(chunks for `collect`, what identifies the reconstructions). All distances are of 8-bit images; L1 is
     on the scale of [-1, 1], as in Eq. 2."""
     tokenizer, ckpt = load_model(args.ckpt, ("phase1", "phase2"), device)
@@ -202,7 +183,7 @@ def measure_reconstructions(args, features, data, device):
     def measured(done):
         for start, x, x_hat, tokens in shown(tokenizer, data, args.num, args.batch, device, done):
             a, b, indices = to_float(x, device), to_float(x_hat, device), range(start, start + len(x))
-            rows = features(x_hat) | dict(
+            rows = extractor(x_hat) | dict(
                 tokens=tokens.int().cpu(), psnr=psnr(a, b), ssim=ssim(x, x_hat),
                 l1=(a - b).abs().mean((1, 2, 3)).cpu(), labels=torch.tensor([data.label(i) for i in indices]))
             if lpips:
@@ -217,7 +198,7 @@ def measure_reconstructions(args, features, data, device):
     return measured, info
 
 
-def measure_view(args, features, data, device):
+def measure_view(args, extractor, data, device):
     """(chunks for `collect`, what identifies the predictions): top-1 given the true tokens, decoded."""
     prior, ckpt = load_model(args.ckpt, ("ar",), device)
     tokenizer, decoder_ckpt = load_tokenizer_of(args.ckpt, ckpt, args.tokenizer, device)
@@ -229,7 +210,7 @@ def measure_view(args, features, data, device):
             labels = torch.tensor([data.label(i) for i in range(start, start + len(tokens))])
             known = labels.to(device) if prior.config.num_classes else None
             predicted, nats, hits = prior.predict(tokens, known)
-            yield start, features(to_uint8(decode(tokenizer, predicted))) | dict(
+            yield start, extractor(to_uint8(decode(tokenizer, predicted))) | dict(
                 labels=labels, top1=hits.mean(1).cpu(), nats_per_token=nats.mean(1).cpu())
 
     return measured, dict(prior=weights_hash(prior), tokenizer=ckpt["tokenizer_hash"], batch=args.batch,

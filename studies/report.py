@@ -197,7 +197,7 @@ def write_report(args):
     metrics = {}
     for path in sorted(run.glob("metrics_*.json")):
         try:
-            metrics |= {path.stem: read_result(path)} if ".previous" not in path.stem else {}
+            metrics |= {path.stem: read_result(path)}
         except UserError as error:
             print0(f"note: {error}; it is left out")
     if metrics:

@@ -20,13 +20,13 @@ from studies.metrics import read_result
 
 def measure(ckpt, extractor, references, out, *words):
     """The command that measures a checkpoint: (file that it makes, words)"""
-    return out, ["sample.py", "--ckpt", str(ckpt), "--metrics", "--extractor", str(extractor), "--references",
+    return out, ["-m", "studies", "metrics", "--ckpt", str(ckpt), "--extractor", str(extractor), "--references",
                  str(references), *map(str, words), "--out", str(out)]
 
 
 def compare(ckpt, out, *words):
     """The command that trains the probe on the tokens of a checkpoint: (file that it makes, words)"""
-    return out, ["visualize.py", "compare", str(ckpt), *map(str, words), "--out", str(out)]
+    return out, ["-m", "studies", "compare", str(ckpt), *map(str, words), "--out", str(out)]
 
 
 def shown(words, nproc=1):

@@ -2,11 +2,6 @@
 
 import json
 import math
-import os
-import shlex
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import torch
@@ -23,8 +18,7 @@ from recipes.ablations import TABLES
 from recipes.options import STAGES, find_preset, train_args
 from studies.distances import plain
 from studies.metrics import HOW, read_result
-
-ROOT = Path(__file__).parent.parent
+from studies.rows import measure, missing, run, seconds_of, shown
 
 
 def refuse_unlike(results):
@@ -55,9 +49,9 @@ def compare_metrics(args):
     print_table(lines)
 
 
-def table(args, kind=None):
+def table(args):
     """`python -m studies TABLE`: makes what is missing with --run, and shows what is there."""
-    made = (kind or Table)(args)
+    made = Table(args)
     failed = made.run() if args.run else []
     made.show()
     if failed:
@@ -81,10 +75,10 @@ def print_table(lines):
 class Table:
     """The rows of one table for one preset: what is there, what is missing, and the commands that make it.
 
-    Rows that are one and the same training share a folder; all share vgg, scorer and reference statistics.
+    Rows that are one and the same training share a folder; all share the VGG, the FID classifier (WIDER times
+    as wide as the VGG) and reference statistics.
     """
 
-    KIND = "tables"
     WIDER = 3
     SAME = {"low": "baseline", "alpha=0": "baseline", "sem": "alpha=1"}
 
@@ -92,9 +86,9 @@ class Table:
         self.args, self.name = args, args.figure
         own = forks.load(args.fork).TABLES if args.fork else {}
         self.table = own.get(self.name) or TABLES.get(self.name, {})
-        self.root = args.out or Path("runs") / f"{args.preset}-{self.KIND}"
+        self.root = args.out or Path("runs") / f"{args.preset}-tables"
         preset = find_preset(args.preset)
-        self.small, self.fork = preset["vgg"] == "own", preset["fork"]  # small ones train vgg and scorer
+        self.small, self.fork = preset["vgg"] == "own", preset["fork"]  # small ones train both classifiers
         self.samples = args.samples or (50_000 if not self.small else 2000 if preset["data"] == "shapes"
                                         else 10_000)
         self.stages = args.stages.split(",")
@@ -106,8 +100,8 @@ class Table:
         if note.exists() and placed(json.loads(note.read_text())) != placed(self.settings):
             raise UserError(f"{note} tells of other settings ({note.read_text()}) than "
                             f"{json.dumps(self.settings)}; use the same, or another --out")
-        scorer = str(self.root / "scorer" / "resnet.pt") if self.small else "inception"
-        self.extractor = args.extractor or scorer
+        own = str(self.root / "classifier" / "resnet.pt") if self.small else "inception"
+        self.extractor = args.extractor or own
 
     def train(self, stage, folder, *words):
         """(file that it makes, command)"""
@@ -118,27 +112,17 @@ class Table:
         command = ["train.py", "--stage", stage, "--preset", self.args.preset, *words]
         return folder / f"{stage}.pt", [*command, "--out", str(folder)]
 
-    def shown(self, words):
-        """A command as one would type it."""
-        many = f"torchrun --standalone --nproc_per_node={self.args.nproc}"
-        return f"{many if self.args.nproc > 1 else 'python'} {shlex.join(words)}"
-
     def shared(self):
-        """What all rows need: the VGG and the scorer."""
+        """What all rows need: the VGG, and a FID classifier that no tokenizer is trained with."""
         if not self.small:
             return []
-        return [self.train("vgg", self.root / "vgg"), *self.scorer()]
-
-    def scorer(self):
-        """A ResNet of `WIDER` times the VGG's width, which no tokenizer is trained with."""
+        vgg = self.train("vgg", self.root / "vgg")
         if self.args.extractor:
-            return []
-        path, words = self.train("vgg", self.root / "scorer", "--arch", "resnet", "--seed", "1", *self.wide())
-        return [(path.with_name("resnet.pt"), words)]
-
-    def wide(self):
-        """What makes a scorer `WIDER` times as wide as the vgg."""
-        return ["--set", f"classifier.width={self.WIDER * self.config['classifier']['width']}"]
+            return [vgg]
+        wide = f"classifier.width={self.WIDER * self.config['classifier']['width']}"
+        path, words = self.train("vgg", self.root / "classifier", "--arch", "resnet", "--seed", "1", "--set",
+                                 wide)
+        return [vgg, (path.with_name("resnet.pt"), words)]
 
     def row(self, ablation, decoder):
         """The commands of a row, [(file that it makes, command)]; and {column prefix: result file}."""
@@ -160,57 +144,23 @@ class Table:
         for stage in self.stages:
             checkpoint = first / f"{decoder}.pt" if stage == "phase1" else folder / f"{stage}.pt"
             result[stage] = folder / f"metrics_{checkpoint.stem}_{decoder}.json"
-            command = ["-m", "studies", "metrics", "--ckpt", str(checkpoint), "--extractor", self.extractor,
-                       "--references", str(self.root / "references"), *self.device,
-                       "--out", str(result[stage])]
-            if stage == "phase1":
-                command += ["--lpips", "none"] * self.small
-            else:
-                command += ["--tokenizer", str(first / f"{decoder}.pt"), "--num", str(self.samples)]
-            commands.append((result[stage], command))
+            more = ["--lpips", "none"] * self.small
+            if stage != "phase1":
+                more = ["--tokenizer", first / f"{decoder}.pt", "--num", self.samples]
+            commands.append(measure(checkpoint, self.extractor, self.root / "references", result[stage],
+                                    *self.device, *more))
         return commands, result
 
-    def missing(self):
-        """[(label, commands still to be run)] of all rows; the shared ones come first."""
-        rows, seen = [("vgg and scorer", self.shared())], set()
-        rows += [(row.label, self.row(row.name, row.decoder)[0]) for row in self.table["rows"]]
-        for label, commands in rows:
-            left = [(path, w) for path, w in commands if path not in seen and not finished(path, w)]
-            seen.update(path for path, _ in left)
-            if left:
-                yield label, left
+    def rows(self):
+        """[(label, commands)] of all rows; what they share comes first."""
+        rows = [(row.label, self.row(row.name, row.decoder)[0]) for row in self.table["rows"]]
+        return [("VGG and FID classifier", self.shared()), *rows]
 
     def run(self):
-        """Runs what is missing, one command after the other; a row that fails is left, the others go on."""
+        """Runs what is missing; returns what failed."""
         build_on_meta(self.config, STAGES)  # a wrong --set is refused before anything is written
         save_text(json.dumps(self.settings), self.root / "settings.json")
-        rows, spent, failed, begin = list(self.missing()), {}, [], time.time()
-        for i, (label, commands) in enumerate(rows):
-            for j, (path, words) in enumerate(commands):
-                print0(f"\n{label}: {self.shown(words)}")
-                path.parent.mkdir(parents=True, exist_ok=True)
-                start = time.time()
-                script = [str(ROOT / words[0]), *words[1:]] if words[0] != "-m" else words
-                launch, nproc = [sys.executable], self.args.nproc
-                if nproc > 1:
-                    launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
-                code, told = run_command([*launch, *script], path.parent / "log.txt")
-                if code:
-                    lines = told.strip().splitlines() or ["no message"]
-                    reason = [line for line in lines if line.startswith("error: ")][-1:] or lines[-1:]
-                    reason = reason[0].removeprefix("error: ")
-                    failed.append(f"{label}: {kind(words)[0]} ended with {code}: {reason}")
-                    print0(f"failed ({reason}); the next row goes on")
-                    break
-                spent.setdefault(kind(words), []).append(time.time() - start)
-                later = commands[j + 1 :] + [c for _, others in rows[i + 1 :] for c in others]
-                left = [kind(words) for _, words in later]
-                known = [sum(spent[k]) / len(spent[k]) for k in left if k in spent]
-                unknown = len(left) - len(known)
-                print0(f"{time.time() - start:.0f} s; {len(left)} commands left, about {sum(known) / 60:.0f} "
-                       f"minutes" + f" and {unknown} of kinds not yet timed" * bool(unknown))
-        print0(f"\n{time.time() - begin:.0f} s" + "".join(f"\nfailed: {line}" for line in failed))
-        return failed
+        return run(self.rows(), self.args.nproc)
 
     def show(self):
         """Prints the table, the paper's numbers beside ours; writes it as text and JSON."""
@@ -225,14 +175,14 @@ class Table:
                 prefix = "" if stage == "phase1" else f"{stage}_"
                 ours |= {prefix + k: v for k, v in result["results"].items() if isinstance(v, float)}
                 how.setdefault(stage, {})[f"{label} ({stage})"] = result
-            seconds = [row_seconds(path) for path, _ in commands if path.exists()]
+            seconds = [seconds_of(path) for path, _ in commands if path.exists()]
             made = [path for path, _ in commands if path.suffix == ".pt" and path.exists()]
             steps = {path.stem: header(path)["step"] for path in made}
             rows.append(dict(
                 label=label, ablation=ablation, steps=steps, ours=ours,
                 paper=dict(zip(columns, paper, strict=True)), seconds=round(sum(seconds)),
                 files={stage: str(path) for stage, path in files.items()},
-                commands=[self.shown(words) for _, words in commands]))
+                commands=[shown(words, self.args.nproc) for _, words in commands]))
         for results in how.values():
             refuse_unlike(results)
         first = {stage: next(iter(results.values())) for stage, results in how.items()}
@@ -262,59 +212,12 @@ class Table:
             save_text(content + "\n", self.root / f"{self.name}.{suffix}")
         if self.name == "fig5b" and all(names["rfid"] in row["ours"] for row in rows):
             draw_alpha(rows, first["phase1"]["extractor"], names, self.root / "fig5b_curves.png")
-        for label, commands in self.missing():
-            print0(f"\nmissing for {label}:")
+        for label, commands, _ in missing(self.rows()):
+            if commands:
+                print0(f"\nmissing for {label}:")
             for _, words in commands:
-                print0(f"  {self.shown(words)}")
+                print0(f"  {shown(words, self.args.nproc)}")
         print0(f"\nwrote {self.root / self.name}.json and .md")
-
-
-def run_command(words, log):
-    """(exit code, standard error) of a command, whose output goes to a file.
-
-    Ctrl-C reaches the command too, and this waits until it has saved.  raises: UserError after Ctrl-C
-    """
-    with open(log, "a", encoding="utf-8") as file:
-        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])  # for -m studies
-        with subprocess.Popen(words, stdout=file, stderr=subprocess.PIPE, text=True, encoding="utf-8",
-                              errors="backslashreplace", env=dict(os.environ, PYTHONPATH=path)) as child:
-            try:
-                told, stopped = child.communicate()[1], False
-            except KeyboardInterrupt:
-                told, stopped = child.communicate()[1], True
-        file.write(told)
-    if stopped:
-        raise UserError("stopped; the same command with --run goes on from there", code=130)
-    return child.returncode, told
-
-
-def kind(words):
-    """What commands take about the same time."""
-    return (words[0], words[2]) if words[0] == "train.py" else (words[2], Path(words[4]).stem)
-
-
-def finished(path, words):
-    """Whether a command need not be run again: its checkpoint has all its steps, or its result is newer than
-    what was measured and of the same extractor and number. Settings are those of settings.json."""
-    if not path.exists():
-        return False
-    if path.suffix == ".pt":
-        try:
-            ckpt = header(path)
-        except UserError:  # train.py sets it aside and takes the one before
-            return False
-        section = "classifier" if ckpt["stage"] in ("vgg", "resnet") else ckpt["stage"]
-        return ckpt["step"] >= ckpt["config"][section]["steps"]
-    num = int(words[words.index("--num") + 1]) if "--num" in words else None
-    sources = [Path(words[i + 1]) for i, word in enumerate(words) if word in ("--ckpt", "--tokenizer")]
-    fresh = all(p.exists() and p.stat().st_mtime < path.stat().st_mtime for p in sources)
-    result = read_result(path)
-    alike = result["extractor"] == words[words.index("--extractor") + 1]
-    return fresh and alike and num in (None, result["num_images"])
-
-
-def row_seconds(path):
-    return header(path)["seconds"] if path.suffix == ".pt" else read_result(path)["seconds"]
 
 
 def draw_alpha(rows, extractor, names, path):

@@ -4,10 +4,10 @@ import argparse
 import json
 import math
 import os
-import re
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 
 import numpy as np
@@ -22,15 +22,13 @@ import plumbing.slices
 import plumbing.weights
 import recipes.ablations
 import recipes.options
-import studies.claims
 import studies.distances
 import studies.extractors
-import studies.fork_table
 import studies.metrics
-import studies.references
 import studies.probe
+import studies.references
+import studies.rows
 import studies.tables
-import studies.verdicts
 from helpers import ROOT, call, command, fork, save_from_gpu, study, wait_for, wait_until
 from PIL import Image
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -312,42 +310,6 @@ def test_a_result_of_reconstructions_holds_the_numbers_and_how_they_were_measure
     assert all(math.isfinite(v) for v in numbers.values() if isinstance(v, float))
 
 
-def test_a_second_extractor_measures_the_same_images_in_the_same_pass(
-        run, scorer, monkeypatch, capsys):
-    references = run / "references"
-    words = ("ar.pt", scorer, references, "--num", 40)
-    alone, other = measure(run, *words), measure(run, "ar.pt", run / "vgg.pt", references, "--num", 40)
-    (run / "result.json").unlink()
-    drawn = []
-    real = plumbing.slices.decode
-    monkeypatch.setattr(plumbing.slices, "decode", lambda *args: drawn.append(1) or real(*args))
-    capsys.readouterr()
-    both = measure(run, *words, "--second", run / "vgg.pt"), json.loads((run / "result_2.json").read_text())
-    assert not re.search("[fk]id|inception", capsys.readouterr().out)
-    for ours, theirs in zip(both, (alone, other), strict=True):
-        told = {"seconds", "command"}
-        assert {**ours, **dict.fromkeys(told)} == {**theirs, **dict.fromkeys(told)}
-    assert both[0]["results"]["fd"] != both[1]["results"]["fd"] and drawn
-    drawn.clear()
-    (run / "result_2.json").unlink()  # half of it is there: the images are drawn again, the numbers stay
-    assert measure(run, *words, "--second", run / "vgg.pt")["results"] == alone["results"] and drawn
-    assert json.loads((run / "result_2.json").read_text())["results"] == other["results"]
-    (run / "result.json").unlink()
-    (run / "result_2.json").unlink()
-    real_save, saved = studies.metrics.save_text, []
-
-    def killed(text, path):
-        saved.append(path.name)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(studies.metrics, "save_text", killed)
-    with pytest.raises(KeyboardInterrupt):
-        measure(run, *words, "--second", run / "vgg.pt")
-    assert saved == ["result_2.json"]  # where the first is, a table takes both to be there
-    monkeypatch.setattr(studies.metrics, "save_text", real_save)
-    assert measure(run, *words, "--second", run / "vgg.pt")["results"] == alone["results"]
-
-
 def test_near_codes_are_the_nearest_that_the_decoder_sees_for_every_kind_of_codebook():
     from forks.fqgan.tokenizer import FactorizedConfig, FactorizedTokenizer
     from forks.fsq import FSQTokenizer
@@ -415,12 +377,6 @@ def test_samples_and_references_are_exchanged_in_the_form_of_adm(run, scorer, re
     assert result["reference"] == "npz reference.npz" and len(result["reference_hash"]) == 16
 
 
-def test_a_second_extractor_is_refused_where_it_would_do_nothing(capsys):
-    with pytest.raises(SystemExit) as stop:
-        study("metrics", "--ckpt", "ar.pt", "--second", "x.pt", "--reference", "y.pt")
-    assert stop.value.code == 2 and "use --references" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("name", ["ar.pt", "nar.pt"])
 def test_samples_measured_in_other_batches_are_the_same_pictures_with_the_same_numbers(
         run, scorer, references, name):
@@ -480,43 +436,15 @@ def test_who_needs_reference_statistics_that_another_process_makes_waits_for_the
     assert asked.exists() and capsys.readouterr().out.count("waiting: ") == 1 and wait_for(child) == 0
 
 
-def test_another_result_moves_the_old_one_aside(run, scorer, references):
+def test_another_result_takes_the_place_of_the_old_one_and_says_so(run, scorer, references, capsys):
     first = measure(run, "ar.pt", scorer, references, "--num", 30)
+    capsys.readouterr()
     second = measure(run, "ar.pt", scorer, references, "--num", 30, "--seed", 1)
-    assert first["images_hash"] != second["images_hash"]
-    third = measure(run, "ar.pt", scorer, references, "--num", 30, "--seed", 2)
-    for old in (first, second):  # none is lost
-        assert json.loads((run / f"result.previous.{old['images_hash']}.json").read_text()) == old
-    assert third["seed"] == 2
-    path, kept = run / "result.json", []
-    for name in ("one", "two"):  # the same images by two other networks
-        kept.append(json.loads(path.read_text()) | dict(extractor_hash=name))
-        path.write_text(json.dumps(kept[-1]))
-        measure(run, "ar.pt", scorer, references, "--num", 30, "--seed", 2)
-    aside = [json.loads(p.read_text()) for p in run.glob(f"result.previous.{third['images_hash']}*.json")]
-    assert all(old in aside for old in kept) and len(aside) == 2
-
-
-def test_ctrl_c_lets_the_command_of_a_table_save_and_end(tmp_path, monkeypatch):
-    class Child:
-        asked = 0
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            pass
-
-        def communicate(self):
-            self.asked += 1
-            if self.asked == 1:
-                raise KeyboardInterrupt
-            return None, "interrupted, saved\n"
-
-    monkeypatch.setattr(studies.tables.subprocess, "Popen", lambda *words, **how: Child())
-    with pytest.raises(UserError, match="goes on from there") as stop:
-        studies.tables.run_command(["train.py"], tmp_path / "log.txt")
-    assert stop.value.code == 130 and (tmp_path / "log.txt").read_text() == "interrupted, saved\n"
+    assert f"note: {run / 'result.json'} holds another result" in capsys.readouterr().out
+    assert first["images_hash"] != second["images_hash"] and second["seed"] == 1
+    assert measure(run, "ar.pt", scorer, references, "--num", 30, "--seed", 1) == second
+    out = capsys.readouterr().out
+    assert "is there already" in out and "another result" not in out
 
 
 @pytest.mark.dist
@@ -785,8 +713,8 @@ def test_a_number_is_called_fid_in_the_features_of_inception_alone(tmp_path):
         (both + "fid kid inception_score rfid rkid pfid pkid view_fid view_kid").split())
 
 
-def test_results_and_rows_with_the_former_names_are_still_read(tmp_path):
-    """Of metrics_*.json, claims.jsonl and forks.json in which every distance is called an FID."""
+def test_results_with_the_former_names_are_still_read(tmp_path):
+    """Of metrics_*.json in which every distance is called an FID."""
     assets, path = ROOT / "assets", tmp_path / "result.json"
     for file in sorted(assets.glob("*cifar10_metrics_*.json")):
         old, new = json.loads(file.read_text()), studies.metrics.read_result(file)
@@ -794,13 +722,6 @@ def test_results_and_rows_with_the_former_names_are_still_read(tmp_path):
         assert "fid" not in str([new["protocol"], *new["results"]]) and {"fd", "rfd"} & new["results"].keys()
         path.write_text(json.dumps(old | dict(feature_layer="2048")))
         assert studies.metrics.read_result(path) == old | dict(feature_layer="2048")  # an FID stays one
-    rows = [json.loads(line) for line in (assets / "claims.jsonl").read_text().splitlines()]
-    kept = json.loads((assets / "claims.json").read_text())["verdicts"]
-    assert [parts for *_, parts in studies.verdicts.judge_claims(studies.verdicts.Spread(rows))] == [
-        one["parts"] for one in kept]
-    forks = json.loads((assets / "forks.json").read_text())
-    found = studies.fork_table.correlations([row for row in forks["rows"] if row["seed"] == 0])
-    assert sum(found.values(), ()) == pytest.approx(sum(map(tuple, forks["correlations"].values()), ()))
 
 
 # Tables ---------------------------------------------------------------------------------------------------
@@ -819,21 +740,26 @@ def in_process(monkeypatch, fail=()):
 
     ran = []
 
-    def run_command(words, log):
-        ran.append(words[1:])
-        code, message = 0, ""
-        if any(word in fail for word in words):
-            return 1, "first line\nout of luck"
-        try:
-            if words[1].endswith("train.py"):
-                train.main(*recipes.options.train_args(words[2:]))
-            else:
-                study(*words[3:])
-        except SystemExit as stop:
-            code, message = stop.code, "see above"
-        return code, message
+    class Command:
+        def __init__(self, path, words, nproc, threads):
+            self.start, self.why = time.time(), ""
+            path.parent.mkdir(parents=True, exist_ok=True)
+            ran.append(words)
+            if any(word in fail for word in words):
+                self.why = "ended with 1: out of luck"
+                return
+            try:
+                if words[0] == "train.py":
+                    train.main(*recipes.options.train_args(words[1:]))
+                else:
+                    study(*words[2:])
+            except SystemExit as stop:
+                self.why = f"ended with {stop.code}"
 
-    monkeypatch.setattr(studies.tables, "run_command", run_command)
+        def ended(self):
+            return self.why
+
+    monkeypatch.setattr(studies.rows, "Command", Command)
     monkeypatch.setattr(studies.tables.Table, "WIDER", 1)  # so few images allow few features
     return ran
 
@@ -846,12 +772,12 @@ def test_a_table_trains_and_measures_every_row_once_and_shows_the_paper_beside(
     ran = in_process(monkeypatch)
     words = ("--stages", "phase1,ar", "--run")
     main(table("table1", tmp_path, data, *words))
-    assert len(ran) == 2 + 2 * 4  # vgg and scorer; and for each row two stages and two results
+    assert len(ran) == 2 + 2 * 4  # VGG and classifier; and for each row two stages and two results
     found = json.loads((tmp_path / "table1.json").read_text())
     assert [row["paper"]["ar_fid"] for row in found["rows"]] == [16.97, 17.19]
     assert all(row["ours"]["rfd"] > 0 and row["ours"]["ar_fd"] > 0 for row in found["rows"])
     assert found["how"]["phase1"]["protocol"] == "rfd-val" and found["how"]["ar"]["num_images"] == 20
-    assert found["how"]["ar"]["extractor"].endswith("scorer/resnet.pt")
+    assert found["how"]["ar"]["extractor"].endswith("classifier/resnet.pt")
     told = (tmp_path / "table1.md").read_text()
     assert "paper: ar_fid" in told and "ours: ar_fd" in told and "ours: ar_fid" not in told
     capsys.readouterr()
@@ -868,11 +794,11 @@ def test_a_table_trains_and_measures_every_row_once_and_shows_the_paper_beside(
 def test_a_damaged_checkpoint_counts_as_missing_and_its_numbers_are_refused(trained, tmp_path):
     path = tmp_path / "phase1.pt"
     shutil.copy(trained / "phase1.pt", path)
-    assert studies.tables.finished(path, []) and studies.tables.row_seconds(path) >= 0
+    assert studies.rows.finished(path, []) and studies.rows.seconds_of(path) >= 0
     path.write_bytes(path.read_bytes()[:5000])
-    assert not studies.tables.finished(path, [])
+    assert not studies.rows.finished(path, [])
     with pytest.raises(UserError, match="phase1.pt is damaged; delete it"):
-        studies.tables.row_seconds(path)
+        studies.rows.seconds_of(path)
 
 
 def test_rows_of_other_settings_never_stand_in_one_table(data, tmp_path, monkeypatch, capsys):
@@ -887,19 +813,18 @@ def test_rows_of_other_settings_never_stand_in_one_table(data, tmp_path, monkeyp
     # another extractor measures anew instead of standing above the old numbers
     main(table(*words, "--extractor", tmp_path / "vgg" / "vgg.pt"))
     out = capsys.readouterr().out
-    assert "features of " + str(tmp_path / "scorer" / "resnet.pt") in out
+    assert "features of " + str(tmp_path / "classifier" / "resnet.pt") in out
     assert out.count("missing for") == 4 and "train.py" not in out
 
 
 @pytest.mark.parametrize("item, named", [
     ("phase1.stepz=3", "phase1.stepz"), ("tokenizer.codebok_size=8", "tokenizer.codebook_size"),
     ("prior.n_head=3", "multiple of n_head"), ("classifier.width=0", "classifier.width")])
-@pytest.mark.parametrize("name", ["table1", "claims", "forks"])
 def test_a_wrong_setting_of_a_table_is_refused_before_anything_is_written(
-        name, item, named, tmp_path, capsys, monkeypatch):
+        item, named, tmp_path, capsys, monkeypatch):
     """settings.json kept it, and then refused the right command in the same folder."""
-    monkeypatch.setattr(studies.tables, "run_command", None)
-    words = [name, "--preset", "demo", "--set", item, "--out", str(tmp_path / "out"), "--run"]
+    monkeypatch.setattr(studies.rows, "Command", None)
+    words = ["table1", "--preset", "demo", "--set", item, "--out", str(tmp_path / "out"), "--run"]
     with pytest.raises(SystemExit) as stop:
         study(*words)
     error = capsys.readouterr().err
@@ -912,7 +837,7 @@ def test_a_failed_row_is_told_and_the_others_go_on(data, tmp_path, monkeypatch, 
         main(table("table5", tmp_path, data, "--stages", "phase1", "--run"))
     captured = capsys.readouterr()
     assert stop.value.code == 1 and "1 rows failed" in captured.err
-    assert "VQGAN: train.py ended with 1: out of luck" in captured.out
+    assert "VQGAN: phase1.pt was not made, its command ended with 1: out of luck" in captured.out
     found = {row["label"]: row["ours"] for row in json.loads((tmp_path / "table5.json").read_text())["rows"]}
     assert found["VQGAN"] == {} and all(found[x]["usage"] > 0 for x in ("+ F&N", "+ K-means", "+ entropy"))
     assert "missing for VQGAN" in captured.out and len(ran) == 2 + 1 + 3 * 2
@@ -925,125 +850,21 @@ def test_a_failed_row_is_told_and_the_others_go_on(data, tmp_path, monkeypatch, 
 def test_fig_5b_is_drawn_over_alpha_and_fig_7b_decodes_with_both_phases(data, tmp_path, monkeypatch):
     ran = in_process(monkeypatch)
     main(table("fig7b", tmp_path, data, "--stages", "phase1,ar", "--run"))
-    stages = [words[2] for words in ran if words[0].endswith("train.py")]
+    stages = [words[2] for words in ran if words[0] == "train.py"]
     assert stages.count("phase1") == 1 and stages.count("phase2") == 1 and stages.count("ar") == 1
     rows = json.loads((tmp_path / "fig7b.json").read_text())["rows"]
     assert rows[0]["ours"]["ar_fd"] != rows[1]["ours"]["ar_fd"]
     assert rows[1]["paper"]["nar_fid"] == 4.99
     ran.clear()
     main(table("fig5b", tmp_path, data, "--stages", "phase1", "--run"))
-    assert sum(words[2] == "phase1" for words in ran if words[0].endswith("train.py")) == 5  # 1 is there
+    assert sum(words[2] == "phase1" for words in ran if words[0] == "train.py") == 5  # 1 is there
     assert Image.open(tmp_path / "fig5b_curves.png").size[0] > 500
 
 
-def test_the_claims_are_told_from_the_measured_numbers_of_each_run(data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        studies.claims, "ROWS", [recipes.ablations.Row("alpha=1, seed 0", "alpha=1|0", {}, ())]
-    )
-    ran = in_process(monkeypatch)
-    main(table("claims", tmp_path, data, "--run"))
-    assert len(ran) == 4 + 4 + 7
-    (row,) = [json.loads(line) for line in (tmp_path / "claims.jsonl").read_text().splitlines()]
-    assert (row["arm"], row["seed"], row["alpha"], len(row["commands"])) == ("alpha=1", 0, 1, 4 + 7)
-    folder = tmp_path / "alpha=1,seed=0"
-    for name, key in dict(rec_phase1="rfd", ar_phase2="fd", nar_phase1="recall", view="view_fd").items():
-        measured = json.loads((folder / f"metrics_{name}.json").read_text())["results"]
-        assert row[f"{name}_{key}"] == measured[key]
-    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    last = [line for line in logged if line["stage"] == "nar" and "val_loss" in line][-1]
-    assert row["nar_relative"] == pytest.approx(last["val_loss"] / last["unigram_entropy"])
-    told = (tmp_path / "claims.md").read_text()
-    assert told.count("**not decided**") >= 4 and "runs: 1" in told and "(one seed: no interval)" in told
-    assert f"{row['rec_phase1_rfd_2']:.4g}" in told and (tmp_path / "claims_fig5b.png").exists()
-    measured = json.loads((folder / "metrics_ar_phase2_2.json").read_text())  # the second scorer's
-    assert row["ar_phase2_fd_2"] == measured["results"]["fd"] != row["ar_phase2_fd"]
-    assert measured["extractor"] == str(tmp_path / "second" / "vgg.pt")
-    (seen,) = json.loads((tmp_path / "claims_fig11.json").read_text())
-    curves = json.loads((tmp_path / "claims_fig10.json").read_text())
-    tokenizer, ckpt = plumbing.models.load_model(folder / "phase1.pt", ("phase1",))
-    vgg, _ = plumbing.models.load_model(tmp_path / "vgg" / "vgg.pt", ("vgg",))
-    val = plumbing.data.load_data(ckpt["config"])[1]
-    x = plumbing.images.to_float(torch.stack([val.view(i) for i in range(20)]), "cpu")
-    with torch.no_grad():
-        x_hat = tokenizer.decode(tokenizer.encode(x))
-        gap = vgg(x_hat, ["relu5_3"])["relu5_3"] - vgg(x, ["relu5_3"])["relu5_3"]
-    assert row["vgg_relu5_3"] == pytest.approx(gap.square().mean().item(), rel=1e-3)
-    assert seen["tokenizer_stage"] == "phase1" and [curve["stage"] for curve in curves] == ["ar", "nar"]
-    assert curves[1]["val_loss"][-1] == last["val_loss"]
-    assert json.loads((tmp_path / "claims.json").read_text())["runs"] == 1
-    ran.clear()
-    capsys.readouterr()
-    monkeypatch.setattr(studies.claims, "stability", None)  # the second time its numbers come from a file
-    main(table("claims", tmp_path, data, "--run"))
-    assert not ran and "missing" not in capsys.readouterr().out
-    assert json.loads((tmp_path / "claims.jsonl").read_text()) == row
-    (folder / "metrics_nar_phase1.json").unlink()  # a run that was cut short is told as far as it went
-    main(table("claims", tmp_path, data))
-    assert "missing for alpha=1, seed 0: 1 commands" in capsys.readouterr().out
-    short = json.loads((tmp_path / "claims.jsonl").read_text())
-    left_out = {key for key in row if key.startswith("nar_phase1_")}
-    assert "nar_phase1_fd_2" in left_out and set(row) - set(short) == left_out
-    assert short["ar_phase1_fd"] == row["ar_phase1_fd"] and len(short["commands"]) == 10
-
-
-def test_the_table_of_forks_trains_and_measures_its_rows_and_ranks_them(data, tmp_path, monkeypatch, capsys):
-    def few_steps(train, val, K, device, steps, **more):
-        return real(train, val, K, device, 2, **more)
-
-    real = studies.probe.probe
-    rows = [row for row in studies.fork_table.ROWS if row.label in ("plain", "plain, phase 1 + 2", "frozen")]
-    monkeypatch.setattr(studies.fork_table, "ROWS", rows)
-    monkeypatch.setattr(studies.probe, "probe", few_steps)
-    monkeypatch.setattr(studies.fork_table, "SEEDS", (1,))
-    monkeypatch.setattr(studies.fork_table, "disagreeing", lambda rows: ["plain"])
-    ran = in_process(monkeypatch)
-    words = ("--set", "tokenizer.codebook_dim=16", "--run")  # frozen wants 8 times the VGG's width
-    main(table("forks", tmp_path, data, *words))
-    assert len(ran) == 2 + (3 + 4) + (1 + 4) + (3 + 4) + (3 + 4)  # phase 2 goes on from the plain phase 1
-    found = json.loads((tmp_path / "forks.json").read_text())["rows"]
-    assert [(row["label"], row["decoder"]) for row in found] == [
-        ("plain", "phase1"), ("plain, phase 1 + 2", "phase2"), ("frozen", "phase1"),
-        ("plain, seed 1", "phase1")]
-    for row, folder in zip(found, ("plain", "plain", "frozen", "plain,seed=1"), strict=True):
-        for key, name in dict(rfid="rfd", pfid="pfd", ar="fd", nar="fd").items():
-            path = tmp_path / folder / f"metrics_{key}_{row['decoder']}.json"
-            column = name if name != "fd" else f"{key}_fd"
-            assert row[column] == json.loads(path.read_text())["results"][name]
-        assert row["relative"] == json.loads((tmp_path / folder / "compare.json").read_text())[0]["relative"]
-    ckpt = plumbing.files.read_checkpoint(tmp_path / "frozen" / "phase1.pt", ("phase1",))
-    told = [[cell.strip() for cell in line.split("|")] for line in (tmp_path / "forks.md").open()]
-    rfd = [found[i]["rfd"] for i in (0, 3)]
-    assert found[3]["seed"] == 1 and rfd[0] != rfd[1]
-    wanted = f"{sum(rfd) / 2:.4g} ± {abs(rfd[0] - rfd[1]) / 2**0.5:.2g}"
-    assert ["plain, 2 seeds", wanted] in [line[1:3] for line in told]
-    assert ckpt["config"]["fork"] == "frozen" and found[0]["pfd"] != found[0]["rfd"]
-    ran.clear()
-    monkeypatch.setattr(studies.fork_table, "compare", None)  # what is there is not made again
-    main(table("forks", tmp_path, data, *words))
-    assert not ran and "missing" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("kind", [studies.tables.Table, studies.claims.Claims, studies.fork_table.ForkTable])
-def test_the_scorers_of_a_table_are_three_times_as_wide_as_its_vgg(kind, tmp_path, data):
-    files, commands = zip(*kind(table("forks", tmp_path, data)).shared(), strict=True)
-    widths = [recipes.options.train_args(words[1:])[1]["classifier"]["width"] for words in commands]
-    vggs = [path for path in files if path.parent.name.startswith("vgg")]
-    assert widths == [2] * len(vggs) + [6] * (len(files) - len(vggs)) and len(widths) > len(vggs) > 0
-
-
-def test_the_rank_correlations_are_spearman_s_of_the_rows_after_phase_1():
-    row = dict(decoder="phase1")
-    rows = [dict(row, rfd=a, ar_fd=fd, pfd=-a, relative=a, nar_fd=fd, fork=f"fork {a}")
-            for a, fd in ((1, 10), (2, 30), (3, 20), (4, 40))]
-    rows += [dict(rows[0], rfd=9, ar_fd=0, decoder="phase2")]
-    found = studies.fork_table.correlations(rows)
-    assert found["rfd, ar_fd"] == (pytest.approx(0.8), 4)  # 1 - 6 * 2 / (4 * 15)
-    assert found["pfd, nar_fd"] == (pytest.approx(-0.8), 4)
-    # mean ranks of rFD, p-FD, probe: 2, 7/3, 8/3, 3; of the samples: 1, 3, 2, 4
-    assert studies.fork_table.disagreeing(rows, 1) == ["fork 1"]
-    assert studies.fork_table.disagreeing([dict(r, pfd=r["rfd"]) for r in rows]) == ["fork 2", "fork 3"]
-    assert studies.fork_table.correlations(rows[:2]) == {}
-    assert "rank correlation of rFD: +0.80 with AR FD" in "\n".join(studies.fork_table.orders(rows))
+def test_the_fid_classifier_of_a_table_is_three_times_as_wide_as_its_vgg(tmp_path, data):
+    (vgg, one), (resnet, other) = studies.tables.Table(table("table1", tmp_path, data)).shared()
+    widths = [recipes.options.train_args(words[1:])[1]["classifier"]["width"] for words in (one, other)]
+    assert widths == [2, 6] and (vgg.name, resnet.name) == ("vgg.pt", "resnet.pt")
 
 
 @pytest.mark.parametrize("preset", [*recipes.options.PRESETS, "demo-fq", "lfq.demo"])

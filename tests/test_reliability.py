@@ -37,7 +37,7 @@ import plumbing.validation
 import plumbing.weights
 import recipes.options
 import safetensors.torch
-import studies.tables
+import studies.rows
 from helpers import (
     ROOT, SCRIPTS, STEPS, call, command, contents, differing, earlier, fork, forked, open_run, refusal, rows,
     save_from_gpu, wait_for, wait_until, write_pictures,
@@ -329,7 +329,7 @@ def test_a_checkpoint_from_a_gpu_and_one_of_the_old_form_are_read_everywhere(tra
     ckpt = read_checkpoint(trained / "ar.pt", ["ar"])
     save_from_gpu(ckpt, tmp_path / "ar.pt", **how)
     assert differing(read_checkpoint(tmp_path / "ar.pt", ["ar"]), ckpt) == []
-    assert header(tmp_path / "ar.pt")["step"] == STEPS and studies.tables.finished(tmp_path / "ar.pt", [])
+    assert header(tmp_path / "ar.pt")["step"] == STEPS and studies.rows.finished(tmp_path / "ar.pt", [])
     save_from_gpu(ckpt["model"], tmp_path / "x.pth", **how)
     assert not differing(plumbing.weights._read_state_dict(tmp_path / "x.pth"), ckpt["model"])
     run = open_run("all", tmp_path, data, prior__n_embd=64)
