@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from plumbing.checks import check, check_labels, eval_mode, with_defaults
-from plumbing.fast import Dropout, KVCache, attention
+from plumbing.fast import KVCache, attention
 
 
 @dataclass
@@ -85,7 +85,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.attn = nn.LayerNorm(config.n_embd), Attention(config, causal)
         self.norm2, self.mlp = nn.LayerNorm(config.n_embd), MLP(config)
-        self.drop = Dropout(config.dropout)
+        self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x, cache=None):
         x = x + self.drop(self.attn(self.norm1(x), cache))
@@ -109,7 +109,7 @@ class Transformer(nn.Module):
         self.token_table = nn.Embedding(config.codebook_size + 1, config.n_embd)
         self.condition_table = nn.Embedding(config.num_classes + 1, config.n_embd)
         self.position_table = nn.Embedding(config.num_tokens + 1, config.n_embd)
-        self.drop = Dropout(config.dropout)
+        self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, causal) for _ in range(config.n_layer))
         self.norm = nn.LayerNorm(config.n_embd)
         self.head_bias = nn.Parameter(torch.zeros(config.codebook_size))

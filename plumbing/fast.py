@@ -1,7 +1,7 @@
-"""What makes networks faster: norms, attention, dropout, fixed convolutions, memory, bf16 weights.
+"""What makes networks faster: norms, attention, fixed convolutions, memory, bf16 weights.
 
-On a CPU some change a result: attention in bf16 rounds its scores to bf16, dropout draws other masks than
-PyTorch's from the same seed, and a fixed convolution's gradient and cached keys are summed in float32.
+On a CPU some change a result: attention in bf16 rounds its scores to bf16, and a fixed convolution's gradient
+and cached keys are summed in float32.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ def attention(q, k, v, dropout=0.0, causal=False):
     rows = (t.flatten(0, 1).split(max(1, 2**22 // T**2)) for t in (q, k, v))  # 8 MiB of scores
     for q_rows, k_rows, v_rows in zip(*rows, strict=True):
         scores = torch.baddbmm(hidden, q_rows, k_rows.transpose(1, 2), alpha=q.shape[3] ** -0.5)
-        out.append(drop(scores.softmax(dim=2), dropout) @ v_rows)
+        out.append(F.dropout(scores.softmax(dim=2), dropout) @ v_rows)
     return torch.cat(out).unflatten(0, q.shape[:2])
 
 
@@ -84,24 +84,6 @@ class KVCache:
         scores = q.float() @ self.keys.transpose(2, 3)  # (B, heads, 1, positions of the buffer)
         weights = torch.add(self.hidden, scores, alpha=d**-0.5).softmax(dim=3)
         return (weights @ self.values).to(q.dtype)
-
-
-def drop(x, p):
-    """F.dropout, whose masks a CPU draws one number after the other in one thread: a fifth of a prior's
-    training step. Here each number gets 16 random bits, so p is rounded to 1 / 65,536. The compiler gets
-    F.dropout: its graph would end at the bits."""
-    cut = round(p * 2**16)
-    if x.device.type != "cpu" or not 0 < cut < 2**16 or torch.compiler.is_compiling():
-        return F.dropout(x, p) if p else x
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-    return x * (bits[: x.numel()].view(x.shape) >= cut - 2**15).to(x.dtype) / (1 - cut / 2**16)
-
-
-class Dropout(nn.Dropout):
-    """nn.Dropout by `drop`."""
-
-    def forward(self, x):
-        return drop(x, self.p if self.training else 0.0)
 
 
 class FixedConv(torch.autograd.Function):

@@ -220,8 +220,8 @@ def phase_cases(side=256, batch=2):
 
 
 def attention_cases():
-    """Forward and backward, PyTorch's and ours, at the sizes of `imagenet` and of `demo`; one dropout."""
-    from plumbing.fast import attention, drop  # here, so that other cases run with older code too
+    """Forward and backward, PyTorch's and ours, at the sizes of `imagenet` and of `demo`."""
+    from plumbing.fast import attention  # here, so that other cases run with older code too
 
     sizes = {"64 heads of 256 x 48": (4, 16, 256, 48), "512 heads of 17 x 32": (128, 4, 17, 32)}
     for name, shape in sizes.items():
@@ -230,9 +230,6 @@ def attention_cases():
         for whose, function, causal in kinds:
             yield (f"attention, {name}, bf16, {whose}", lambda function=function, qkv=qkv, causal=causal:
                    function(*qkv, **{causal: True}).sum().backward(), None, 1)
-    x = torch.randn(4, 16, 256, 256).bfloat16()
-    for whose, function in (("PyTorch's", F.dropout), ("ours", drop)):
-        yield f"dropout of 4.2 million, bf16, {whose}", lambda f=function: f(x, 0.1), None, 1
 
 
 def prior_sizes(N=256):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from plumbing.fast import Dropout, FixedConv, attention, drop
+from plumbing.fast import FixedConv, attention
 
 
 @pytest.mark.parametrize("T", [17, 300])  # 300: several slices
@@ -28,28 +28,6 @@ def test_attention_weights_are_dropped_in_training_and_the_rest_scaled():
     weights = attention(q, k, v, dropout=0.25).float()
     assert ((weights == 0) | ((weights - 1 / 24).abs() < 1e-3)).all()
     assert (weights == 0).float().mean().item() == pytest.approx(0.25, abs=0.01)  # of 262,144
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("p", [0.1, 0.5])
-def test_dropout_zeroes_its_share_scales_the_rest_and_its_gradient_has_the_same_mask(p, dtype):
-    x = torch.ones(333, 777, dtype=dtype, requires_grad=True)  # not a multiple of the four masks of a number
-    torch.manual_seed(0)
-    out = drop(x, p)
-    kept = out != 0
-    assert 1 - kept.float().mean().item() == pytest.approx(p, abs=0.003)  # 3 sigma: 0.003 at p = 0.5
-    for part in kept.float().split(111), kept.float().split(111, dim=1):
-        assert all(abs(1 - piece.mean().item() - p) < 0.01 for piece in part)
-    torch.testing.assert_close(out[kept], torch.full_like(out[kept], 1 / (1 - p)), rtol=1e-2, atol=0)
-    assert torch.equal(torch.autograd.grad(out.sum(), x)[0] != 0, kept)
-    torch.manual_seed(0)
-    assert torch.equal(drop(x, p), out) and not torch.equal(drop(x, p), out)
-
-
-def test_dropout_is_off_in_evaluation_and_at_0_and_drops_all_at_1():
-    x = torch.randn(5, 7)
-    assert drop(x, 0.0) is x and Dropout(0.5).eval()(x) is x
-    assert not drop(x, 1.0).any() and not torch.equal(Dropout(0.5)(x), x)
 
 
 @pytest.mark.parametrize("stride", [1, 2])

@@ -11,7 +11,7 @@ from torch import nn
 
 from forks.guidance import ClassDropout, Guidance, Guided, guide
 from plumbing.checks import check, check_labels
-from plumbing.fast import Dropout, KVCache
+from plumbing.fast import KVCache
 from prior_ar import GREEDY, ARPrior, Attention, Transformer, sample_logits
 from prior_nar import NARPrior, mask_tokens
 
@@ -92,7 +92,7 @@ class LlamaBlock(nn.Module):
         super().__init__()
         self.norm1, self.attn = nn.RMSNorm(config.n_embd, eps=1e-5), RotaryAttention(config, causal)
         self.norm2, self.mlp = nn.RMSNorm(config.n_embd, eps=1e-5), SwiGLU(config)
-        self.drop = Dropout(config.dropout)
+        self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x, cache=None, angles=None):
         x = x + self.drop(self.attn(self.norm1(x), cache, angles))
@@ -118,7 +118,7 @@ class FactorizedTransformer(ClassDropout, Transformer):
         self.token_tables = nn.ModuleList(nn.Embedding(K + (not causal), d) for _ in range(k))
         self.fuse = nn.Linear(k * d, d)
         self.condition_table = nn.Embedding(config.num_classes + 1, d)
-        self.drop = Dropout(config.dropout)
+        self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(LlamaBlock(config, causal) for _ in range(config.n_layer))
         head_layers = config.head_layers if config.head == "ar" else 0
         self.head_blocks = nn.ModuleList(LlamaBlock(config, True) for _ in range(head_layers))
