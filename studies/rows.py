@@ -20,8 +20,8 @@ from studies.metrics import read_result
 
 def measure(ckpt, extractor, references, out, *words):
     """The command that measures a checkpoint: (file that it makes, words)"""
-    return out, ["-m", "studies", "metrics", "--ckpt", str(ckpt), "--extractor", str(extractor), "--references",
-                 str(references), *map(str, words), "--out", str(out)]
+    return out, ["-m", "studies", "metrics", "--ckpt", str(ckpt), "--extractor", str(extractor),
+                 "--references", str(references), *map(str, words), "--out", str(out)]
 
 
 def compare(ckpt, out, *words):
