@@ -175,6 +175,11 @@ def newest_intact(path):
     return path if good else None
 
 
+def is_checkpoint(source):
+    """Whether a word names a checkpoint of ours, X.pt or an exported folder, and not weights of others."""
+    return Path(source).suffix == ".pt" or (Path(source) / "config.json").is_file()
+
+
 def read_checkpoint(path, stages):
     """The checkpoint dict in `path`, which must be of one of `stages`. Pickled code is never executed.
 
@@ -228,11 +233,14 @@ def safetensors():
 
 
 def read_export(folder):
-    """The checkpoint dict of a folder that `python -m studies export` wrote."""
+    """The checkpoint dict of a folder that `python -m studies export` wrote; its weights are float32, also
+    where the file holds them in half precision."""
     load_file = safetensors().load_file
     try:
         about = json.loads((folder / "config.json").read_text())
-        about |= dict(model=load_file(folder / "model.safetensors"), ema=None, train={})
+        weights = {name: tensor.float() if tensor.dtype == torch.float16 else tensor
+                   for name, tensor in load_file(folder / "model.safetensors").items()}
+        about |= dict(model=weights, ema=None, train={})
         if not {*EXPORTED} <= about.keys() or weights_hash(about["model"]) != about["weights_hash"]:
             raise ValueError
     except Exception:  # safetensors has errors of its own

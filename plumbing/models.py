@@ -9,7 +9,7 @@ import torch
 import forks
 from perceptual import LAYERS, LOGIT, PatchDiscriminator, StyleDiscriminator, VGGTaps
 from plumbing.errors import UserError, as_user_error, of_fork, warn
-from plumbing.files import FOREIGN, FORMAT, newest_intact, read_checkpoint
+from plumbing.files import FOREIGN, FORMAT, is_checkpoint, newest_intact, read_checkpoint
 from plumbing.hashes import latent_hash
 from plumbing.kmeans import SCHEDULE, OfflineKMeans
 from plumbing.processes import on_rank0, rank
@@ -166,7 +166,7 @@ def vgg_of(run):
     """The frozen VGG of a run's perceptual loss: ImageNet's, a file, random, or the run's own vgg.pt."""
     source = run.config["vgg"]
     own = run.out / "vgg.pt" if source == "own" else Path(source)
-    if own.suffix == ".pt":
+    if is_checkpoint(own):
         vgg, ckpt = load_model(own, ("vgg",), run.device)
         if source == "own":
             refuse_other_config(own, DEPENDS["vgg"], ckpt["config"], run.config)
@@ -178,7 +178,7 @@ def vgg_of(run):
 def find_vgg(path, ckpt, device, names=None):
     """The VGG of the run that a checkpoint belongs to, or None; with `names` one of these classes only."""
     places = [Path(path).with_name("vgg.pt"), Path(ckpt["config"]["vgg"])]
-    found = next((p for p in places if p.suffix == ".pt" and p.is_file()), None)
+    found = next((p for p in places if p.exists() and is_checkpoint(p)), None)
     vgg, about = load_model(found, ("vgg",), device) if found else (None, {})
     return None if names is not None and about.get("class_names") != names else vgg
 

@@ -3,13 +3,12 @@
 import difflib
 import json
 from dataclasses import fields
-from pathlib import Path
 
 import torch
 
 from plumbing.drawing import pyplot
 from plumbing.errors import UserError, as_user_error
-from plumbing.files import header, intact, read_checkpoint
+from plumbing.files import header, intact, is_checkpoint, read_checkpoint
 from plumbing.models import classes_of, earlier_tokenizer, new_discriminator, new_prior, refuse_unread
 from plumbing.processes import on_rank0, print0, world
 from plumbing.stages import DEPENDS, SECTION, needs_vgg, refuse_other_config, refuse_other_images
@@ -88,7 +87,7 @@ def check_tokenizer_values(values, Config):
 
 def check_perception(config, phases):
     """raises: ValueError where the VGG and the layers of a preset do not fit together"""
-    own = config["vgg"] == "own" or Path(config["vgg"]).suffix == ".pt"
+    own = config["vgg"] == "own" or is_checkpoint(config["vgg"])
     for phase in sorted(phases):
         if config[phase]["layers"] == "lpips" and own:
             raise ValueError(f"{phase}.layers=lpips needs torchvision's VGG-16, --vgg imagenet or a .pth "

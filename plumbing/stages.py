@@ -2,7 +2,7 @@
 
 from plumbing.data import is_folder
 from plumbing.errors import UserError
-from plumbing.files import newest_intact, read_checkpoint
+from plumbing.files import is_checkpoint, newest_intact, read_checkpoint
 from plumbing.processes import on_rank0
 
 SECTION = dict(  # stage -> preset section
@@ -54,7 +54,7 @@ def needs_vgg(run):
 
 def vgg_sizes(config):
     """{width, skip_pools, ...} of the VGG that a configuration names, of one in a file too."""
-    source = str(config["vgg"])
-    if source.endswith(".pt"):
-        config = read_checkpoint(source, ["vgg"])["config"]
-    return config["classifier"] if source.endswith((".pt", "own")) else dict(width=64, skip_pools=0)
+    source = config["vgg"]
+    if is_checkpoint(source):
+        return read_checkpoint(source, ["vgg"])["config"]["classifier"]
+    return config["classifier"] if source == "own" else dict(width=64, skip_pools=0)

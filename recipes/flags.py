@@ -36,8 +36,8 @@ FLAGS = {  # without `names` a flag is its key up to the dot
                          "split)"),
     "out.train": FILE | dict(help="run folder (default: runs/<preset>)"),
     "tokenizer.train": FILE | dict(help="tokenizer checkpoint for phase2, ar, nar; first weights of phase1"),
-    "vgg": SOURCE | dict(help="perceptual network: 'imagenet', a torchvision .pth, a vgg.pt of ours, 'own' "
-                         "(this run's, trained first) or 'random'"),
+    "vgg": SOURCE | dict(help="perceptual network: 'imagenet', a torchvision .pth, a vgg.pt of ours or its "
+                         "exported folder, 'own' (this run's, trained first) or 'random'"),
     "steps": WHOLE | dict(help="optimizer steps of this stage"),
     "batch": WHOLE | dict(help="global batch of this stage, over all processes"),
     "micro_batch": WHOLE | dict(help="largest batch per process and forward pass; the rest is accumulated"),
@@ -128,6 +128,8 @@ FLAGS = {  # without `names` a flag is its key up to the dot
     "folder": FILE | dict(names=["run"], metavar="RUN", help="the folder of a run"),
     "watch": YES | dict(help="write it again whenever the run has news"),
     "out.export": FILE | dict(required=True, help="a folder to write"),
+    "folder.export": FILE | dict(names=["run"], metavar="RUN", help="the folder of a run, or a checkpoint"),
+    "half": YES | dict(help="round matrices and kernels to float16"),
     "decoder": YES | dict(help="the decoder as a torch.export program too"),
     "to": dict(choices=("tensorboard", "wandb"), default="tensorboard", help="what shows it (default: "
                "tensorboard)"),

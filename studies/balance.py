@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from perceptual import LAYER_SETS, NAMES, VGGTaps, layer_weights, perceptual_terms
 from plumbing.data import images_of
 from plumbing.errors import UserError
-from plumbing.files import save_text, writable
+from plumbing.files import is_checkpoint, save_text, writable
 from plumbing.hashes import latent_hash
 from plumbing.images import to_float
 from plumbing.models import find_vgg, load_model
@@ -43,7 +43,7 @@ def ratio(found, weights):
 def vgg_for(path, ckpt, source, device):
     """The network of the perceptual loss: --vgg, else that of the run.  raises: UserError without one"""
     source = source or ckpt["config"]["vgg"]
-    if source.endswith(".pt"):
+    if is_checkpoint(source):
         return load_model(source, ("vgg",), device)[0]
     found = find_vgg(path, ckpt, device) if source == "own" else VGGTaps(load_vgg16_of(source)).to(device)
     if found is None:

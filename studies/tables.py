@@ -17,6 +17,7 @@ from plumbing.processes import print0
 from recipes.ablations import TABLES
 from recipes.options import STAGES, find_preset, train_args
 from studies.distances import plain
+from studies.extractors import feature_layer
 from studies.metrics import HOW, read_result
 from studies.rows import measure, missing, run, seconds_of, shown
 
@@ -165,7 +166,7 @@ class Table:
     def show(self):
         """Prints the table, the paper's numbers beside ours; writes it as text and JSON."""
         columns, rows, how = self.table["columns"], [], {}
-        names = {c: plain(c, "" if self.extractor.endswith(".pt") else "2048") for c in columns}  # ours
+        names = {c: plain(c, feature_layer(self.extractor)) for c in columns}  # ours
         for label, ablation, paper, decoder in (
                 (row.label, row.name, row.paper, row.decoder) for row in self.table["rows"]):
             commands, files = self.row(ablation, decoder)

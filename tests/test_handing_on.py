@@ -15,17 +15,23 @@ import types
 import numpy as np
 import pytest
 import torch
-from helpers import fork, forked, study, wait_for, wait_until
+from helpers import call, fork, forked, open_run, study, wait_for, wait_until
 from PIL import Image
 
 import recipes.options
 import sample
 import studies.export
 import studies.watch
-from plumbing.files import claim
-from plumbing.models import load_model
+from plumbing.files import claim, read_checkpoint
+from plumbing.hashes import latent_hash, weights_hash
+from plumbing.models import find_vgg, load_model
+from plumbing.preflight import check_perception
+from plumbing.stages import vgg_sizes
+from studies.balance import vgg_for
+from studies.extractors import Extractor
 
-KINDS = {torch.float32: "F32", torch.int64: "I64", torch.uint8: "U8", torch.bool: "BOOL"}
+KINDS = {torch.float32: "F32", torch.float16: "F16", torch.int64: "I64", torch.uint8: "U8",
+         torch.bool: "BOOL"}
 
 
 def save(tensors):
@@ -129,6 +135,54 @@ def refused(capsys, call, *words):
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1
     return error
+
+
+def test_a_vgg_in_half_precision_is_the_same_wherever_it_is_loaded(trained, data, package, tmp_path):
+    out, run = tmp_path / "small", tmp_path / "run"
+    study("export", trained / "vgg.pt", "--out", out, "--half")
+    assert sorted(p.name for p in out.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert "rounded to float16" in (out / "README.md").read_text()
+    held, (vgg, ckpt) = load_file(out / "model.safetensors"), load_model(out, ("vgg",))
+    whole = load_model(trained / "vgg.pt", ("vgg",))[0]
+    assert {t.dtype for t in held.values() if t.dim() > 1} == {torch.float16}
+    assert {t.dtype for t in vgg.state_dict().values()} == {torch.float32}
+    assert weights_hash(vgg) != weights_hash(whole)
+    for a, b in zip(vgg.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)  # 11 bits
+    call("phase1", run, data, "--vgg", out, phase1__steps=2)
+    call("phase1", run, data, "--vgg", out, phase1__steps=3)  # goes on with the same VGG
+    path = run / "phase1.pt"
+    phase1 = load_model(path, ("phase1",))[1]
+    found = [open_run("phase1", run, data, "--vgg", out).vgg, find_vgg(path, phase1, "cpu"),
+             *(vgg_for(path, phase1, source, "cpu") for source in (None, str(out)))]
+    assert phase1["step"] == 3 and {weights_hash(v) for v in [vgg, *found]} == {phase1["vgg_hash"]}
+    assert vgg_sizes(dict(vgg=str(out), classifier={})) == ckpt["config"]["classifier"]
+    with pytest.raises(ValueError, match="needs torchvision's VGG-16"):
+        check_perception(dict(vgg=str(out), phase1=dict(layers="lpips")), ["phase1"])
+    features = {source: Extractor(str(source), 32, "cpu").info for source in (out, trained / "vgg.pt")}
+    assert features[out]["feature_layer"] == "pool" and features[out]["resize"] == "none"
+    assert features[out]["extractor_hash"] == weights_hash(Extractor(str(out), 32, "cpu").network)
+    assert features[out]["extractor_hash"] != features[trained / "vgg.pt"]["extractor_hash"]
+
+
+def test_a_run_in_half_precision_keeps_its_priors_and_its_tokenizer_together(trained, package, tmp_path):
+    out = tmp_path / "out"
+    study("export", trained, "--out", out, "--half")
+    tokenizer, ckpt = load_model(out / "phase2", ("phase2",))
+    hashes = [load_model(out / stage, (stage,))[1]["tokenizer_hash"] for stage in ("phase2", "ar", "nar")]
+    assert {*hashes} == {latent_hash(tokenizer)} and hashes[0] != read_checkpoint(
+        trained / "phase2.pt", ["phase2"])["tokenizer_hash"]
+    sample.main(recipes.options.sample_args(["--ckpt", str(out / "ar"), "--num", "2"]))
+    whole = sum((trained / f"{s}.pt").stat().st_size for s in ("phase2", "ar", "nar"))
+    assert sum(p.stat().st_size for p in out.rglob("*.safetensors")) < whole / 4
+
+
+def test_a_weight_too_large_for_half_precision_is_refused(trained, package, tmp_path, capsys):
+    ckpt = torch.load(trained / "vgg.pt")
+    next(v for v in (ckpt["ema"] or ckpt["model"]).values() if v.dim() == 2)[0, 0] = 1e5
+    torch.save(ckpt, tmp_path / "vgg.pt")
+    words = tmp_path / "vgg.pt", "--out", tmp_path / "out", "--half"
+    assert "too large for float16" in refused(capsys, study, "export", *words)
 
 
 def test_what_cannot_be_exported_or_opened_is_refused_in_one_line(trained, package, tmp_path, capsys):
