@@ -100,10 +100,11 @@ FLAGS = {  # without `names` a flag is its key up to the dot
                                 "phase1.pt, phase2.pt (rFD)"),
     "predict": YES | dict(help="of ar.pt: measure the teacher-forced view"),
     "perturb": YES | dict(help="of phase1.pt, phase2.pt: swap half of the tokens for near codes (p-FD)"),
+    "interpolate": YES | dict(help="of phase1.pt, phase2.pt: take half of the tokens from the nearest other "
+                                   "image (iFD)"),
     "extractor": SOURCE | dict(default="inception", help="features: 'inception' (downloaded), a file of its "
-                               "weights, or a resnet.pt or vgg.pt of --stage vgg"),
-    "second": SOURCE | dict(help="a second network of features for the same images, as --extractor; its "
-                            "numbers go to a file of their own, with _2 at the end of the name"),
+                               "weights, 'lite0' (two packages), or what --stage vgg trained: .pt or exported "
+                               "folder"),
     "lpips": SOURCE | dict(default="imagenet", help="of reconstructions: VGG-16 of LPIPS: 'imagenet' "
                            "(downloaded), a .pth file or 'none'"),
     "references": FILE | dict(default=Path("runs/references"), help="cache of reference statistics"),

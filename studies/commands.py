@@ -15,9 +15,9 @@ from recipes.options import NAR, SAMPLING, find_preset
 from recipes.values import check_values
 
 USAGE = "python -m studies NAME [...]; its flags: python -m studies NAME --help"
-FEATURES = "extractor second references reference"
+FEATURES = "extractor references reference"
 STUDIES = dict(
-    metrics=("metrics.metrics", f"results ckpt.metrics predict perturb num images {FEATURES} lpips "
+    metrics=("metrics.metrics", f"results ckpt.metrics predict perturb interpolate num images {FEATURES} lpips "
              f"{SAMPLING} batch.sample out device",
              "Distances of samples or reconstructions from real images; or results side by side."),
     sweep=("sweep.sweep", f"sweep ckpt num images {FEATURES} {SAMPLING} batch.sample out device",
@@ -80,9 +80,10 @@ def check(name, args):
     if name == "sweep":
         args.values = swept(args)
     if name in ("metrics", "sweep"):
-        args.predict, args.perturb = (getattr(args, key, False) for key in ("predict", "perturb"))
-        if args.second and args.reference:
-            raise ValueError("--reference holds features of one network; with --second use --references")
+        for key in ("predict", "perturb", "interpolate"):
+            setattr(args, key, getattr(args, key, False))
+        if args.perturb and args.interpolate:
+            raise ValueError("--perturb and --interpolate are two measures; pass one")
         if args.reference and (found := unread(args, "references")):
             raise ValueError(f"{found} is not read beside --reference; leave it out")
     if name == "edit" and not (args.box or args.mask or args.onto):

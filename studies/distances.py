@@ -52,7 +52,7 @@ def plain(name, layer=""):
 
     layer: of the features; Inception's "2048" leaves the name as it is
     """
-    found = re.sub(r"(?<![a-z])([gpr]?[fk])id(?![a-z])", r"\1d", name)
+    found = re.sub(r"(?<![a-z])([gipr]?[fk])id(?![a-z])", r"\1d", name)
     return name if layer == "2048" else found.replace("inception_score", "class_score")
 
 

@@ -29,17 +29,18 @@ from recipes.options import SAMPLING
 from sample import sample
 from studies.distances import fidelity, plain, ssim
 from studies.extractors import Extractor
-from studies.perturbed import perturbed_reconstructions
+from studies.perturbed import interpolated_reconstructions, perturbed_reconstructions
 from studies.references import class_accuracy, collect, joint_hash, load_reference
 
-PROTOCOLS = {  # of other features than Inception's they are rfd-val, pfd-val, gfd-train
+PROTOCOLS = {  # of other features than Inception's they are rfd-val, pfd-val, ifd-val, gfd-train
     "rfid-val": "reconstructions of all validation images against these images",
     "pfid-val": "the same with half of the tokens swapped for near codes",
+    "ifid-val": "the same with half of the tokens from the nearest other image",
     "gfid-train": "samples, classes in turn, against the central crops of all training images",
     "view-val": "teacher-forced predictions of all validation images against these images",
 }
 UNREAD = {  # flags that decide nothing in a protocol
-    **dict.fromkeys(("rfid-val", "pfid-val"), SAMPLING.replace(".sample", "")),
+    **dict.fromkeys(("rfid-val", "pfid-val", "ifid-val"), SAMPLING.replace(".sample", "")),
     "view-val": SAMPLING.replace(".sample", "").removeprefix("tokenizer") + " lpips", "gfid-train": "lpips"}
 HOW = ("protocol", "num_images", "image_size", "classes", "extractor_hash", "resize", "feature_layer",
        "reference", "reference_images", "reference_hash")
@@ -75,14 +76,15 @@ def evaluate(args, device):
         if ckpt["stage"] != "ar":
             raise UserError(f"--predict needs an ar.pt: a {ckpt['stage']} prior would see what it predicts")
         protocol = "view-val"
-    if args.perturb:
-        if protocol != "rfid-val":
-            raise UserError("--perturb needs a phase1.pt or phase2.pt, whose reconstructions it measures")
-        protocol = "pfid-val"
+    for flag in ("perturb", "interpolate"):
+        if getattr(args, flag):
+            if protocol != "rfid-val":
+                raise UserError(f"--{flag} needs a phase1.pt or phase2.pt, whose reconstructions it measures")
+            protocol = f"{flag[0]}fid-val"
     if found := unread(args, UNREAD[protocol] + " data" * bool(args.reference and protocol == "gfid-train")):
         raise UserError(f"{found} changes nothing in {protocol}: {PROTOCOLS[protocol]}; leave it out")
     out = args.out or args.ckpt.with_name(f"metrics_{args.ckpt.stem}{'_view' * args.predict}"
-                                          f"{'_perturbed' * args.perturb}.json")
+                                          f"{'_perturbed' * args.perturb}{'_mixed' * args.interpolate}.json")
     on_rank0(lambda: read_result(out) if os.path.exists(out) else writable(out, suffix=".json"))
     extractor = Extractor(args.extractor, config["image_size"], device)
     if protocol != "gfid-train":
@@ -144,7 +146,7 @@ def evaluate(args, device):
 def results_of(protocol, rows, reference, info, extractor, names):
     """The numbers of one protocol from the rows of all images: {name: number}, named by `plain`"""
     numbers = fidelity(rows["features"], rows["logits"], reference)
-    if protocol in ("rfid-val", "pfid-val"):
+    if protocol in ("rfid-val", "pfid-val", "ifid-val"):
         usage, perplexity = codebook_usage(count_codes(rows["tokens"], info["K"]))
         numbers = {f"{protocol[0]}{name}": numbers[name] for name in ("fid", "kid") if name in numbers}
         numbers |= dict(usage=usage, perplexity=perplexity)
@@ -178,7 +180,8 @@ def measure_reconstructions(args, extractor, data, device):
     on the scale of [-1, 1], as in Eq. 2."""
     tokenizer, ckpt = load_model(args.ckpt, ("phase1", "phase2"), device)
     lpips = load_lpips(args.lpips, device)
-    shown = perturbed_reconstructions if args.perturb else reconstructions
+    shown = interpolated_reconstructions if args.interpolate else reconstructions
+    shown = perturbed_reconstructions if args.perturb else shown
 
     def measured(done):
         for start, x, x_hat, tokens in shown(tokenizer, data, args.num, args.batch, device, done):

@@ -1,10 +1,16 @@
-"""p-FD: how far reconstructions move when tokens are swapped for near ones, as a prior's slips would do."""
+"""p-FD and iFD: how far reconstructions move when tokens change, as a prior's slips would change them.
+
+p-FD swaps tokens for near codes; iFD mixes the tokens of an image with those of its nearest neighbour.
+"""
+
+import math
 
 import torch
 
 from plumbing.codes import nearest_others
-from plumbing.images import to_uint8
-from plumbing.processes import mix, seeded_rand
+from plumbing.fast import in_slices
+from plumbing.images import to_float, to_uint8
+from plumbing.processes import full_float32, mix, seeded_rand
 from plumbing.slices import decode, reconstructions
 
 SHARE, NEAR = 0.5, 1 / 16  # of the tokens; of the codebook
@@ -44,3 +50,60 @@ def perturbed_reconstructions(tokenizer, data, num, batch, device, done=None):
     near = near_codes(tokenizer, max(1, round(NEAR * tokenizer.codebook_size)))
     for start, x, _, tokens in reconstructions(tokenizer, data, num, batch, device, done):
         yield start, x, to_uint8(decode(tokenizer, perturb(tokens, near, start))), tokens
+
+
+@torch.no_grad()
+def nearest_images(tokenizer, tokens, batch=500):
+    """For each image the other one whose codes are nearest: tokens (n, N) or (n, N, k) -> (n,) int64.
+
+    Near is the Euclidean distance of the codes that the decoder sees, over all positions. They are looked up
+    again for each block, so that those of 2 * batch images are held at a time.
+    raises: ValueError for a single image, which has no neighbour
+    """
+    if len(tokens) < 2:
+        raise ValueError(f"a nearest neighbour needs two images at least, got {len(tokens)}")
+    side, device = math.isqrt(tokens.shape[1]), next(tokenizer.parameters()).device
+
+    def codes(rows):  # (b, n_z * N)
+        indices = tokens[rows].to(device).unflatten(1, (side, side))
+        return tokenizer.quantizer.lookup(indices).flatten(1).float()
+
+    blocks, found = torch.arange(len(tokens)).split(batch), []
+    for rows in blocks:
+        a, far = codes(rows), []
+        for columns in blocks:
+            with full_float32(a):
+                far.append(torch.cdist(a, codes(columns)))
+        far = torch.cat(far, 1)
+        far[torch.arange(len(rows)), rows.to(device)] = math.inf
+        found.append(far.argmin(1).cpu())
+    return torch.cat(found)
+
+
+def interpolate(tokens, others, start):
+    """Tokens (B, N) or (B, N, k) with half of the positions from `others`, of the same shape. Image start + i
+    has its own positions, whatever B is; N // 2 of them, with all that they hold."""
+    count = tokens.shape[1]
+    draws = [seeded_rand(count, seed=mix("interpolate", start + i)) for i in range(len(tokens))]
+    order = torch.stack(draws).argsort(1)[:, : count // 2]
+    hit = torch.zeros(len(tokens), count, dtype=torch.bool).scatter_(1, order, True).to(tokens.device)
+    return torch.where(hit.view(*hit.shape, *[1] * (tokens.dim() - 2)), others, tokens)
+
+
+def interpolated_reconstructions(tokenizer, data, num, batch, device, done=None):
+    """As `reconstructions`, with the images of tokens mixed with those of the nearest of all `num` images.
+    Each process encodes them all first, to find the neighbours.
+
+    deviation: the article (arXiv 2603.05630) interpolates the continuous latents of a VAE linearly, between
+               an image and its nearest neighbour in latent space. Nothing lies between two codes, so here
+               half of the positions are exchanged (ours).
+    """
+    tokens = []
+    for start in range(0, num, batch):
+        x = torch.stack([data.view(i) for i in range(start, min(start + batch, num))])
+        tokens.append(in_slices(tokenizer.encode, to_float(x, device)).cpu())
+    tokens = torch.cat(tokens)
+    nearest = nearest_images(tokenizer, tokens)
+    for start, x, _, own in reconstructions(tokenizer, data, num, batch, device, done):
+        others = tokens[nearest[start : start + len(x)]].to(device)
+        yield start, x, to_uint8(decode(tokenizer, interpolate(own, others, start))), own

