@@ -103,8 +103,8 @@ FLAGS = {  # without `names` a flag is its key up to the dot
     "interpolate": YES | dict(help="of phase1.pt, phase2.pt: take half of the tokens from the nearest other "
                                    "image (iFD)"),
     "extractor": SOURCE | dict(default="inception", help="features: 'inception' (downloaded), a file of its "
-                               "weights, 'lite0' (two packages), or what --stage vgg trained: .pt or exported "
-                               "folder"),
+                               "weights, 'lite0' (two packages), or what --stage vgg trained, .pt or "
+                               "exported"),
     "lpips": SOURCE | dict(default="imagenet", help="of reconstructions: VGG-16 of LPIPS: 'imagenet' "
                            "(downloaded), a .pth file or 'none'"),
     "references": FILE | dict(default=Path("runs/references"), help="cache of reference statistics"),

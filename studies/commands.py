@@ -17,8 +17,8 @@ from recipes.values import check_values
 USAGE = "python -m studies NAME [...]; its flags: python -m studies NAME --help"
 FEATURES = "extractor references reference"
 STUDIES = dict(
-    metrics=("metrics.metrics", f"results ckpt.metrics predict perturb interpolate num images {FEATURES} lpips "
-             f"{SAMPLING} batch.sample out device",
+    metrics=("metrics.metrics", "results ckpt.metrics predict perturb interpolate num images "
+             f"{FEATURES} lpips {SAMPLING} batch.sample out device",
              "Distances of samples or reconstructions from real images; or results side by side."),
     sweep=("sweep.sweep", f"sweep ckpt num images {FEATURES} {SAMPLING} batch.sample out device",
            "Metrics of samples for each value of a setting of the sampler, a CSV and a plot."),
