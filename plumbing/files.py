@@ -4,10 +4,12 @@ import contextlib
 import errno
 import fcntl
 import functools
+import hashlib
 import importlib
 import json
 import os
 import pickle
+import re
 import shutil
 import zipfile
 import zlib
@@ -106,6 +108,17 @@ def load_torch(path, mmap=False):
     mmap: tensors are read when they are used, but those of a file of the form before torch 1.6 at once
     """
     return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and begins(path) == b"PK")
+
+
+def check_digest(path):
+    """raises: ValueError if a file's name ends in a dash and eight or more hex digits, as published ones do,
+    and its sha256 does not begin with these"""
+    digits = re.search("-([0-9a-f]{8,64})$", Path(path).stem)
+    if digits:
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if not digest.startswith(digits[1]):
+            raise ValueError(f"{path} is damaged (its sha256 begins with {digest[:8]}); fetch it again")
 
 
 def begins(path, length=2):

@@ -1,9 +1,7 @@
 """VGG-16 and LPIPS from files: torchvision's, a local file, or a narrow VGG of one's own."""
 
 import copy
-import hashlib
 import itertools
-import re
 import warnings
 from pathlib import Path
 
@@ -11,7 +9,7 @@ import torch
 from torch import nn
 
 from plumbing.errors import UserError, as_user_error, one_line, warn
-from plumbing.files import load_torch, reason
+from plumbing.files import check_digest, load_torch, reason
 from plumbing.processes import GlobalBatchNorm, fetched, on_rank0
 
 VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
@@ -189,12 +187,7 @@ def _download_vgg16():
 def _read_state_dict(path):
     if not path.is_file():
         raise ValueError(f"no VGG-16 weights: {path} is not a file; the official one is {VGG_URL} (528 MB)")
-    expected = re.search(r"-([0-9a-f]{8})\.", path.name)
-    if expected:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if not digest.startswith(expected[1]):
-            raise ValueError(f"{path} is damaged (sha256 {digest[:8]}...); fetch {VGG_URL} (528 MB) again")
+    check_digest(path)
     try:
         return load_torch(path)
     except Exception as error:  # torch.load fails in many ways on a file that is not a plain state dict

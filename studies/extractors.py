@@ -10,7 +10,7 @@ from torch import nn
 
 from plumbing.errors import UserError
 from plumbing.fast import in_slices
-from plumbing.files import is_checkpoint, load_torch
+from plumbing.files import check_digest, is_checkpoint, load_torch
 from plumbing.hashes import weights_hash
 from plumbing.models import load_model
 from plumbing.paths import expanded
@@ -108,10 +108,7 @@ def load_inception(source):
     try:
         if source != "inception":
             path = Path(expanded(source))
-            if path.name == Path(URL_INCEPTION_V3).name:  # it ends in the first digits of its sha256
-                with open(path, "rb") as file:
-                    if not hashlib.file_digest(file, "sha256").hexdigest().startswith(path.stem[-8:]):
-                        raise ValueError("its hash is wrong")
+            check_digest(path)
             state, path = load_torch(path), io.BytesIO()  # torch-fidelity would execute pickled code
             torch.save(state, path)
             path.seek(0)

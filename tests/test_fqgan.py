@@ -10,6 +10,7 @@ from urllib.error import URLError
 
 import pytest
 import torch
+import torch.nn.functional as F
 import forks.fqgan.figures
 import forks.fqgan.teachers
 import recipes.options
@@ -21,7 +22,7 @@ import sample
 import train
 import visualize
 from forks.fqgan.losses import disentanglement, representation_loss
-from forks.fqgan.teachers import Dino, DinoBlock, Teacher, load_teacher
+from forks.fqgan.teachers import Teacher, load_teacher, vision_transformer
 from forks.fqgan.prior import FactorizedAR, FactorizedNAR, rotary_angles, rotate
 from forks.fqgan.prior import FactorizedConfig as PriorConfig
 from forks.guidance import guide
@@ -279,27 +280,36 @@ def test_dino_s_class_token_is_read_from_its_own_file_format(tmp_path):
     assert torch.equal(features, teacher(x)) and not torch.allclose(features[0], features[1])
     del state["norm.bias"]
     torch.save(state, tmp_path / "less.pth")
-    with pytest.raises(ValueError, match="norm.bias"):
+    with pytest.raises(ValueError, match="encoder.ln.bias"):
         load_teacher(str(tmp_path / "less.pth"))
 
 
-def test_a_dino_block_is_a_pre_norm_block_whose_layer_scale_multiplies_both_branches():
-    torch.manual_seed(0)
-    block, x = DinoBlock(128), torch.randn(2, 5, 128)
-    for scale in (block.ls1, block.ls2):
-        nn.init.normal_(scale["gamma"])
-    plain = nn.TransformerEncoderLayer(128, 2, 512, 0.0, "gelu", 1e-6, batch_first=True, norm_first=True)
-    pairs = {plain.norm1: block.norm1, plain.norm2: block.norm2, plain.self_attn.out_proj: block.attn["proj"],
-             plain.linear1: block.mlp["fc1"], plain.linear2: block.mlp["fc2"]}
+def test_dino_s_network_is_its_own_formula(tmp_path):
+    """Pre-norm blocks with heads of 64 whose LayerScale multiplies both branches; positions interpolated."""
+    state = dino_file(tmp_path / "dino.pth", depth=1)
+    block = {name.removeprefix("blocks.0."): torch.randn(tensor.shape) * 0.2 for name, tensor in state.items()
+             if name.startswith("blocks.")}
+    state |= {f"blocks.0.{name}": tensor for name, tensor in block.items()}
+    pixels = torch.randn(2, 3, 224, 224)
+
+    def linear(name, x):
+        return F.linear(x, block[f"{name}.weight"], block[f"{name}.bias"])
+
+    def norm(name, x):
+        return F.layer_norm(x, (128,), block[f"{name}.weight"], block[f"{name}.bias"], 1e-6)
+
+    grid = state["pos_embed"][:, 1:].view(1, 37, 37, 128).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, scale_factor=16.1 / 37, mode="bicubic")
+    patches = F.conv2d(pixels, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], 14) + grid
+    first = (state["cls_token"] + state["pos_embed"][:, :1]).expand(2, 1, 128)
+    x = torch.cat([first, patches.flatten(2).mT], 1)
+    q, k, v = linear("attn.qkv", norm("norm1", x)).view(2, 257, 3, 2, 64).permute(2, 0, 3, 1, 4)
+    h = ((q @ k.mT / 8).softmax(3) @ v).transpose(1, 2).reshape(2, 257, 128)
+    x = x + block["ls1.gamma"] * linear("attn.proj", h)
+    x = x + block["ls2.gamma"] * linear("mlp.fc2", F.gelu(linear("mlp.fc1", norm("norm2", x))))
     with torch.no_grad():
-        for ours, theirs in pairs.items():
-            ours.load_state_dict(theirs.state_dict())
-        plain.self_attn.in_proj_weight.copy_(block.attn["qkv"].weight)
-        plain.self_attn.in_proj_bias.copy_(block.attn["qkv"].bias)
-        for linear, scale in ((plain.self_attn.out_proj, block.ls1), (plain.linear2, block.ls2)):
-            linear.weight.mul_(scale["gamma"][:, None])
-            linear.bias.mul_(scale["gamma"])
-    torch.testing.assert_close(block(x), plain(x), atol=1e-4, rtol=1e-4)
+        found = vision_transformer(state).eval()(pixels)
+    torch.testing.assert_close(found, F.layer_norm(x, (128,), eps=1e-6)[:, 0], atol=1e-4, rtol=1e-4)
 
 
 def test_a_teacher_sees_pixels_from_0_to_1_less_its_mean_over_its_deviation():
@@ -311,7 +321,8 @@ def test_a_teacher_sees_pixels_from_0_to_1_less_its_mean_over_its_deviation():
 
 def test_the_reference_dino_has_22_million_parameters(tmp_path):
     state = dino_file(tmp_path / "dino.pth", 384, 12)
-    assert sum(p.numel() for p in Dino(state).parameters()) == 22_056_576
+    left_out = 384 + 12 * 2 * 384 + (37**2 - 16**2) * 384  # [MASK], LayerScale, positions beyond 224x224
+    assert sum(p.numel() for p in vision_transformer(state).parameters()) == 22_056_576 - left_out
 
 
 def test_clip_s_class_token_before_the_last_norm_is_read_from_its_archive(tmp_path):

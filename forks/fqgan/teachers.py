@@ -1,17 +1,17 @@
 """FQGAN's teachers: frozen networks image -> (B, width), and where their weights come from."""
 
-import hashlib
+import itertools
 import math
-import re
 import zipfile
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.models import VisionTransformer
 
 from plumbing.errors import as_user_error, one_line
-from plumbing.files import load_torch
+from plumbing.files import check_digest, load_torch
 from plumbing.processes import fetched
 from plumbing.stages import vgg_sizes
 
@@ -47,49 +47,38 @@ class VGGTeacher(nn.Module):
         return self.vgg(x, ["relu5_3"])["relu5_3"].float().mean((2, 3))
 
 
-class DinoBlock(nn.Module):
-    """A pre-norm block with LayerScale; the names are those of DINOv2's files."""
+def vision_transformer(state):
+    """DINOv2's network for 224x224 pixels as torchvision's; it gives the normalised class token, (B, width).
 
-    def __init__(self, width):
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
-        self.attn = nn.ModuleDict(dict(qkv=nn.Linear(width, 3 * width), proj=nn.Linear(width, width)))
-        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(width, 4 * width), fc2=nn.Linear(4 * width, width)))
-        self.ls1, self.ls2 = (nn.ParameterDict(dict(gamma=nn.Parameter(torch.ones(width)))) for _ in range(2))
-
-    def forward(self, x):  # (B, T, width), heads of 64
-        q, k, v = self.attn["qkv"](self.norm1(x)).unflatten(2, (3, -1, 64)).permute(2, 0, 3, 1, 4)
-        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        x = x + self.ls1["gamma"] * self.attn["proj"](h)
-        return x + self.ls2["gamma"] * self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
-
-
-class Dino(nn.Module):
-    """DINOv2's vision transformer as far as its class token needs it, sized by a state dict of its files."""
-
-    def __init__(self, state):
-        super().__init__()
-        width, patch = state["cls_token"].shape[2], state["patch_embed.proj.weight"].shape[2]
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.mask_token = nn.Parameter(torch.zeros(1, width))  # in the file, of no use here
-        self.pos_embed = nn.Parameter(torch.zeros(state["pos_embed"].shape))
-        self.patch_embed = nn.ModuleDict(dict(proj=nn.Conv2d(3, width, patch, patch)))
-        depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-        self.blocks = nn.Sequential(*[DinoBlock(width) for _ in range(depth)])
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.load_state_dict(state, strict=True)
-
-    def forward(self, x):  # (B, 3, H, W) -> (B, width), the normalised class token
-        x = self.patch_embed["proj"](x)  # (B, width, h, w)
-        side = math.isqrt(self.pos_embed.shape[1] - 1)
-        grid = self.pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-        scale = [(n + 0.1) / side for n in x.shape[2:]]  # the published models' 0.1
-        grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")
-        first = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
-        x = torch.cat([first, (x + grid).flatten(2).transpose(1, 2)], 1)
-        return self.norm(self.blocks(x))[:, 0]
+    state:  state dict of DINOv2's files, which fixes width, depth and patches; heads have 64 channels
+    raises: KeyError or RuntimeError for other names or shapes
+    LayerScale is multiplied into the layers before it, and the positions are interpolated here, once.
+    """
+    state, (count, width) = dict(state), state["pos_embed"].shape[1:]
+    del state["mask_token"]
+    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    patch, side = state["patch_embed.proj.weight"].shape[2], math.isqrt(count - 1)
+    for i, (scale, layer) in itertools.product(range(depth), (("ls1", "attn.proj"), ("ls2", "mlp.fc2"))):
+        gamma, scaled = state.pop(f"blocks.{i}.{scale}.gamma"), f"blocks.{i}.{layer}"
+        state[f"{scaled}.weight"] = state[f"{scaled}.weight"] * gamma[:, None]
+        state[f"{scaled}.bias"] = state[f"{scaled}.bias"] * gamma
+    first, grid = state["pos_embed"].split([1, count - 1], 1)
+    grid = F.interpolate(grid.unflatten(1, (side, side)).permute(0, 3, 1, 2), mode="bicubic",
+                         scale_factor=(224 // patch + 0.1) / side)  # the published models' 0.1
+    state["pos_embed"] = torch.cat([first, grid.flatten(2).transpose(1, 2)], 1)
+    for theirs, torchvision in DINO_NAMES.items():
+        state = {name.replace(theirs, torchvision): value for name, value in state.items()}
+    network = VisionTransformer(224, patch, depth, width // 64, width, 4 * width)
+    network.heads = nn.Identity()
+    network.load_state_dict(state, strict=True)
+    return network
 
 
+DINO_NAMES = {  # in this order: what the last one finds is the norm at the end
+    "patch_embed.proj": "conv_proj", "cls_token": "class_token", "pos_embed": "encoder.pos_embedding",
+    "blocks.": "encoder.layers.encoder_layer_", "norm1": "ln_1", "norm2": "ln_2", "mlp.fc1": "mlp.0",
+    "mlp.fc2": "mlp.3", "attn.qkv.": "self_attention.in_proj_", "attn.proj": "self_attention.out_proj",
+    "norm.": "encoder.ln."}
 DINO_URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth"
 TEACHERS = {"clip-vit-l-14": 1024, "clip-vit-b-16": 768, "dinov2-vit-s-14": 384}  # name -> width
 
@@ -103,20 +92,15 @@ def load_teacher(source):
     DINOv2-S after it (384).
 
     source:  one of TEACHERS, downloaded once (CLIP's hash is checked, DINOv2 publishes none); or a local
-             file of theirs, CLIP's TorchScript archive or DINOv2's state dict. Where a file's name ends in
-             eight or more hex digits its sha256 must begin with them.
+             file of theirs, CLIP's TorchScript archive or DINOv2's state dict (see `check_digest`)
     raises:  ValueError for another name, or a file that is missing, damaged or foreign; RuntimeError if a
              download fails
     """
     if source not in TEACHERS and not Path(source).is_file():
-        raise ValueError(f"teacher {source}: no such file, and not one of {', '.join(TEACHERS)}")
+        raise ValueError(f"teacher {source}: no such file, and not one of vgg, {', '.join(TEACHERS)}")
     try:
         if source not in TEACHERS:
-            digits = re.search("[0-9a-f]{8,64}$", Path(source).stem)
-            with open(source, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if digits and not digest.startswith(digits[0]):
-                raise ValueError(f"its sha256 begins with {digest[:8]}, so it is damaged")
+            check_digest(source)
         if source == "dinov2-vit-s-14":
             state = torch.hub.load_state_dict_from_url(DINO_URL, map_location="cpu", weights_only=True)
         elif source in TEACHERS or is_torchscript(source):
@@ -129,7 +113,8 @@ def load_teacher(source):
                            (0.26862954, 0.26130258, 0.27577711))
         else:
             state = load_torch(source)
-        return Teacher(Dino(state), state["cls_token"].shape[2], (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        return Teacher(vision_transformer(state), state["cls_token"].shape[2], (0.485, 0.456, 0.406),
+                       (0.229, 0.224, 0.225))
     except OSError as error:
         raise RuntimeError(f"teacher {source} could not be fetched ({one_line(error)}); fetch its file "
                            "elsewhere and name it in teachers") from None
@@ -138,27 +123,24 @@ def load_teacher(source):
 
 
 def chosen(config):
-    """(names, widths) of the sub-codebooks that have a teacher, in their order."""
-    widths = [width for width in config["tokenizer"].get("teacher_widths", []) if width]
-    return [name for name in config["phase1"].get("teachers", []) if name], widths
+    """[(name, width)] of the sub-codebooks that have a teacher.
+
+    raises: ValueError where a sub-codebook has a teacher without a width, or a width without a teacher
+    """
+    names, widths = config["phase1"].get("teachers", []), config["tokenizer"].get("teacher_widths", [])
+    pairs = list(itertools.zip_longest(names, widths))
+    if any(bool(name) != bool(width) for name, width in pairs):
+        raise ValueError("phase1.teachers must be null where tokenizer.teacher_widths is 0, and nowhere else")
+    return [(name, width) for name, width in pairs if name]
 
 
 def check_teachers(config):
     """raises: ValueError where the teachers of a preset do not fit its tokenizer"""
-    names, widths = chosen(config)
-    if len(names) != len(widths):
-        raise ValueError(f"{len(names)} teachers, but tokenizer.teacher_widths names {len(widths)} widths")
-    places = [[bool(entry) for entry in config[section].get(key, [])]
-              for section, key in (("phase1", "teachers"), ("tokenizer", "teacher_widths"))]
-    if names and places[0] != places[1]:
-        raise ValueError("phase1.teachers must be null where tokenizer.teacher_widths is 0, and nowhere else")
-    known = dict(TEACHERS)
-    if "vgg" in names:
-        known["vgg"] = 8 * vgg_sizes(config)["width"]
-    for name, width in zip(names, widths, strict=True):
-        if name != "vgg" and name not in TEACHERS and not Path(str(name)).is_file():
+    for name, width in chosen(config):
+        if name not in ("vgg", *TEACHERS) and not Path(str(name)).is_file():
             raise ValueError(f"teacher {name}: no such file, and not one of vgg, {', '.join(TEACHERS)}")
-        check_width(name, known.get(name, width), width)
+        own = 8 * vgg_sizes(config)["width"] if name == "vgg" else TEACHERS.get(name, width)
+        check_width(name, own, width)
 
 
 def check_width(name, has, width):
@@ -168,14 +150,12 @@ def check_width(name, has, width):
 
 def load_teachers(run):
     """The networks that `phase1.teachers` names.  raises: UserError for one of another width"""
-    names, widths = chosen(run.config)
-
     def load():
-        with as_user_error():
-            return [VGGTeacher(run.vgg) if name == "vgg" else load_teacher(name) for name in names]
+        return [VGGTeacher(run.vgg) if name == "vgg" else load_teacher(name) for name, _ in pairs]
 
-    found = load() if set(names) <= {"vgg"} else fetched(load)
     with as_user_error():
-        for name, teacher, width in zip(names, found, widths, strict=True):
+        pairs = chosen(run.config)
+        found = load() if {name for name, _ in pairs} <= {"vgg"} else fetched(load)
+        for (name, width), teacher in zip(pairs, found, strict=True):
             check_width(name, teacher.width, width)
     return [teacher.to(run.device) for teacher in found]
