@@ -122,7 +122,11 @@ def batches(data, batch, start, workers, timeout=0):
     except UserError as error:  # out of a worker it comes with the worker's traceback
         raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1], code=1) from None
     finally:
-        end_workers(stream, workers)
+        if workers and stream is not None:
+            stream._shutdown_workers()  # what its __del__ calls: then torch takes no ended worker for a fault
+        for worker in workers:  # those that are left ignore SIGTERM
+            worker.kill()
+            worker.join()
 
 
 def ignore_signals(worker):
@@ -133,15 +137,3 @@ def ignore_signals(worker):
 
 STOPS = (  # signals after which a run saves and ends; those of closed terminals and schedulers are among them
     signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGXCPU, signal.SIGUSR2)
-
-
-def end_workers(stream, workers):
-    """Asks the workers of a loader's iterator to end, and kills those that do not, as they heed no SIGTERM.
-
-    stream: the iterator; None if it could not be made
-    """
-    if workers and stream is not None:
-        stream._shutdown_workers()  # what its __del__ calls: then torch takes no ended worker for a fault
-    for worker in workers:
-        worker.kill()
-        worker.join()

@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import fcntl
-import functools
 import hashlib
 import importlib
 import json
@@ -23,6 +22,8 @@ from plumbing.hashes import weights_hash
 FORMAT = 5  # of the checkpoint files; train.py writes them
 EXPORTED = ("format", "stage", "step", "config", "model_config", "class_names", "tokenizer_hash",
             "fingerprint", "note", "world", "seconds", "skips")  # of a checkpoint, beside its weights
+UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # a file system cannot do it
+UNLOCKED = set()  # folders that `claim` could not lock, so that it warns of each once
 FOREIGN = []  # what opens files of other projects, (content, path) -> checkpoint or None: plumbing.models'
 
 
@@ -35,22 +36,22 @@ def claim(folder):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "a+", encoding="utf-8")
-        locked = lock_file(lock)
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        sweep(folder)  # without a lock, what looks left over may be what another run writes
     except BlockingIOError:
         lock.seek(0)
         raise InUse(f"{folder} is in use by process {lock.read()}; wait for it, or pass another "
                     "--out") from None
     except OSError as error:
-        raise UserError(f"{folder} cannot be written to: {error}") from None
+        if error.errno not in (errno.ENOLCK, *UNSUPPORTED):
+            raise UserError(f"{folder} cannot be written to: {error}") from None
+        if folder not in UNLOCKED:
+            warn(f"the file system of {folder} has no locks, so nothing keeps two runs in this folder apart; "
+                 "start one at a time")
+        UNLOCKED.add(folder)
     lock.truncate(0)
     lock.write(str(os.getpid()))
     lock.flush()
-    if locked:  # else what looks left over may be what another run writes
-        sweep(folder)
-    elif folder not in UNLOCKED:
-        UNLOCKED.add(folder)
-        warn(f"the file system of {folder} has no locks, so nothing keeps two runs in this folder apart; "
-             "start one at a time")
     return lock
 
 
@@ -70,12 +71,15 @@ def save_atomic(write, path):
         sync_folder(path.parent)  # the new name, too
     except OSError as error:
         room = next(shutil.disk_usage(p).free for p in path.absolute().parents if p.exists())
-        told = "" if error.errno in BAD_PLACE else f"{room / 1e9:.1f} GB are free there, and "
-        raise UserError(f"{path} could not be written ({error}); {told}everything saved before is intact",
+        full = f"{room / 1e9:.1f} GB are free there, and " * (error.errno in FULL)
+        raise UserError(f"{path} could not be written ({error}); {full}everything saved before is intact",
                         code=1) from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, None)  # None: of torch's writer
 
 
 def save_text(text, path):
@@ -211,8 +215,8 @@ def read_checkpoint(path, stages):
             raise ValueError
         ckpt = load_torch(path)
     except Exception as error:  # torch.load fails in many ways
-        told = reason(path, error)
-        raise UserError(f"{path} is damaged or no checkpoint ({told}); name another one") from None
+        why = reason(path, error)
+        raise UserError(f"{path} is damaged or no checkpoint ({why}); name another one") from None
     if not isinstance(ckpt, dict) or not {"format", "stage", "model"} <= ckpt.keys():
         ckpt = next(filter(None, (opened(ckpt, path) for opened in FOREIGN)), ckpt)
     if not isinstance(ckpt, dict) or not {"format", "stage", "model"} <= ckpt.keys():
@@ -267,19 +271,13 @@ def header(path):
 
     raises: UserError for a file that cannot be read or is no checkpoint, which says to delete it if damaged
     """
-    about = os.stat(path)
-    return header_of(path, about.st_mtime_ns, about.st_size, about.st_ino)
-
-
-@functools.lru_cache(1024)  # a table asks each checkpoint again and again
-def header_of(path, *_):
     try:
         ckpt = load_torch(path, mmap=True)
         return {key: value for key, value in ckpt.items() if key not in ("model", "ema", "train")}
     except Exception as error:
-        told = reason(path, error)
-        raise UserError(f"{path} is damaged; delete it and --run again" if told == "wrong checksum" else
-                        f"{path} is no checkpoint of this project ({told}); move it away") from None
+        why = reason(path, error)
+        raise UserError(f"{path} is damaged; delete it and --run again" if why == "wrong checksum" else
+                        f"{path} is no checkpoint of this project ({why}); move it away") from None
 
 
 def read_metrics(path):
@@ -289,9 +287,6 @@ def read_metrics(path):
         with contextlib.suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
     return rows
-
-
-UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # a file system cannot do it
 
 
 def sync_folder(folder):
@@ -306,20 +301,6 @@ def sync_folder(folder):
         os.close(number)
 
 
-UNLOCKED = set()  # folders that `claim` could not lock, so that it warns of each once
-
-
-def lock_file(file):
-    """Whether its file system has locks; locks it then. raises: BlockingIOError if another process has it"""
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, *UNSUPPORTED):
-            raise
-        return False
-    return True
-
-
 def writable(path, flag="--out", suffix=None):
     """Tries whether a file can be made at `path`, folders above it included, and leaves nothing behind: so
     that a bad place is known before the work and not after it.
@@ -327,25 +308,16 @@ def writable(path, flag="--out", suffix=None):
     suffix: that of what will be written, if `path` must end in it
     raises: UserError if it cannot be, if a folder is there, or for another suffix
     """
-    path, made = Path(path), None
+    path = Path(path)
     try:
         if path.is_dir():
             raise IsADirectoryError("it is a folder")
         there = next(p for p in path.absolute().parents if p.exists())
-        if not there.is_dir():
-            raise NotADirectoryError(f"{there} is no folder")
         probe = there / f".tmp{os.getpid()}.{path.name}"
         os.close(os.open(probe, os.O_CREAT | os.O_WRONLY))
-        made = probe
+        probe.unlink()
     except OSError as error:
         raise UserError(f"{flag} {path} cannot be written: {error.strerror or error}; pass another place"
                         ) from None
-    finally:
-        if made:
-            made.unlink()
     if suffix not in (None, path.suffix.lower()):
         raise UserError(f"{flag} {path} must end in {suffix}, the kind of file that is written")
-
-
-BAD_PLACE = (errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS,
-             errno.ENAMETOOLONG, errno.ELOOP)
