@@ -7,21 +7,23 @@ same images in a folder.
 
 import codecs
 import collections
+import contextlib
+import functools
 import glob
-import hashlib
 import io
 import json
 import os
 import tarfile
 
 from plumbing.errors import UserError, warn
-from plumbing.files import save_atomic
+from plumbing.files import begins, save_text
 from plumbing.images import BadImage
 from plumbing.paths import braces, expanded, split_of
-from plumbing.processes import on_rank0, print0
+from plumbing.processes import mix, on_rank0, print0
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")  # how gz, bz2, xz and zst begin
 OPEN = 64  # archives that a process holds open at a time
 RULES = 2  # of `look_through`: an index that was made by others is made anew
 
@@ -41,29 +43,14 @@ def matches(pattern):
 
 
 def archives_of(pattern, flag):
-    """Paths of the archives, sorted.  raises: UserError for one that is not there, and for packed ones"""
+    """Paths of the archives, sorted.  raises: UserError for one that is not there"""
     found = matches(pattern)
     missing = [name for name, paths in found.items() if not paths]
     if missing:
         one = f": {missing[0]} is not there" if len(found) > 1 else ""
         raise UserError(f"{flag} {pattern}: there is no such archive{one} (quote a pattern, so that the "
                         "shell leaves it alone)")
-    found = sorted({path for paths in found.values() for path in paths})
-    for path in found:
-        with open_archive(path) as file:
-            start = file.read(6)
-        if start[:2] == b"\x1f\x8b" or start[:3] == b"BZh" or start == b"\xfd7zXZ\0" or (
-                path.lower().endswith(PACKED)):
-            raise UserError(f"{path} is compressed, and in such an archive no place can be read by itself; "
-                            "unpack it to a plain .tar (images gain nothing from it)")
-    return found
-
-
-def open_archive(path):
-    try:
-        return open(path, "rb")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    return sorted({path for paths in found.values() for path in paths})
 
 
 def look_through(path):
@@ -72,8 +59,8 @@ def look_through(path):
     The class is the folder that holds the image, or what `key.cls` says beside `key.jpg` (WebDataset), there
     an int if it is a number, with "_" for "/". What is hidden is left out, as in a folder. Of members of one
     name the last counts, as for `tar x`.
-    raises: UserError for a file that is no archive, damaged, cut off, with links or sparse files for images,
-            or with a .cls that names no class
+    raises: UserError for a file that is no archive, damaged, cut off, compressed, with links or sparse files
+            for images, or with a .cls that names no class
     """
     images, labels, odd, inner, size = {}, {}, {}, None, os.path.getsize(path)
     try:
@@ -87,12 +74,11 @@ def look_through(path):
                 if member.islnk() or member.issym() or member.sparse:
                     if lower.endswith((*EXTENSIONS, ".cls")):
                         odd[place] = f"{path}: {member.name} is {'sparse' if member.sparse else 'a link'}"
+                elif not member.isfile():
                     continue
-                if not member.isfile():
-                    continue
-                if member.offset_data + member.size > size:
+                elif member.offset_data + member.size > size:
                     raise UserError(f"{path} is cut off: {member.name} ends beyond its last byte")
-                if lower.endswith(EXTENSIONS):
+                elif lower.endswith(EXTENSIONS):
                     images[place] = member.offset_data, member.size
                 elif lower.endswith(".cls"):
                     labels[place] = class_in(archive.extractfile(member).read(1000), f"{path}: {member.name}")
@@ -100,7 +86,12 @@ def look_through(path):
                     inner = inner or member.name
                 archive.members = []  # tarfile would keep a million of them
             end = archive.offset
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except tarfile.TarError as error:
+        if begins(path, 6).startswith(COMPRESSED):
+            raise UserError(f"{path} is compressed, and in such an archive no place can be read by itself; "
+                            "unpack it to a plain .tar (images gain nothing from it)") from None
         raise UserError(f"{path} is damaged or no tar archive ({error})") from None
     if end > size or not ends(path, end):  # tarfile takes a damaged header for the end
         raise UserError(f"{path} is cut off or damaged after {len(images):,} images, or another archive was "
@@ -172,32 +163,22 @@ def ends(path, place):
 def index_of(paths, keep):
     """{path: [[size, time, RULES], *look_through(path)]}; kept in the folder `keep`, and used while these
     three stay."""
-    place = None
+    paths, kept, found, place = [*map(os.path.abspath, paths)], {}, {}, None
     if keep is not None:
-        digest = hashlib.sha256(os.fsencode("\n".join(map(os.path.abspath, paths)))).hexdigest()[:16]
-        place = keep / f"archives-{digest}.json"
-    known = {}
-    if place is not None and place.exists():
-        try:
-            known = json.loads(place.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            warn(f"{place} is damaged and made anew")
-    found, changed = {}, False
+        place = keep / f"archives-{mix(*paths):016x}.json"
+        with contextlib.suppress(OSError, ValueError):  # none is there, or a damaged one
+            kept = json.loads(place.read_text(encoding="utf-8"))
+    if len(paths) > 20 and not kept:
+        print0(f"looking through {len(paths)} archives, once")
     for path in paths:
-        state = os.stat(path)
-        about = [state.st_size, state.st_mtime_ns, RULES]
-        entry = known.get(os.path.abspath(path))
-        if not entry or entry[0] != about:
-            if not changed and len(paths) > 20:
-                print0(f"looking through {len(paths)} archives, once")
-            entry, changed = [about, *look_through(path)], True
-        found[os.path.abspath(path)] = entry
-    if changed and place is not None:
-        text = json.dumps(found)
+        about = [os.stat(path).st_size, os.stat(path).st_mtime_ns, RULES]
+        found[path] = kept.get(path)
+        if not found[path] or found[path][0] != about:
+            found[path] = [about, *look_through(path)]
+    if place and found != kept:
         try:
-            keep.mkdir(parents=True, exist_ok=True)
-            save_atomic(lambda p: p.write_text(text, encoding="utf-8"), place)
-        except (OSError, UserError) as error:  # a folder that may only be read
+            save_text(json.dumps(found), place)
+        except UserError as error:  # a folder that may only be read
             warn(f"the index of the archives is not kept, and made again each time: {error}")
     return found
 
@@ -245,29 +226,15 @@ def parts_of(file):
     return archive, int(offset), int(size), inside
 
 
-class Reader:
-    """Bytes at places of archives; each process opens its own, at most `OPEN` at a time."""
-
-    def __init__(self):
-        self.files, self.process = collections.OrderedDict(), os.getpid()
-
-    def read(self, path, offset, size):
-        if self.process != os.getpid():  # a worker: what the parent opened is left alone
-            self.__init__()
-        if path not in self.files:
-            self.files[path] = open(path, "rb", buffering=0)
-            while len(self.files) > OPEN:
-                self.files.popitem(last=False)[1].close()
-        self.files.move_to_end(path)
-        return os.pread(self.files[path].fileno(), size, offset)
-
-
-READER = Reader()
+@functools.lru_cache(OPEN)  # a file that falls out of it is closed
+def opened(path, process):
+    return open(path, "rb", buffering=0)
 
 
 def read(file):
     """One `scan_archives` file as a file in memory.  raises: BadImage if its archive cannot be read"""
-    try:
-        return io.BytesIO(READER.read(*parts_of(file)[:3]))
+    path, offset, size, _ = parts_of(file)
+    try:  # each process opens its own files
+        return io.BytesIO(os.pread(opened(path, os.getpid()).fileno(), size, offset))
     except OSError as error:
         raise BadImage(str(error)) from None

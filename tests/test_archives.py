@@ -1,5 +1,6 @@
 """Claims about images in tar archives: they are those of the same folder, bit for bit."""
 
+import functools
 import gzip
 import io
 import json
@@ -265,14 +266,14 @@ def test_an_archive_is_looked_through_again_only_when_it_changed(archives, tmp_p
 
 
 def test_few_archives_are_open_at_a_time_and_workers_share_none(archives, monkeypatch):
-    monkeypatch.setattr(plumbing.archives, "OPEN", 1)
-    monkeypatch.setattr(plumbing.archives, "READER", plumbing.archives.Reader())
+    few = functools.lru_cache(1)(plumbing.archives.opened.__wrapped__)
+    monkeypatch.setattr(plumbing.archives, "opened", few)
     data = load_data(config(archives))[0]
     pixels = [data.render(i) for i in range(len(data))]
-    reader = plumbing.archives.READER
-    assert len(reader.files) == 1
-    reader.process = -1  # as a forked child sees it
-    assert torch.equal(data.render(0), pixels[0]) and reader.process == os.getpid()
+    assert few.cache_info().currsize == 1 and few.cache_info().misses >= 2
+    before, number = few.cache_info().misses, os.getpid()
+    monkeypatch.setattr(os, "getpid", lambda: number + 1)  # as in a forked child
+    assert torch.equal(data.render(len(data) - 1), pixels[-1]) and few.cache_info().misses == before + 1
 
 
 def test_an_image_that_is_none_is_replaced_as_in_a_folder(tmp_path):
