@@ -13,7 +13,7 @@ from plumbing.archives import EXTENSIONS, is_archive, matches, parts_of, read, s
 from plumbing.dataset import ImageData
 from plumbing.errors import UserError, warn
 from plumbing.images import BadImage, load_rgb, to_square
-from plumbing.paths import SPLITS, as_path, expanded, shown, split_of
+from plumbing.paths import SPLITS, as_path, shown, split_of
 from plumbing.processes import mix, on_rank0, print0, rank
 from plumbing.shapes import Shapes
 
@@ -96,12 +96,11 @@ class Cifar10(ImageData):
         on_rank0(fetch)
         data = TorchvisionCifar10(folder, train=train)
         super().__init__(image_size, seed, data.classes)
-        self.images, self.labels = data.data, data.targets
-        few = bool(limit and limit < len(data))
-        if few:
+        self.images, self.labels, self.fingerprint = data.data, data.targets, [len(data), "cifar10"]
+        if limit and limit < len(data):
             chosen = random.Random(mix(seed, "limit")).sample(range(len(data)), limit)
             self.images, self.labels = self.images[chosen], [self.labels[i] for i in chosen]
-        self.fingerprint = [len(self), "cifar10" + f", seed {seed}" * few]
+            self.fingerprint = [limit, f"cifar10, seed {seed}"]
 
     def __len__(self):
         return len(self.images)
@@ -115,14 +114,9 @@ class Cifar10(ImageData):
 
 def images_in(folder):
     """Paths of the images in a folder, sorted: strings, as a million Path objects take ten times as long."""
-    with os.scandir(folder) as entries:
-        return sorted(e.path for e in entries
-                      if e.name.lower().endswith(EXTENSIONS) and not e.name.startswith(".") and is_file(e))
-
-
-def is_file(entry):
-    with contextlib.suppress(OSError):  # links in a circle
-        return entry.is_file()
+    with os.scandir(folder) as entries:  # isfile: links in a circle are none
+        return sorted(e.path for e in entries if e.name.lower().endswith(EXTENSIONS) and e.name[0] != "."
+                      and (e.is_file(follow_symlinks=False) or os.path.isfile(e.path)))
 
 
 def scan_folder(folder, flag="--data"):
@@ -268,11 +262,8 @@ def images_of(path, config, data=None):
     if data is None and config["data"] is None:
         raise UserError(f"{path} tells of no images; pass --data PATH")
     for source in (config["data"], config["val"]) if data is None else ():
-        if is_archive(source):
-            kind, there = "archive", all(matches(source).values())
-        else:
-            kind, there = "folder", not is_folder(source) or Path(expanded(source)).is_dir()
-        if not there:
+        if is_folder(source) and not all(matches(source).values()):
+            kind = "archive" if is_archive(source) else "folder"
             raise UserError(f"the run of {path} had its images in {source}, and from {Path.cwd()} there is "
                             f"no such {kind}; pass --data PATH")
     return load_data(with_data(config, data), Path(path).parent)
