@@ -4,7 +4,6 @@ Without torch, so that --help answers at once.
 """
 
 import atexit
-import contextlib
 import os
 import sys
 
@@ -40,17 +39,6 @@ class Steady:
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
-
-
-@contextlib.contextmanager
-def steady_output():
-    """Within it sys.stdout and sys.stderr are `Steady`."""
-    before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = map(Steady, before)
-    try:
-        yield
-    finally:
-        sys.stdout, sys.stderr = before
 
 
 def steady_process():

@@ -14,7 +14,6 @@ from torch import nn
 from torch.distributed.nn.functional import all_reduce  # with a gradient
 from tqdm import tqdm
 
-from plumbing.console import steady_output
 from plumbing.errors import UserError, of_fork, print_traceback, warn
 from plumbing.fast import keep_freed_memory
 
@@ -91,24 +90,23 @@ def all_rows(x):
 @contextlib.contextmanager
 def one_line_errors():
     """Around each command: what is wrong ends with one line, and all processes leave together."""
-    with steady_output():
-        try:
-            yield
-            barrier()
-        except torch.OutOfMemoryError:
-            print("error: out of GPU memory; pass a smaller --batch (visualize.py: --num)", file=sys.stderr)
-            sys.exit(1)
-        except Exception as error:
-            place = "" if isinstance(error, UserError) else of_fork(error)
-            if not place and not isinstance(error, UserError | OSError):
-                raise
-            print_traceback()
-            if speaks(of_machine=True) or not getattr(error, "shared", False):  # one voice a machine
-                print(f"error: {place or error}", file=sys.stderr)
-            sys.exit(error.code if isinstance(error, UserError) else 1)
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
+    try:
+        yield
+        barrier()
+    except torch.OutOfMemoryError:
+        print("error: out of GPU memory; pass a smaller --batch (visualize.py: --num)", file=sys.stderr)
+        sys.exit(1)
+    except Exception as error:
+        place = "" if isinstance(error, UserError) else of_fork(error)
+        if not place and not isinstance(error, UserError | OSError):
+            raise
+        print_traceback()
+        if speaks(of_machine=True) or not getattr(error, "shared", False):  # one voice a machine
+            print(f"error: {place or error}", file=sys.stderr)
+        sys.exit(error.code if isinstance(error, UserError) else 1)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def setup_device(name, timeout=1800):
