@@ -12,7 +12,7 @@ from plumbing.codes import codebook_usage, count_codes, kept_codes
 from plumbing.data import images_of, with_data
 from plumbing.drawing import literal, new_figure, pyplot
 from plumbing.errors import UserError
-from plumbing.files import read_checkpoint, read_metrics, save_text, writable
+from plumbing.files import header, read_metrics, save_text, writable
 from plumbing.hashes import latent_hash
 from plumbing.images import make_sheet, to_float, to_uint8
 from plumbing.models import load_model, load_tokenizer_of
@@ -115,12 +115,10 @@ def metric_tables(results):
     for group in groups.values():
         first = next(iter(group.values()))
         names = [name for name, value in first["results"].items() if isinstance(value, float)]
-        lines, best = [["", *names]], set()
-        for name, result in group.items():
-            values = [result["results"].get(key) for key in names]
-            lines.append([name, *("-" if value is None else f"{value:.4g}" for value in values)])
-        for j, key in enumerate(names, 1):
-            column = [result["results"].get(key, math.nan) for result in group.values()]
+        columns = [[result["results"].get(key, math.nan) for result in group.values()] for key in names]
+        cells = [["-" if math.isnan(value) else f"{value:.4g}" for value in column] for column in columns]
+        lines, best = [["", *names], *zip(group, *cells, strict=True)], set()
+        for j, (key, column) in enumerate(zip(names, columns, strict=True), 1):
             if len(set(column)) > 1 and not any(map(math.isnan, column)):
                 top = min(column) if any(part in key for part in LOW) else max(column)
                 best |= {(i, j) for i, value in enumerate(column, 1) if value == top}
@@ -183,12 +181,13 @@ def news(run):
 def write_report(args):
     """One self-contained HTML page of a run folder: no network, images inside."""
     run, sections, device = args.run, [], setup_device(args.device)
-    found = {s: run / f"{s}.pt" for s in ("phase1", "phase2", "ar", "nar") if (run / f"{s}.pt").is_file()}
-    if "phase1" not in found and "phase2" not in found:
-        raise UserError(f"{run} holds no phase1.pt or phase2.pt; name the folder of a run")
+    places = {s: run / f"{s}.pt" for s in ("phase1", "phase2", "ar", "nar", "vgg")}
+    found = {s: path for s, path in places.items() if path.is_file()}
     tokenizers = {s: load_model(found[s], (s,), device)[0] for s in ("phase1", "phase2") if s in found}
-    config = read_checkpoint(next(iter(found.values())), tuple(found))["config"]
-    note = next((c["note"] for c in (read_checkpoint(p, (s,)) for s, p in found.items()) if c["note"]), "")
+    if not tokenizers:
+        raise UserError(f"{run} holds no phase1.pt or phase2.pt; name the folder of a run")
+    ckpts, first = {s: header(path) for s, path in found.items()}, next(iter(found))
+    note, config = next(filter(None, (c["note"] for c in ckpts.values())), ""), ckpts[first]["config"]
     last = list(tokenizers.values())[-1]
 
     def section(title, *parts):
@@ -207,22 +206,18 @@ def write_report(args):
     if rows:
         section("Loss curves", plot(draw_curves(rows), "loss curves of all stages"))
 
-    first = next(iter(found.values()))
-    count = min(args.num or 64, 200, len(images_of(first, config, args.data)[1]))
-    images, x = load_images(config, count, args.data, first)
-    config = with_data(config, args.data)
-    x, shown = to_float(x, device), min(8, len(x))
+    count = min(args.num or 64, 200, len(images_of(found[first], config, args.data)[1]))
+    x = to_float(load_images(config, count, args.data, found[first])[1], device)
+    config, shown = with_data(config, args.data), min(8, len(x))
     tokens = torch.cat([last.encode(part) for part in x.split(50)])
     codes = kept_codes(run, latent_hash(last))
-    known = codes["val"].long() if codes else tokens.cpu()
-    counts = count_codes(known, last.codebook_size)
+    counted = codes["val"].long() if codes else tokens.cpu()
+    counts = count_codes(counted, last.codebook_size)
     usage, perplexity = codebook_usage(counts)
-    counts = counts.flatten()  # k sub-codebooks in one row
-    fig = new_figure(9, 2)
-    axis = fig.subplots()
-    axis.bar(range(len(counts)), counts.sort(descending=True).values.numpy(), width=1)
-    axis.set(xlabel="codes, the most frequent first", ylabel="times chosen")
-    section("Codebook", f"<p>{usage:.1%} of {len(counts)} codes are chosen for {len(known):,} validation "
+    counts, fig = counts.flatten(), new_figure(9, 2)  # k sub-codebooks in one row
+    fig.subplots().bar(range(len(counts)), counts.sort(descending=True).values.numpy(), width=1)
+    fig.axes[0].set(xlabel="codes, the most frequent first", ylabel="times chosen")
+    section("Codebook", f"<p>{usage:.1%} of {len(counts)} codes are chosen for {len(counted):,} validation "
             f"images; perplexity {perplexity:.1f}.</p>", plot(fig, "histogram of the codes"))
 
     decoded = {s: decode(t, tokens[:shown]) for s, t in tokenizers.items()}
@@ -234,36 +229,33 @@ def write_report(args):
 
     if "ar" in found:
         pairs, _ = load_pairs([found["ar"]], len(x), device, (), args.data)
-        view, told = pairs[0]["view"], pairs[0]["numbers"]
-        rows = [[picture(view[key][i : i + 1], 1, f"{key} {i}") for key in ("reconstruction", "prediction")]
-                for i in range(shown)]
-        both = "".join(f'<div class="stack">{"".join(row)}</div>' for row in rows)
+        view, numbers = pairs[0]["view"], pairs[0]["numbers"]
+        keys = "reconstruction", "prediction"
+        rows = ["".join(picture(view[key][i : i + 1], 1, f"{key} {i}") for key in keys) for i in range(shown)]
+        both = "".join(f'<div class="stack">{row}</div>' for row in rows)
         slider = ('<label>Slide from the prediction (left) to the reconstruction (right): '
                   '<input type="range" min="0" max="100" value="50" oninput="slide(this)"></label>')
         section("Teacher-forced view", "<p>Reconstruction, and over it what the AR prior predicts for every "
-                f"token given the true ones before: {told['top1']:.1%} of tokens are right, "
-                f"{told['nats_per_token']:.3f} nats a token. Inputs, then the two:</p>",
-                picture(x[:shown], shown, "inputs"),
-                f'<div class="row">{both}</div>', slider)
-    for stage in ("ar", "nar"):
-        if stage in found:
-            prior, ckpt = load_model(found[stage], (stage,), device)
-            tokenizer, _ = load_tokenizer_of(found[stage], ckpt, None, device)
-            settings = ckpt["config"]["sample"]
-            classes = prior.config.num_classes
-            labels = [i % min(classes, 10) for i in range(4 * min(classes, 10))] if classes else None
-            sheet = generate_images(prior, tokenizer, len(labels or range(32)), labels, 0, settings)
-            names = f"<p>Columns: {html.escape(', '.join(ckpt['class_names'][:10]))}.</p>" if classes else ""
-            section(f"Samples of the {stage.upper()} prior", names,
-                    picture(sheet, min(classes or 8, 10), f"samples of {stage}"))
-            if stage == "nar":
-                strip = decoding_strip(prior, tokenizer, settings, classes, device)
-                section("NAR decoding, step by step", *strip)
-    found |= {"vgg": run / "vgg.pt"} if (run / "vgg.pt").is_file() else {}
-    made = {stage: read_checkpoint(path, (stage,))["config"] for stage, path in found.items()}
+                f"token given the true ones before: {numbers['top1']:.1%} of tokens are right, "
+                f"{numbers['nats_per_token']:.3f} nats a token. Inputs, then the two:</p>",
+                picture(x[:shown], shown, "inputs"), f'<div class="row">{both}</div>', slider)
+    for stage in [s for s in ("ar", "nar") if s in found]:
+        prior, ckpt = load_model(found[stage], (stage,), device)
+        tokenizer, _ = load_tokenizer_of(found[stage], ckpt, None, device)
+        settings, classes = ckpt["config"]["sample"], prior.config.num_classes
+        columns = min(classes or 8, 10)
+        labels = [i % columns for i in range(4 * columns)] if classes else None
+        sheet = generate_images(prior, tokenizer, 4 * columns, labels, 0, settings)
+        names = f"<p>Columns: {html.escape(', '.join(ckpt['class_names'][:10]))}.</p>" if classes else ""
+        samples = picture(sheet, columns, f"samples of {stage}")
+        section(f"Samples of the {stage.upper()} prior", names, samples)
+        if stage == "nar":
+            strip = decoding_strip(prior, tokenizer, settings, classes, device)
+            section("NAR decoding, step by step", *strip)
+    values = configuration(config, {stage: ckpt["config"] for stage, ckpt in ckpts.items()})
     section("Configuration", html_table([["section", "values"], *(
         [key, ", ".join(f"{k} = {v}" for k, v in value.items()) if isinstance(value, dict) else value]
-        for key, value in configuration(config, made).items())], kind="values"))
+        for key, value in values.items())], kind="values"))
     title = f"SeQ-GAN run: {run.absolute().name}" + f" ({note})" * bool(note)
     page = PAGE % dict(title=html.escape(title), shown=shown, body="\n".join(sections),
                        again=AGAIN * bool(args.watch))
@@ -272,7 +264,7 @@ def write_report(args):
 
 
 def decoding_strip(prior, tokenizer, settings, classes, device, num=4):
-    """HTML parts: samples after each step, what is not yet fixed in grey, and the step of each token."""
+    """HTML parts: samples after each step, what is not yet fixed in grey."""
     N = prior.config.num_tokens
     labels = torch.arange(num, device=device) % classes if classes else None
     tokens, fixed_at = generate_tokens(prior, labels, 0, range(num), settings, return_steps=True)
@@ -283,9 +275,5 @@ def decoding_strip(prior, tokenizer, settings, classes, device, num=4):
         for t in range(rounds):
             seen = (fixed <= t).repeat_interleave(block, 0).repeat_interleave(block, 1)
             frames.append(torch.where(seen, image, torch.full_like(image, 0.6)))
-    maps = "".join(html_table([[f"sample {i}"], *((fixed + 1).view(side, side).tolist())])
-                   for i, fixed in enumerate(fixed_at)) if side <= 8 else ""
     return (f"<p>{num} samples after each of {rounds} steps; tokens that are not fixed yet are grey.</p>",
-            picture(torch.stack(frames), rounds, "decoding steps"),
-            "<p>The step that fixed each token:</p>" * bool(maps),
-            f'<div style="display: flex; flex-wrap: wrap; gap: 1rem">{maps}</div>' * bool(maps))
+            picture(torch.stack(frames), rounds, "decoding steps"))
