@@ -10,7 +10,7 @@ from torch import nn
 
 from plumbing.errors import UserError, as_user_error, one_line, warn
 from plumbing.files import check_digest, load_torch, reason
-from plumbing.processes import GlobalBatchNorm, fetched, on_rank0
+from plumbing.processes import GlobalBatchNorm, fetched
 
 VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 
@@ -64,7 +64,7 @@ class EverySecond(nn.Conv2d):
 
 
 class ResNet(nn.Module):
-    """A narrow ResNet classifier, the scorer: Frechet distances in its features (ours; for small images).
+    """A narrow ResNet classifier, the FID classifier: distances are taken in its features (ours).
 
     Another family than VGG, so that no tokenizer is measured by the network that trained it.
     A 3x3 convolution, four stages of one of torchvision's basic blocks with (1, 2, 4, 8) * width channels,
@@ -191,8 +191,8 @@ def _read_state_dict(path):
     try:
         return load_torch(path)
     except Exception as error:  # torch.load fails in many ways on a file that is not a plain state dict
-        told = f"{path} is no readable state dict ({reason(path, error)})"
-        raise ValueError(f"{told}; the official one is {VGG_URL} (528 MB)") from error
+        raise ValueError(f"{path} is no readable state dict ({reason(path, error)}); the official one is "
+                         f"{VGG_URL} (528 MB)") from error
 
 
 def build_lpips(vgg):
@@ -223,9 +223,8 @@ def load_lpips(source, device):
         except ValueError as error:
             raise UserError(f"--lpips: {error}") from None
 
-    if source == "none" or not on_rank0(lambda: load() is not None):
-        return None
-    return build_lpips(load()).to(device)
+    vgg = None if source == "none" else fetched(load)
+    return vgg and build_lpips(vgg).to(device)
 
 
 def load_vgg16_of(source):

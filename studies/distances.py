@@ -4,46 +4,24 @@ import re
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from perceptual import normalize_images
 
 
-def register_scorer(network, name="classifier"):
-    """Makes a classifier of ours (VGG or ResNet) known to torch-fidelity under `name`; returns the extractor.
+class ClassifierFeatures(nn.Module):
+    """A classifier of ours, VGG or ResNet, as an extractor: images (B, 3, H, W) uint8, of the size that it
+    was trained on, to the input of its first linear layer, (B, F), and its logits, (B, C)."""
 
-    It takes (B, 3, H, W) uint8 and gives "pool", the input of the classifier's first linear layer, and
-    "logits". Images are not resized: give it the size that it was trained on.
-    """
-    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
-    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
+    def __init__(self, network):
+        super().__init__()
+        self.network = network.eval()
 
-    class Scorer(FeatureExtractorBase):
-        def __init__(self, name, features_list, **kwargs):
-            super().__init__(name, features_list)
-            self.network = network
-
-        @staticmethod
-        def get_provided_features_list():
-            return "pool", "logits"
-
-        @staticmethod
-        def get_default_feature_layer_for_metric(metric):
-            return "logits" if metric == "isc" else "pool"
-
-        @staticmethod
-        def can_be_compiled():
-            return False
-
-        def forward(self, x):
-            x = normalize_images(x.float() / 127.5 - 1)
-            pool = self.network.avgpool(self.network.features(x)).flatten(1)
-            logits = self.network.classifier(pool) / getattr(self.network, "logit_scale", 1)
-            out = {"pool": pool, "logits": logits}  # as the classifier was trained, for the inception score
-            return tuple(out[layer] for layer in self.features_list)
-
-    FEATURE_EXTRACTORS_REGISTRY.pop(name, None)
-    register_feature_extractor(name, Scorer)
-    return Scorer(name, ["pool", "logits"]).eval()
+    def forward(self, x):
+        x = normalize_images(x.float() / 127.5 - 1)
+        pool = self.network.avgpool(self.network.features(x)).flatten(1)
+        # as the classifier was trained, for the inception score
+        return pool, self.network.classifier(pool) / getattr(self.network, "logit_scale", 1)
 
 
 def plain(name, layer=""):

@@ -15,11 +15,11 @@ from plumbing.hashes import weights_hash
 from plumbing.models import load_model
 from plumbing.paths import expanded
 from plumbing.processes import fetched
-from studies.distances import register_scorer
+from studies.distances import ClassifierFeatures
 
 
 class Extractor:
-    """A network from torch-fidelity's registry, and what identifies it.
+    """A network that takes uint8 images and gives features and logits, and what identifies it.
 
     source: 'inception', a .pth file of its weights, 'lite0' (see `Lite0`), or a checkpoint of
             `train.py --stage vgg`, exported or not
@@ -38,7 +38,7 @@ class Extractor:
             if size != image_size:
                 raise UserError(f"--extractor {path} was trained on {size}-pixel images and these have "
                                 f"{image_size}; train one with --set image_size={image_size}")
-            self.network = register_scorer(getattr(network, "vgg", network))
+            self.network = ClassifierFeatures(getattr(network, "vgg", network))
         else:
             self.network, resize = fetched(lambda: load_inception(source)), "tf1-bilinear-299"
         self.network.to(device)
