@@ -122,7 +122,6 @@ FLAGS = {  # without `names` a flag is its key up to the dot
     "tokenizers": FILE | dict(names=["files"], metavar="CKPT", nargs="+", help="phase1.pt or phase2.pt"),
     "steps.probe": WHOLE | dict(help="training steps of the probe (default 400)"),
     "samples.probe": WHOLE | dict(help="training images of the probe (default 5,000)"),
-    "extractor.probe": SOURCE | dict(help="measure rFD too, with these features (see metrics)"),
     "ckpt.balance": FILE | dict(names=["ckpt"], metavar="CKPT", nargs="+", help="phase1.pt or phase2.pt"),
     "vgg.balance": SOURCE | dict(help="perceptual network, as train.py (default: that of the run)"),
     # runs

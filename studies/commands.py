@@ -24,7 +24,7 @@ STUDIES = dict(
            "Metrics of samples for each value of a setting of the sampler, a CSV and a plot."),
     edit=("edit.edit", f"image ckpt box mask onto num classes tokenizer format.edit out seed.sample {NAR} "
           "batch.sample device", "Redraws a part of an image with a nar.pt (in-, outpainting, class)."),
-    compare=("probe.compare", "tokenizers images steps.probe samples.probe extractor.probe out device",
+    compare=("probe.compare", "tokenizers images steps.probe samples.probe out device",
              "A probe of tokenizers on the same images: bits per image of a small prior, PSNR, stability."),
     balance=("balance.balance", "ckpt.balance images vgg.balance num out device",
              "Sizes and gradients of the perceptual loss's layers beside L1's."),

@@ -4,7 +4,6 @@ import json
 import math
 import random
 import time
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -19,9 +18,7 @@ from plumbing.models import classes_of, load_model
 from plumbing.processes import mix, print0, rank, setup_device
 from plumbing.slices import decode
 from prior_ar import ARPrior
-from studies.commands import study_args
-from studies.metrics import evaluate
-from studies.tables import number, print_table, refuse_unlike
+from studies.tables import number, print_table
 from visualize import alpha_of, same_size, stability
 
 
@@ -72,10 +69,10 @@ def probe_of(ckpt):
 
 
 def probes(args, device):
-    """`compare A.pt B.pt`: the probe, PSNR and code stability of tokenizers on the same images; with
-    --extractor rFD too, by its own protocol. A folder of --data is split into training and validation
-    images as train.py does. For a tokenizer of another kind call `probe` with its tokens."""
-    rows, measured, ckpts = [], {}, [read_checkpoint(path, ("phase1", "phase2")) for path in args.files]
+    """`compare A.pt B.pt`: the probe, PSNR and code stability of tokenizers on the same images; rFD is for
+    `metrics`. A folder of --data is split into training and validation images as train.py does. For a
+    tokenizer of another kind call `probe` with its tokens."""
+    rows, ckpts = [], [read_checkpoint(path, ("phase1", "phase2")) for path in args.files]
     for path, ckpt in zip(args.files, ckpts, strict=True):
         same_size(path, ckpt, ckpts[0]["config"], args.files[0])
     config, images = ckpts[0]["config"], []
@@ -94,22 +91,11 @@ def probes(args, device):
         row = dict(
             ckpt=str(path), tokenizer_hash=latent_hash(tokenizer), **alpha_of(ckpt["config"]),
             train_images=len(images[0]), val_images=len(images[1]), psnr_images=len(x),
-            psnr=psnr(x, x_hat).mean().item(),
-            changed=stability(tokenizer, x),
+            psnr=psnr(x, x_hat).mean().item(), changed=stability(tokenizer, x),
             **probe(*tokens, tokenizer.codebook_size, device, args.steps or 400, **probe_of(ckpt)))
         row["seconds"] = round(time.time() - begin, 1)
-        if args.extractor:
-            out = Path(path).with_name(f"metrics_{Path(path).stem}_compare.json")
-            words = ["metrics", "--ckpt", path, "--lpips", "none", "--out", out]
-            words += ["--extractor", args.extractor, *(["--data", args.data] if args.data else [])]
-            measured[str(path)] = evaluate(study_args(words), device)
-            found = measured[str(path)]["results"]
-            row |= {name: found[name] for name in ("rfid", "rfd") if name in found}
         rows.append(row)
-    if measured:
-        refuse_unlike(measured)
-    names = ["bits_per_image", "unigram_bits_per_image", "relative", "psnr",
-             *(name for name in ("rfid", "rfd") if name in rows[0])]
+    names = "bits_per_image", "unigram_bits_per_image", "relative", "psnr"
     print_table([["", *names], *([row["ckpt"], *(number(row[name]) for name in names)] for row in rows)])
     return rows
 

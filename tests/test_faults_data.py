@@ -531,7 +531,7 @@ def idle(monkeypatch):
     for module, names in ((plumbing.slices, ("decode", "generate_tokens")),
                           (studies.metrics, ("decode", "load_reference", "Extractor")),
                           (visualize, ("decode", "teacher_forced_view", "draw", "load_images")),
-                          (studies.probe, ("decode", "evaluate", "stability")),
+                          (studies.probe, ("decode", "stability")),
                           (studies.report, ("decode", "generate_images", "load_pairs", "load_images")),
                           (subprocess, ("run",))):
         for name in names:
