@@ -1,4 +1,4 @@
-"""Other tokenizers and priors, by the interface of docs/forking.md: each is a file or a package here.
+"""Other tokenizers and priors (docs/forking.md), each a file or a package in this folder.
 
 A fork offers `parts()`, the classes that it replaces (tokenizer, ar, nar), and `PRESETS`; if it wants, also
 `TABLES` (rows for --ablation, as in recipes/ablations.py) and `FIGURES` ({name: help}) with

@@ -46,8 +46,8 @@ def load_rgb(path, min_side=1, alpha=False):
     except BadImage:
         raise
     except Exception as error:  # decoders raise errors of many kinds on damaged files
-        said = f"{type(error).__name__}: {error}".replace(f" {path!r}", "")  # its name, its place in memory
-        raise BadImage(said.splitlines()[0]) from None
+        reason = f"{type(error).__name__}: {error}".replace(f" {path!r}", "")  # its name or place in memory
+        raise BadImage(reason.splitlines()[0]) from None
 
 
 def upright(file):

@@ -122,7 +122,7 @@ def setup_device(name, timeout=1800):
         raise UserError("--device cuda, but torch sees no GPU; use --device cpu or --device auto")
     _, local_rank, _ = launched()
     if {"RANK", "LOCAL_RANK"} & os.environ.keys() and "WORLD_SIZE" not in os.environ:
-        warn("RANK or LOCAL_RANK is set without WORLD_SIZE, so neither is heeded: this is the only process")
+        warn("RANK or LOCAL_RANK is set without WORLD_SIZE, so neither counts: this is the only process")
     if name == "cuda" and local_rank >= torch.cuda.device_count():
         raise UserError(
             f"more processes than the {torch.cuda.device_count()} visible GPUs; lower --nproc_per_node",
@@ -220,7 +220,7 @@ def speaks(of_machine=False):
 
 
 def launched():
-    """(rank, local rank, processes) as torchrun tells them; (0, 0, 1) without it.
+    """(rank, local rank, processes) as torchrun sets them; (0, 0, 1) without it.
 
     WORLD_SIZE decides: a RANK or LOCAL_RANK that another tool left behind means nothing without it.
     raises: UserError where the variables fit no launch

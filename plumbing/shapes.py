@@ -89,8 +89,7 @@ def shape_distance(label, u, v):
     if label == 3:  # triangle
         return torch.maximum(-v - 0.5, torch.maximum(0.87 * u + 0.5 * v, -0.87 * u + 0.5 * v) - 0.5)
     if label == 4:  # cross
-        arms = torch.minimum(torch.maximum(a, b - 0.7), torch.maximum(b, a - 0.7))
-        return arms - 0.27
+        return torch.minimum(torch.maximum(a, b - 0.7), torch.maximum(b, a - 0.7)) - 0.27
     if label == 5:  # star with five points
         wedge = (angle * 5 / (2 * math.pi) % 1 - 0.5).abs() * 2  # 1 at a point, 0 between two points
         return (r - (0.38 + 0.65 * wedge**2)) * 0.7

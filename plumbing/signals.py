@@ -1,4 +1,4 @@
-"""What a run does when it is told to stop."""
+"""What a run does when a signal asks it to stop."""
 
 import os
 import signal
@@ -15,11 +15,10 @@ from plumbing.processes import print0
 def listening(run):
     """The signals STOPS end a run after the step in progress was saved, with 128 + their number as the
     exit code; SIGUSR1 saves and goes on. A second Ctrl-C ends it at once, and so do all signals between two
-    stages, with a line that says so. SIGHUP stays ignored where nohup has seen to it. Only a main thread can
-    listen."""
+    stages, with a line that says so. SIGHUP stays ignored where nohup has seen to it."""
     if threading.current_thread() is not threading.main_thread():
-        print0("note: not in the main thread, so no signal is heeded: one that ends the program loses "
-               "the steps since the last save")
+        print0("note: only a main thread can handle signals: here one that ends the program loses the steps "
+               "since the last save")
         yield
         return
     pressed, between = [], []  # when Ctrl-C was; torchrun repeats it within an instant

@@ -77,14 +77,12 @@ def balance_of(path, args, device):
                 share="share in this run's L_per")
     print_table([["", *keys.values()], *([name, *(number(row.get(key)) for key in keys)]
                                          for name, row in rows.items())])
-    told = (f"{c['per_weight']:g} L_per of {source}: {loss['size']:.2g} times the size of L1, "
-            f"{loss['at_image']:.2g} times its gradient at x_hat, {loss['at_layer']:.2g} times at the last "
-            "layer")
-    print0(f"for the table of decisions: {told}")
+    print0(f"{c['per_weight']:g} L_per of {source}: {loss['size']:.2g} times the size of L1, "
+           f"{loss['at_image']:.2g} times its gradient at x_hat, {loss['at_layer']:.2g} at the last layer")
     return dict(
         ckpt=str(path), stage=ckpt["stage"], step=ckpt["step"], tokenizer_hash=latent_hash(tokenizer),
         **alpha_of(ckpt["config"]), vgg=source, per_weight=c["per_weight"], num_images=len(drawn), note=note,
-        l1=found["L1"][0], terms=rows, weighted_loss=loss, told=told)
+        l1=found["L1"][0], terms=rows, weighted_loss=loss)
 
 
 def balance(args):

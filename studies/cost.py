@@ -73,8 +73,8 @@ def print_cost(name, c, flops, kept, trainable, frozen, processes):
 def explain(config, networks):
     """Prints modules, sizes, recipe and cost of a preset; all tensors are fake, nothing is computed.
 
-    networks: of its stages, as a run builds them on the meta device first. What they cost is told for eight
-              GPUs; up to 64 pixels, which a CPU trains, in FLOPs alone.
+    networks: of its stages, as a run builds them on the meta device first. Costs are of eight GPUs; up to 64
+              pixels, which a CPU trains, in FLOPs alone.
     """
     small = config["image_size"] <= 64
     processes, known = 1 if small else 8, dict(shapes=len(Shapes.NAMES), cifar10=10).get(config["data"])
@@ -161,9 +161,9 @@ def explain(config, networks):
                                           for label, name in names.items()))
         for name in ("ar", "nar"):
             stage(f"{name}, {first.grid_size}^2 tokens of {first.codebook_size} codes", config[name])
-            free, told = prior[name, 0], prior[name, classes]
-            row("prior, unconditional", free, config[name])
-            row(f"prior, {called}", told, config[name])
-            shown = told.inputs(tokens, noise)[0]
-            flops, kept = cost([lambda told=told, shown=shown: told(shown, label).sum().backward()], told)
-            print_cost(name, config[name], flops, kept, count(told), 0, processes)
+            own = prior[name, classes]
+            row("prior, unconditional", prior[name, 0], config[name])
+            row(f"prior, {called}", own, config[name])
+            inputs = own.inputs(tokens, noise)[0]
+            flops, kept = cost([lambda own=own, inputs=inputs: own(inputs, label).sum().backward()], own)
+            print_cost(name, config[name], flops, kept, count(own), 0, processes)

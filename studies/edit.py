@@ -107,7 +107,7 @@ def canvas(args, S):
 
 
 def blend(x, drawn, redrawn, f):
-    """`drawn` inside the redrawn cells, x beyond a seam of f pixels around them, and a ramp between."""
+    """`drawn` inside the redrawn cells, x beyond a border of f pixels around them, and a ramp between."""
     wide = F.max_pool2d(redrawn[None, None].float(), 2 * (f // 2) + 1, 1, f // 2)
     ramp = F.avg_pool2d(wide, 2 * (f // 2) + 1, 1, f // 2, count_include_pad=False)
     weight = torch.maximum(ramp, redrawn[None, None].float())

@@ -31,14 +31,14 @@ def collect(chunks, parts, what, num):
         return sum(intact(path) or bool(path.unlink()) for path in parts.glob("*.pt"))
 
     locks, count = [], 0
-    found, begun, told, last = on_rank0(begin), time.time(), time.time(), time.time()
+    found, begun, printed, last = on_rank0(begin), time.time(), time.time(), time.time()
     if found:
         print0(f"{what}: going on, {found} parts are there already")
     for start, rows in chunks(lambda indices: place(indices[0]).exists()):
         save_torch(rows | dict(seconds=torch.tensor([(time.time() - last) / world()])), place(start))
         last, count = time.time(), count + len(rows["digests"])
-        if time.time() > told + 30:
-            told, rate = time.time(), count * world() / (time.time() - begun)
+        if time.time() > printed + 30:
+            printed, rate = time.time(), count * world() / (time.time() - begun)
             print0(f"{what}: {start:,} of {num:,}, {rate:.1f} images/s, {(num - start) / rate:.0f} s left")
     barrier()
     if rank() > 0:
@@ -58,8 +58,8 @@ def load_reference(args, extractor, config, split):
     """What all images of a split give, made once for each extractor; see `reference_statistics`.
 
     The cache goes by names, sizes and times of the files; the `reference_hash` of a result is that of all
-    pixels. A --reference in ADM's form, an npz with mu and sigma, tells neither which images nor features it
-    is of: that is the caller's word. returns: the dict in the first process, None in others
+    pixels. A --reference in ADM's form, an npz with mu and sigma, names neither its images nor its features:
+    these are the caller's word. returns: the dict in the first process, None in others
     """
     if args.reference and args.reference.suffix == ".npz":
         return on_rank0(lambda: adm_reference(args.reference, extractor.num_features))
@@ -81,7 +81,7 @@ def load_reference(args, extractor, config, split):
                     del rows["logits"]  # nothing to tell, and large
                 yield start, rows
 
-    path, locks, told = args.reference or on_rank0(name), [], ""
+    path, locks, printed = args.reference or on_rank0(name), [], ""
 
     def look():
         """made, ours to make, or the reason to wait for another process"""
@@ -93,9 +93,9 @@ def load_reference(args, extractor, config, split):
             return str(error)
 
     while (state := "made" if args.reference else on_rank0(look)) not in ("made", "ours"):
-        if state != told:
-            told = state
-            print0(f"waiting: {told}")
+        if state != printed:
+            printed = state
+            print0(f"waiting: {state}")
         time.sleep(2)  # not inside `on_rank0`, where the other processes would give up
     if state == "ours":
         parts = path.with_suffix(f".parts{args.batch}")

@@ -112,8 +112,8 @@ def summarize(run):
     summary = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in summary.items()}
     if rank() == 0:
         save_text(json.dumps(summary, indent=1) + "\n", run.out / "summary.json")
-    for name, told in summary_lines(summary):
-        print0(f"  {name:28s} {told}")
+    for name, words in summary_lines(summary):
+        print0(f"  {name:28s} {words}")
     print0(f"pictures: {run.out}/phases.png, samples_ar.png, samples_nar.png, view.png")
 
 
@@ -125,5 +125,5 @@ def summary_lines(numbers, prefix=""):
             yield from summary_lines(value, f"{prefix}{name}.")
         elif not (isinstance(value, list) and any(isinstance(part, list) for part in value)):
             parts = value if isinstance(value, list) else [value]
-            told = (f"{part:.4g}" if isinstance(part, float) else str(part) for part in parts)
-            yield prefix + name, ", ".join(told)
+            words = (f"{part:.4g}" if isinstance(part, float) else str(part) for part in parts)
+            yield prefix + name, ", ".join(words)

@@ -111,7 +111,7 @@ def test_the_balance_is_that_of_sizes_and_gradients_by_their_definition(trained,
 def test_the_balance_tells_a_table_and_one_line_for_the_decisions(trained, capsys, tmp_path):
     look(trained / "phase1.pt", trained / "phase2.pt", "--out", tmp_path / "b.json")
     text = capsys.readouterr().out
-    assert text.count("for the table of decisions: ") == 2 and text.count("| relu5_3 ") == 2
+    assert text.count(" times the size of L1, ") == 2 and text.count("| relu5_3 ") == 2
     assert [told["stage"] for told in json.loads((tmp_path / "b.json").read_text())] == ["phase1", "phase2"]
 
 
