@@ -98,11 +98,11 @@ def explain(config, networks):
               f"{'AdamW' if c['weight_decay'] else 'Adam'} {tuple(c['betas'])}, "
               f"weight decay {c['weight_decay']:g}, {config['precision']}")
 
-    first, disc, vgg = networks["phase1"], networks["disc"], config["classifier"]
+    first, disc, recipe = networks["phase1"], networks["disc"], config["classifier"]
     phases = {name: networks[name] for name in ("phase1", "phase2") if name in networks}
     N, *k = first.token_shape
     sizes = dict(config["tokenizer"], image_size=config["image_size"])
-    own = {key: vgg[key] for key in ("width", "hidden", "skip_pools")} | dict(num_classes=classes)
+    own = {key: recipe[key] for key in ("width", "hidden", "skip_pools")} | dict(num_classes=classes)
     with torch.device("meta"):
         table1 = {name: VQTokenizer(TokenizerConfig(**sizes | {name: 2})) for name in (
             "num_attention", "decoder_extra_blocks")} if config["fork"] is None else {}
@@ -116,9 +116,9 @@ def explain(config, networks):
         x, tokens = torch.zeros(1, 3, *[config["image_size"]] * 2), torch.zeros(1, N, *k, dtype=torch.int64)
         label, noise = torch.zeros(1, dtype=torch.int64), torch.zeros(1, N + 1)
         if config["vgg"] == "own":
-            stage(f"vgg, {called}", vgg)
-            row("vgg, a narrow VGG-16", vgg, vgg)
-            print_cost("vgg", vgg, *cost([lambda: vgg(x).sum().backward()], vgg), count(vgg), 0, processes)
+            stage(f"vgg, {called}", recipe)
+            row("vgg, a narrow VGG-16", vgg, recipe)
+            print_cost("vgg", recipe, *cost([lambda: vgg(x).sum().backward()], vgg), count(vgg), 0, processes)
         for name, tokenizer in phases.items():
             c = config[name]
             stage(f"{name}, {told_loss(c)}", c)
