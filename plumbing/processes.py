@@ -101,7 +101,7 @@ def one_line_errors():
         if not place and not isinstance(error, UserError | OSError):
             raise
         print_traceback()
-        if speaks(of_machine=True) or not getattr(error, "shared", False):  # one voice a machine
+        if speaks() or not getattr(error, "shared", False):
             print(f"error: {place or error}", file=sys.stderr)
         sys.exit(error.code if isinstance(error, UserError) else 1)
     finally:
@@ -120,14 +120,14 @@ def setup_device(name, timeout=1800):
         raise UserError(f"--device must be cuda, cpu or auto, got {name!r}")
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but torch sees no GPU; use --device cpu or --device auto")
-    _, local_rank, _ = launched()
+    gpu = local_rank()
     if {"RANK", "LOCAL_RANK"} & os.environ.keys() and "WORLD_SIZE" not in os.environ:
         warn("RANK or LOCAL_RANK is set without WORLD_SIZE, so neither counts: this is the only process")
-    if name == "cuda" and local_rank >= torch.cuda.device_count():
+    if name == "cuda" and gpu >= torch.cuda.device_count():
         raise UserError(
             f"more processes than the {torch.cuda.device_count()} visible GPUs; lower --nproc_per_node",
             shared=False)
-    device = torch.device(name, local_rank) if name == "cuda" else torch.device("cpu")
+    device = torch.device(name, gpu) if name == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -209,18 +209,16 @@ class GlobalBatchNorm(nn.BatchNorm2d):
         return y.to(x.dtype)
 
 
-def speaks(of_machine=False):
-    """Whether this process prints what all would: the first one, or the first of its machine, before there is
-    a process group too."""
+def speaks():
+    """Whether this process prints what all of its machine would, before there is a process group too."""
     try:
-        rank, local_rank, _ = launched()
-        return (local_rank if of_machine else rank) == 0
+        return local_rank() == 0
     except UserError:
         return True
 
 
-def launched():
-    """(rank, local rank, processes) as torchrun sets them; (0, 0, 1) without it.
+def local_rank():
+    """The number of this process on its machine, as torchrun sets it; 0 without torchrun.
 
     WORLD_SIZE decides: a RANK or LOCAL_RANK that another tool left behind means nothing without it.
     raises: UserError where the variables fit no launch
@@ -228,7 +226,7 @@ def launched():
     given, names = os.environ, ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")
     alone = "MASTER_ADDR" not in given and given.get("WORLD_SIZE", "1") == "1"
     if "WORLD_SIZE" not in given or alone:
-        return 0, 0, 1
+        return 0
     found = {name: given.get(name, "0" if name == "LOCAL_RANK" else "") for name in names}
     wrong = [f"{name}={value}" for name, value in found.items() if not re.fullmatch("[0-9]+", value)]
     wrong += [] if given.get("MASTER_ADDR") else ["MASTER_ADDR="]
@@ -237,7 +235,7 @@ def launched():
     if wrong:
         raise UserError(f"the environment has WORLD_SIZE={found['WORLD_SIZE']}, as torchrun sets it, but "
                         f"{', '.join(wrong)}; start with torchrun, or for one process: unset WORLD_SIZE RANK")
-    return int(found["RANK"]), int(found["LOCAL_RANK"]), int(found["WORLD_SIZE"])
+    return int(found["LOCAL_RANK"])
 
 
 def peak_memory():

@@ -164,7 +164,7 @@ def test_variables_that_fit_no_launch_are_refused(variables, named, data, tmp_pa
 def test_a_rank_without_a_launch_is_not_heeded_and_errors_are_still_told(
         variables, data, tmp_path, monkeypatch, capsys):
     left_behind(monkeypatch, variables)
-    assert plumbing.processes.launched() == (0, 0, 1)
+    assert plumbing.processes.local_rank() == 0
     assert plumbing.processes.setup_device("cpu").type == "cpu" and plumbing.processes.world() == 1
     assert ("the only process" in capsys.readouterr().err) == ("WORLD_SIZE" not in variables)
     with pytest.raises(SystemExit), plumbing.processes.one_line_errors():
@@ -174,7 +174,7 @@ def test_a_rank_without_a_launch_is_not_heeded_and_errors_are_still_told(
 
 def test_what_torchrun_sets_is_heeded(monkeypatch):
     left_behind(monkeypatch, TORCHRUN)
-    assert plumbing.processes.launched() == (1, 1, 2) and not plumbing.processes.speaks()
+    assert plumbing.processes.local_rank() == 1 and not plumbing.processes.speaks()
 
 
 WRONG = {  # section -> words that no preset can run with, and what the line names
