@@ -6,21 +6,32 @@ from pathlib import Path
 
 import torch
 
-from plumbing.errors import UserError
+from plumbing.errors import UserError, one_line
 from plumbing.files import save_atomic, save_text, writable
 from plumbing.images import to_uint8
 from plumbing.processes import rank
 
 
-def new_figure(width, height, **more):
-    plt = pyplot()
-    plt.rcParams["pdf.fonttype"] = 42
-    return plt.figure(figsize=(width, height), layout="constrained", **more)
+def new_figure(width, height):
+    """A figure, sizes in inches, that is only ever written to files. MPLBACKEND, which a notebook sets for
+    all that it starts, is overwritten before matplotlib reads it.
+
+    raises: UserError if matplotlib does not load
+    """
+    os.environ["MPLBACKEND"] = "Agg"
+    try:
+        import matplotlib.figure
+    except Exception as error:  # not installed, or what its settings files make it raise
+        raise UserError(f"matplotlib, which draws the figures, does not load ({one_line(error)})") from None
+    matplotlib.rcParams["pdf.fonttype"] = 42
+    return matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
 
 
 def literal(fig):
     """Shows names as they are: "$" begins no formula, and bytes that are no UTF-8 are escaped."""
-    for text in filter(lambda text: text.get_text(), fig.findobj(pyplot().Text)):  # ticks have none as yet
+    from matplotlib.text import Text
+
+    for text in filter(lambda text: text.get_text(), fig.findobj(Text)):  # ticks have none as yet
         text.set(text=text.get_text().encode("utf-8", "backslashreplace").decode(), parse_math=False)
     return fig
 
@@ -52,7 +63,6 @@ def save_figure(fig, path, numbers, pdf=False):
                         path.with_suffix(".pdf"))
         text = json.dumps(numbers, indent=1, ensure_ascii=False) + "\n"
         save_text(text, path.with_suffix(".json"))
-    pyplot().close(fig)
 
 
 def draw_grid(rows, names=(), note="", cell=1.15):
@@ -86,21 +96,3 @@ def draw_grid(rows, names=(), note="", cell=1.15):
     if note:
         fig.supxlabel(note, fontsize=6)
     return fig
-
-
-def pyplot():
-    """matplotlib.pyplot, drawing to files. MPLBACKEND, which a notebook sets to a backend of its own for all
-    that it starts, is overwritten before matplotlib reads it.
-
-    raises: UserError if matplotlib does not load
-    """
-    os.environ["MPLBACKEND"] = "Agg"
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")  # where it was imported before
-        from matplotlib import pyplot
-    except Exception as error:  # not installed, or what its settings files make it raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(f"matplotlib, which draws the figures, does not load ({reason})") from None
-    return pyplot

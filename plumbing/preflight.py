@@ -6,7 +6,7 @@ from dataclasses import fields
 
 import torch
 
-from plumbing.drawing import pyplot
+from plumbing.drawing import new_figure
 from plumbing.errors import UserError, as_user_error
 from plumbing.files import header, intact, is_checkpoint, read_checkpoint
 from plumbing.models import classes_of, earlier_tokenizer, new_discriminator, new_prior, refuse_unread
@@ -122,7 +122,7 @@ def check_stages(run, stages, networks):
         raise UserError("this preset starts from an ImageNet phase 1 (Table 9): pass --tokenizer FILE")
     on_rank0(lambda: check_folder(run, stages))
     if run.args.stage == "all":
-        pyplot()  # which the summary draws with
+        new_figure(1, 1)  # the summary draws some
 
 
 def check_batch(run, stage):

@@ -10,7 +10,7 @@ import torch
 
 from plumbing.codes import codebook_usage, count_codes, kept_codes
 from plumbing.data import images_of, with_data
-from plumbing.drawing import literal, new_figure, pyplot
+from plumbing.drawing import literal, new_figure
 from plumbing.errors import UserError
 from plumbing.files import header, read_metrics, save_text, writable
 from plumbing.hashes import latent_hash
@@ -73,7 +73,6 @@ def picture(images, columns, alt):
 
 def plot(fig, alt):
     source = data_uri(lambda f: literal(fig).savefig(f, format="png", dpi=110))
-    pyplot().close(fig)
     return f'<img class="plot" src="{source}" alt="{html.escape(alt)}">'
 
 

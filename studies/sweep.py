@@ -3,7 +3,7 @@
 import argparse
 import functools
 
-from plumbing.drawing import literal, pyplot
+from plumbing.drawing import literal, new_figure
 from plumbing.errors import UserError
 from plumbing.files import read_checkpoint, save_atomic, save_text, writable
 from plumbing.models import classes_of
@@ -19,7 +19,7 @@ def sweep(args):
     if name not in Prior.SAMPLER:
         raise UserError(f"{name} does nothing for {Prior.__name__}, which reads "
                         f"{', '.join(Prior.SAMPLER)}")
-    pyplot()  # known before the first value is measured
+    new_figure(1, 1)  # without matplotlib this ends before the first value is measured
     stem, rows = args.out or args.ckpt.with_name(f"sweep_{args.ckpt.stem}_{name}"), []
     for place in (stem / "1.json", stem.with_name(stem.name + ".csv"), stem.with_name(stem.name + ".png")):
         on_rank0(functools.partial(writable, place))
@@ -41,8 +41,8 @@ def sweep(args):
 
 def draw_sweep(rows, name, result, path):
     """Frechet distance, and beside it precision, recall and class accuracy, over a sampler setting."""
-    plt = pyplot()
-    fig, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
+    fig = new_figure(8, 3.2)
+    left, right = fig.subplots(1, 2)
     x = [row[name] for row in rows]
     left.plot(x, [row["fid" if "fid" in row else "fd"] for row in rows], "o-")
     left.set(xlabel=name, ylabel="Frechet distance")
@@ -53,4 +53,3 @@ def draw_sweep(rows, name, result, path):
     right.legend(fontsize=7)
     fig.suptitle(f"{result['num_images']:,} samples, features of {result['extractor']}", fontsize=8)
     save_atomic(lambda p: literal(fig).savefig(p, format="png", dpi=200), path)
-    plt.close(fig)

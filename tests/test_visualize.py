@@ -30,6 +30,7 @@ import studies.report
 import studies.summary
 from helpers import ROOT, command, open_run, study
 from PIL import Image
+from matplotlib.text import Text
 
 import sample
 import visualize
@@ -523,7 +524,7 @@ def test_names_in_figures_are_shown_as_they_are(run, tmp_path):
     x = torch.zeros(3, 8, 8)
     fig = plumbing.drawing.draw_grid([[(name, x, name), ("", None, "")] for name in names], names, names[1])
     plumbing.drawing.save_figure(fig, tmp_path / "x.png", names)
-    shown = {text.get_text() for text in fig.findobj(plumbing.drawing.pyplot().Text)}
+    shown = {text.get_text() for text in fig.findobj(Text)}
     assert {*names[:3], "caf\\udce9"} <= shown and json.loads((tmp_path / "x.json").read_bytes()) == names
     odd = shutil.copytree(run, tmp_path / names[0])
     args = recipes.options.visualize_args(["fig10", "--ckpt", str(odd / "ar.pt")])
