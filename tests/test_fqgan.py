@@ -343,9 +343,8 @@ def test_a_teacher_s_file_of_the_wrong_hash_or_kind_is_refused(tmp_path, monkeyp
     with pytest.raises(ValueError, match="sha256"):
         load_teacher(str(tmp_path / "dino-0badc0de.pth"))
     (tmp_path / "text.pt").write_text("no network")
-    for name, message in ((str(tmp_path / "text.pt"), "cannot be read"), ("clip-huge", "no such file")):
-        with pytest.raises(ValueError, match=message):
-            load_teacher(name)
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_teacher(str(tmp_path / "text.pt"))
 
     def offline(*args, **kwargs):
         raise URLError("no network")

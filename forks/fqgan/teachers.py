@@ -93,11 +93,9 @@ def load_teacher(source):
 
     source:  one of TEACHERS, downloaded once (CLIP's hash is checked, DINOv2 publishes none); or a local
              file of theirs, CLIP's TorchScript archive or DINOv2's state dict (see `check_digest`)
-    raises:  ValueError for another name, or a file that is missing, damaged or foreign; RuntimeError if a
-             download fails
+    raises:  ValueError for a file that is damaged or foreign; RuntimeError for one that is not there, and
+             where a download fails
     """
-    if source not in TEACHERS and not Path(source).is_file():
-        raise ValueError(f"teacher {source}: no such file, and not one of vgg, {', '.join(TEACHERS)}")
     try:
         if source not in TEACHERS:
             check_digest(source)
