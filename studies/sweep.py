@@ -4,9 +4,7 @@ import argparse
 import functools
 
 from plumbing.drawing import literal, new_figure
-from plumbing.errors import UserError
 from plumbing.files import read_checkpoint, save_atomic, save_text, writable
-from plumbing.models import classes_of
 from plumbing.processes import on_rank0, print0, setup_device
 from studies.metrics import evaluate
 
@@ -14,14 +12,12 @@ from studies.metrics import evaluate
 def sweep(args):
     """One result for each value, a CSV of all and a plot. Values that are measured are not again."""
     device = setup_device(args.device)
-    ckpt, name = read_checkpoint(args.ckpt, ("ar", "nar")), args.values[0][0]
-    Prior = classes_of(ckpt["config"])[ckpt["stage"]]
-    if name not in Prior.SAMPLER:
-        raise UserError(f"{name} does nothing for {Prior.__name__}, which reads "
-                        f"{', '.join(Prior.SAMPLER)}")
+    read_checkpoint(args.ckpt, ("ar", "nar"))  # a tokenizer has no sampler
     new_figure(1, 1)  # without matplotlib this ends before the first value is measured
-    stem, rows = args.out or args.ckpt.with_name(f"sweep_{args.ckpt.stem}_{name}"), []
-    for place in (stem / "1.json", stem.with_name(stem.name + ".csv"), stem.with_name(stem.name + ".png")):
+    name, rows = args.values[0][0], []
+    stem = args.out or args.ckpt.with_name(f"sweep_{args.ckpt.stem}_{name}")
+    csv, png = (stem.with_name(stem.name + suffix) for suffix in (".csv", ".png"))
+    for place in (stem / "1.json", csv, png):
         on_rank0(functools.partial(writable, place))
     for _, value in args.values:
         print0(f"\n{name} = {value}")
@@ -32,11 +28,11 @@ def sweep(args):
 
     def write():
         text = "\n".join(",".join(map(str, line)) for line in [rows[0], *(row.values() for row in rows)])
-        save_text(text + "\n", stem.with_name(stem.name + ".csv"))
-        draw_sweep(rows, name, result, stem.with_name(stem.name + ".png"))
+        save_text(text + "\n", csv)
+        draw_sweep(rows, name, result, png)
 
     on_rank0(write)
-    print0(f"wrote {stem}.csv and {stem}.png")
+    print0(f"wrote {csv} and {png}")
 
 
 def draw_sweep(rows, name, result, path):
