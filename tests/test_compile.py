@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from benchmark_gpu import compiled_dropout
+from benchmarks.gpu import compiled_dropout
 from helpers import STEPS, call, earlier, rows
 from test_reliability import check_equal, killed_at
 

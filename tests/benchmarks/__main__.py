@@ -1,13 +1,11 @@
 """Benchmarks, run by hand and never by pytest.
 
-    PYTHONPATH=. python tests/benchmark.py safety     # what the checks of train.py add to a training step
-    PYTHONPATH=. python tests/benchmark.py speed --out speed.jsonl    # every case beside its floor
-    PYTHONPATH=. python tests/benchmark.py speed --only quantizer --case K=1024
-    PYTHONPATH=OTHER python tests/benchmark.py speed     # the code of another clone
-    PYTHONPATH=. python tests/benchmark.py growth     # time and memory against sizes
-    PYTHONPATH=. python tests/benchmark.py archives --data DIR   # a tar of DIR beside DIR, and a large one
-    PYTHONPATH=. python tests/benchmark.py compile    # benchmark_compile.py, what --compile costs and gives
-    PYTHONPATH=. python tests/benchmark.py gpu --out gpu.jsonl   # benchmark_gpu.py, on a GPU
+    PYTHONPATH=. python tests/benchmarks safety     # what the checks of train.py add to a training step
+    PYTHONPATH=. python tests/benchmarks speed --out speed.jsonl    # every case beside its floor
+    PYTHONPATH=. python tests/benchmarks speed --only quantizer --case K=1024
+    PYTHONPATH=OTHER python tests/benchmarks speed    # the code of another clone
+    PYTHONPATH=. python tests/benchmarks compile    # compiling.py: what --compile costs and gives
+    PYTHONPATH=. python tests/benchmarks gpu --out gpu.jsonl    # gpu.py: on a GPU
 
 `speed` measures the ceilings of this machine (matrix products and 3x3 convolutions in float32 and bf16,
 reading memory) and our own work in turns, so that a noisy moment hits both. Each case is told as a share of
@@ -20,12 +18,9 @@ import argparse
 import copy
 import itertools
 import json
-import random
-import shutil
 import statistics
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from functools import partial
@@ -44,8 +39,6 @@ import recipes.options
 import recipes.small
 import train
 from perceptual import StyleDiscriminator, VGGTaps, adv_loss, disc_loss, layer_weights, perceptual_loss
-from plumbing.archives import scan_archives
-from plumbing.data import load_data
 from plumbing.weights import build_vgg16
 from prior_ar import ARPrior, PriorConfig
 from prior_nar import NARPrior, mask_tokens
@@ -64,11 +57,6 @@ def median_time(function, repeats=30):
         function()
         times.append(time.perf_counter() - begin)
     return statistics.median(times)
-
-
-def peak_mb():
-    """Most memory that this process ever had, in MiB."""
-    return plumbing.processes.peak_memory()
 
 
 def tensor_peak_mb(function):
@@ -232,8 +220,8 @@ def attention_cases():
                    function(*qkv, **{causal: True}).sum().backward(), None, 1)
 
 
-def prior_sizes(N=256):
-    return PriorConfig(1024, N, 1000, n_layer=24, n_head=16, n_embd=768, dropout=0.1)
+def prior_sizes():
+    return PriorConfig(1024, 256, 1000, n_layer=24, n_head=16, n_embd=768, dropout=0.1)
 
 
 def prior_cases(batch=4):
@@ -337,85 +325,7 @@ def speed(args):
                         file.write(json.dumps(line) + "\n")
 
 
-# Growth: how time and memory grow with a size; each point in a process of its own, for its memory -----------
-
-
-def growth_point(what, size):
-    if what == "side":
-        tokenizer, x = VQTokenizer(TokenizerConfig(image_size=size)).eval(), torch.randn(1, 3, size, size)
-        function = torch.no_grad()(lambda: tokenizer.decode(tokenizer.encode(x)))
-    elif what == "K":
-        quantizer = VectorQuantizer(TokenizerConfig(codebook="plain", codebook_size=size))
-        z = torch.randn(16, 256, 16, 16)
-        function = torch.no_grad()(lambda: quantizer.quantize(z))
-    elif what == "batch":
-        tokenizer, x = VQTokenizer(TokenizerConfig(image_size=64)).eval(), torch.randn(size, 3, 64, 64)
-        function = torch.no_grad()(lambda: tokenizer.decode(tokenizer.encode(x)))
-    elif what == "tokens":
-        prior, noise = ARPrior(prior_sizes(size)).eval(), torch.rand(1, size)
-        function = lambda: prior.generate(torch.zeros(1, dtype=torch.int64), noise)  # noqa: E731
-    else:  # files
-        folder = Path(tempfile.mkdtemp())
-        for i in range(1000):
-            (folder / f"{i:03d}").mkdir()
-        for i in range(size):
-            open(f"{folder}/{i % 1000:03d}/{i}.jpg", "w").close()
-        function = lambda: FolderData(*scan_folder(folder), 256, 0).fingerprint  # noqa: E731
-    before = peak_mb()
-    function()
-    line = dict(growth=what, size=size, seconds=median_time(function, 3), peak_mb=round(peak_mb()))
-    print(json.dumps(line | dict(added_mb=round(peak_mb() - before))))
-    if what == "files":
-        shutil.rmtree(folder)
-
-
-def growth(args):
-    sizes = dict(side=(64, 128, 256, 512), K=tuple(2**i for i in range(8, 17, 2)), batch=(1, 4, 16, 64),
-                 tokens=(64, 256, 1024), files=(1000, 10_000, 100_000, 1_300_000))
-    for what, points in sizes.items():
-        if args.only and what not in args.only.split(","):
-            continue
-        for size in points:
-            words = [sys.executable, __file__, "point", "--only", f"{what},{size}"]
-            words += ["--threads", str(args.threads)]
-            line = subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
-            print(line, flush=True)
-            if args.out:
-                with open(args.out, "a") as file:
-                    file.write(line + "\n")
-
-
 # What safety costs ---------------------------------------------------------------------------------------
-
-
-def archives(args, members=1_300_000, count=8000):
-    """Opening and reading the folder --data and a tar of it, in random order, in turns; opening a made-up
-    tar of many members. One line of JSON each."""
-    with tempfile.TemporaryDirectory() as folder:
-        places, keep = {"folder": args.data, "tar": f"{folder}/a.tar"}, Path(folder) / "keep"
-        with tarfile.open(places["tar"], "w") as archive:
-            archive.add(args.data, ".")
-        config, sets = dict(image_size=32, seed=0, limit=None, val=None), {}
-        for name, place in [*places.items(), ("tar again", places["tar"])]:
-            begin = time.perf_counter()
-            sets[name] = load_data(dict(config, data=place), keep)[0]
-            seconds = time.perf_counter() - begin
-            print(json.dumps(dict(opened=name, images=len(sets[name]), seconds=round(seconds, 2))))
-        order = random.Random(0).sample(range(len(sets["tar"])), min(count, len(sets["tar"])))
-        for _, name in itertools.product(range(args.repeats), places):
-            seconds = timed(lambda data=sets[name]: [data.render(i) for i in order])
-            print(json.dumps(dict(read=name, images_per_s=round(len(order) / seconds))))
-        big, header = f"{folder}/big.tar", tarfile.TarInfo()
-        header.size = 200
-        with open(big, "wb") as file:
-            for i in range(members):
-                header.name = f"n{i % 1000:04d}/{i:07d}.jpg"
-                file.write(header.tobuf(tarfile.USTAR_FORMAT) + bytes(512))
-            file.write(bytes(1024))
-        for name in ("looked through", "again"):
-            seconds = timed(lambda: scan_archives(big, keep=keep))
-            print(json.dumps(dict(opened=f"{members:,} members, {name}", seconds=round(seconds, 1),
-                                  peak_mb=round(peak_mb()))))
 
 
 def safety(stage, folder):
@@ -451,15 +361,13 @@ def safety(stage, folder):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["safety", "speed", "growth", "point", "archives", "compile", "gpu"])
+    parser.add_argument("what", choices=["safety", "speed", "compile", "gpu"])
     parser.add_argument("--device", default="cuda", help="of gpu: cpu only shows that it runs")
     parser.add_argument("--preset", default="imagenet", help="of gpu")
     parser.add_argument("--steps", type=int, default=40, help="of gpu: a training case's steps")
-    parser.add_argument("--data", help="of archives: a folder of images, class folders inside")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--only", help="of quantizer,autoencoder,phase,attention,prior,sample,start,load; "
-                        "of growth: side,K,batch,tokens,files")
+    parser.add_argument("--only", help="of quantizer,autoencoder,phase,attention,prior,sample,start,load")
     parser.add_argument("--case", default="", help="of speed, compile, gpu: only cases with this in "
                         "their names")
     parser.add_argument("--out", help="file to append JSON lines to")
@@ -469,15 +377,13 @@ if __name__ == "__main__":
         with tempfile.TemporaryDirectory() as name:
             safety("phase1", Path(name))
             safety("ar", Path(name))
-    elif arguments.what == "point":
-        growth_point(arguments.only.split(",")[0], int(arguments.only.split(",")[1]))
     elif arguments.what == "compile":
-        from benchmark_compile import compiling
+        from compiling import compiling
 
         compiling(arguments)
     elif arguments.what == "gpu":
-        from benchmark_gpu import gpu
+        from gpu import gpu
 
         gpu(arguments)
     else:
-        dict(speed=speed, growth=growth, archives=archives)[arguments.what](arguments)
+        speed(arguments)

@@ -1,4 +1,5 @@
-"""`tests/benchmark.py compile`: what --compile costs at the first step and gives at the next ones, on a CPU.
+"""`python tests/benchmarks compile`: what --compile costs at the first step and gives at the next ones,
+on a CPU.
 
 Every case runs in a process of its own with an empty cache of the compiler; one JSON line each.
 """

@@ -1,4 +1,4 @@
-"""`tests/benchmark.py gpu`: training steps and sampling on a GPU, and what --compile changes.
+"""`python tests/benchmarks gpu`: training steps and sampling on a GPU, and what --compile changes.
 
 Training steps are those of train.py itself, each timed between two synchronisations; the images are one batch
 that lies in memory, so no loader is measured. FLOPs are those of --explain. A share is of the data sheet's
