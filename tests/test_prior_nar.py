@@ -1,34 +1,18 @@
 """Claims about prior_nar.py: exact mask counts, the decoding schedule, and tokens that stay once fixed."""
 
+import functools
 import math
 
 import pytest
+import test_prior_ar
 import torch
+from test_prior_ar import random_tokens, uniforms
 
-from prior_ar import PriorConfig, sample_logits
+from prior_ar import sample_logits
 from prior_nar import NARPrior, decode_counts, mask_schedule, mask_tokens
 
-TINY = dict(codebook_size=32, num_tokens=12, num_classes=3, n_layer=2, n_head=2, n_embd=32, dropout=0.0)
-MASK = TINY["codebook_size"]
-
-
-def tiny_prior(seed=0, sharpen=1.0, **changes):
-    """A NARPrior in eval mode; `sharpen` scales the weights so that logits differ clearly."""
-    torch.manual_seed(seed)
-    prior = NARPrior(PriorConfig(**{**TINY, **changes})).eval()
-    with torch.no_grad():
-        for parameter in prior.parameters():
-            parameter.mul_(sharpen)
-    return prior
-
-
-def random_tokens(batch_size, num_tokens=12, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(32, (batch_size, num_tokens), generator=generator)
-
-
-def uniforms(*shape, seed=0):
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+MASK = 32
+tiny_prior = functools.partial(test_prior_ar.tiny_prior, NARPrior)
 
 
 def test_mask_count_is_exact_for_500_random_ratios():
@@ -133,12 +117,6 @@ def test_loss_is_the_mean_over_all_masked_tokens_of_the_batch():
     torch.testing.assert_close(prior.loss(logits, tokens, mask, label_smoothing=0.1)[0], smoothed)
 
 
-def test_untrained_loss_is_near_ln_k():
-    prior, tokens = tiny_prior(codebook_size=1024), random_tokens(8)
-    inputs, mask = mask_tokens(tokens, prior.mask_id, uniforms(8, 13))
-    assert abs(prior.loss(prior(inputs), tokens, mask)[0].item() - math.log(1024)) < 0.5
-
-
 @pytest.mark.parametrize("space", ["prob", "log"])
 @pytest.mark.parametrize("steps", [1, 5, 12, 20])
 def test_each_round_fixes_the_scheduled_number_and_no_hole_is_left(steps, space):
@@ -205,14 +183,6 @@ def test_given_tokens_survive_in_rows_with_different_numbers_of_holes():
         assert torch.equal(alone[0], tokens[row])
 
 
-def test_an_image_is_the_same_alone_and_in_a_batch_of_four():
-    prior, noise = tiny_prior(sharpen=5.0), uniforms(4, 5, 2, 12)
-    labels = torch.tensor([0, 1, 2, 0])
-    together = prior.generate(labels, noise)
-    for i in range(4):
-        assert torch.equal(prior.generate(labels[i : i + 1], noise[i : i + 1])[0], together[i])
-
-
 def test_choice_temperature_zero_makes_the_choice_noise_irrelevant():
     prior, noise = tiny_prior(sharpen=5.0), uniforms(4, 5, 2, 12)
     other = noise.clone()
@@ -246,13 +216,6 @@ def test_special_ids_are_never_sampled_however_strong_their_rows():
         prior.transformer.token_table.weight[MASK] = 100.0
     assert prior(random_tokens(2)).shape == (2, 12, 32)
     assert prior.generate(None, uniforms(16, 4, 2, 12), token_temperature=100.0).max() < MASK
-
-
-def test_generate_ignores_dropout_and_restores_the_mode():
-    prior, noise = tiny_prior(sharpen=5.0, dropout=0.5), uniforms(2, 4, 2, 12)
-    expected = prior.generate(None, noise)
-    prior.train()
-    assert torch.equal(prior.generate(None, noise), expected) and prior.training
 
 
 def test_bfloat16_weights_and_noise_at_its_bounds_give_valid_tokens():
