@@ -24,10 +24,24 @@ from plumbing.paths import braces
 CONFIG = dict(image_size=32, seed=0, limit=None, val=None)
 
 
-def add(archive, name, content):
-    info = tarfile.TarInfo(name)
-    info.size = len(content)
-    archive.addfile(info, io.BytesIO(content))
+def picture(shade):
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32), (shade, 0, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+def pack(path, *members, mode="w"):
+    """Adds (name, content) to an archive: bytes, the shade of a picture, or a link's kind and aim."""
+    with tarfile.open(path, mode) as archive:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            if isinstance(content, tuple):
+                info.type, info.linkname = content
+            else:
+                content = picture(content) if isinstance(content, int) else content
+                info.size = len(content)
+            archive.addfile(info, io.BytesIO(content) if info.size else None)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +49,10 @@ def archives(data, tmp_path_factory):
     """The pictures of `data` in archives: train-0.tar and train-1.tar, val.tar, class folders inside."""
     out = tmp_path_factory.mktemp("archives")
     for split, count in (("train", 2), ("val", 1)):
-        names = [f"{split}-{i}.tar" for i in range(count)] if count > 1 else [f"{split}.tar"]
-        parts = [tarfile.open(out / name, "w") for name in names]
-        for i, path in enumerate(sorted((data / split).rglob("*.png"))):
-            add(parts[i % count], f"some/where/{path.parent.name}/{path.name}", path.read_bytes())
-        add(parts[0], "some/where/README.txt", b"no image")
-        for part in parts:
-            part.close()
+        files = sorted((data / split).rglob("*.png"))
+        for i in range(count):
+            pack(out / (f"{split}-{i}.tar" if count > 1 else f"{split}.tar"), ("a/README.txt", b"no image"),
+                 *((f"a/b/{path.parent.name}/{path.name}", path.read_bytes()) for path in files[i::count]))
     return out
 
 
@@ -72,15 +83,11 @@ def test_a_run_goes_on_from_a_folder_in_archives_as_if_nothing_had_changed(data,
     assert found["a"]["step"] == 4 and list((tmp_path / "c").glob("archives-*.json"))
 
 
-def web(path, count=12, images=".png"):
+def web(path, count=12):
     """The WebDataset form: key.png beside key.cls, classes 0, 2, 10 in turn."""
-    with tarfile.open(path, "w") as archive:
-        for i in range(count):
-            file = io.BytesIO()
-            Image.new("RGB", (32, 32), (20 * i, 0, 0)).save(file, "PNG")
-            add(archive, f"{i:04d}{images}", file.getvalue())
-            add(archive, f"{i:04d}.cls", b"%d" % (0, 2, 10)[i % 3])
-            add(archive, f"{i:04d}.json", b"{}")
+    parts = [(f"{i:04d}.png", 20 * i) for i in range(count)]
+    parts += [(f"{i:04d}.cls", b"%d" % (0, 2, 10)[i % 3]) for i in range(count)]
+    return pack(path, *sorted(parts), ("0000.json", b"{}"))
 
 
 def test_cls_files_name_the_classes_in_the_order_of_their_numbers(tmp_path):
@@ -90,23 +97,6 @@ def test_cls_files_name_the_classes_in_the_order_of_their_numbers(tmp_path):
     shades = [data.pixels(i)[0, 0, 0].item() for i in range(12)]
     assert shades == [20 * i for i in (0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11)]
     assert sorted(val.files) == sorted(data.files)  # the order of validation images is a shuffled one
-
-
-def pack(path, *members, mode="w"):
-    """Adds (name, content) to an archive; a number is a picture of this shade, a link leads nowhere."""
-    with tarfile.open(path, mode) as archive:
-        for name, content in members:
-            if isinstance(content, int):
-                file = io.BytesIO()
-                Image.new("RGB", (32, 32), (content, 0, 0)).save(file, "PNG")
-                content = file.getvalue()
-            if content != "link":
-                add(archive, name, content)
-            else:
-                info = tarfile.TarInfo(name)
-                info.type, info.linkname = tarfile.SYMTYPE, "x"
-                archive.addfile(info)
-    return path
 
 
 def labels_of(path):
@@ -152,7 +142,7 @@ def test_without_labels_dots_in_names_mean_what_they_mean_in_a_folder_and_a_mask
 def test_of_a_member_that_is_stored_twice_the_last_one_counts_as_when_it_is_unpacked(tmp_path):
     """`tar -u` and `tar -r` append; the kind: images, labels and links that a later member replaces."""
     path = pack(tmp_path / "x.tar", *((f"{kind}/{i}.png", i) for kind in "ab" for i in range(9)))
-    pack(path, ("a/0.png", 100), ("./a/1.png", "link"), ("a//1.png", 101), mode="a")
+    pack(path, ("a/0.png", 100), ("./a/1.png", (tarfile.SYMTYPE, "x")), ("a//1.png", 101), mode="a")
     with tarfile.open(path) as archive:
         archive.extractall(tmp_path / "x", filter="data")
     ours, theirs = (load_data(CONFIG | dict(data=str(tmp_path / name)))[0] for name in ("x.tar", "x"))
@@ -215,13 +205,9 @@ def test_archives_that_are_not_there_are_laid_to_the_run_that_named_them(
 
 
 def test_folders_that_are_called_by_numbers_are_classes_in_the_order_of_a_folder_of_images(tmp_path):
-    with tarfile.open(tmp_path / "a.tar", "w") as archive:
-        for kind in ("2", "10"):
-            file = io.BytesIO()
-            Image.new("RGB", (32, 32), (int(kind), 0, 0)).save(file, "PNG")
-            (tmp_path / "folder" / kind).mkdir(parents=True)
-            (tmp_path / "folder" / kind / "x.png").write_bytes(file.getvalue())
-            add(archive, f"{kind}/x.png", file.getvalue())
+    pack(tmp_path / "a.tar", *((f"{kind}/x.png", kind) for kind in (2, 10)))
+    with tarfile.open(tmp_path / "a.tar") as archive:
+        archive.extractall(tmp_path / "folder", filter="data")
     archives, folder = (load_data(config(tmp_path, data=str(place), val=str(place)))[0] for place in (
         tmp_path / "a.tar", tmp_path / "folder"))
     assert archives.class_names == folder.class_names == ["10", "2"]
@@ -237,11 +223,7 @@ def test_metrics_compare_with_images_of_archives(trained, data, archives, tmp_pa
 
 
 def test_without_val_a_share_is_held_out_and_without_classes_there_are_no_labels(tmp_path, capsys):
-    with tarfile.open(tmp_path / "a.tar", "w") as archive:
-        for i in range(40):
-            file = io.BytesIO()
-            Image.new("RGB", (32, 32), (i, 0, 0)).save(file, "PNG")
-            add(archive, f"{i}.png", file.getvalue())
+    pack(tmp_path / "a.tar", *((f"{i}.png", i) for i in range(40)))
     train, val = load_data(config(tmp_path, data=f"{tmp_path}/*.tar", val=None))
     assert (len(train), len(val), train.class_names) == (38, 2, []) and not {*train.files} & {*val.files}
 
@@ -278,9 +260,7 @@ def test_few_archives_are_open_at_a_time_and_workers_share_none(archives, monkey
 
 def test_an_image_that_is_none_is_replaced_as_in_a_folder(tmp_path):
     web(tmp_path / "a.tar")
-    with tarfile.open(tmp_path / "a.tar", "a") as archive:
-        add(archive, "0003x.png", b"no picture")
-        add(archive, "0003x.cls", b"0")
+    pack(tmp_path / "a.tar", ("0003x.png", b"no picture"), ("0003x.cls", b"0"), mode="a")
     for _ in range(2):  # a later process finds it again and lists it once
         data = load_data(config(tmp_path, data=f"{tmp_path}/a.tar", val=f"{tmp_path}/a.tar"))[0]
         data.bad_list = tmp_path / "bad_files.txt"
@@ -294,9 +274,7 @@ def test_splits_that_would_become_one_are_refused(archives, tmp_path):
     with pytest.raises(UserError, match=r"several splits of a data set \(train, val\)"):
         load_data(config(archives, data=f"{archives}/*.tar"))
     for form in ("set/{}/cat/1.png", "set/{}/1.png"):
-        with tarfile.open(tmp_path / "all.tar", "w") as archive:
-            for split in ("train", "val"):
-                add(archive, form.format(split), b"1")
+        pack(tmp_path / "all.tar", *((form.format(split), b"1") for split in ("train", "val")))
         with pytest.raises(UserError, match="several splits"):
             load_data(config(tmp_path, data=f"{tmp_path}/all.tar"))
 
@@ -314,37 +292,24 @@ def test_no_image_of_a_damaged_archive_vanishes_without_a_word(archives, tmp_pat
         load_data(config(tmp_path, data=f"{tmp_path}/x.tar"))
 
 
-def test_an_archive_of_a_flat_folder_has_no_classes_and_hidden_folders_none(data, flat, tmp_path):
+def test_an_archive_of_a_flat_folder_has_no_classes_and_hidden_folders_none(flat, tmp_path):
     with tarfile.open(tmp_path / "flat.tar", "w") as archive:
         archive.add(flat, ".")
     theirs, ours = load_data(CONFIG | dict(data=str(flat)))[0], load_data(config(
         tmp_path, data=f"{tmp_path}/flat.tar", val=None))[0]
     assert ours.class_names == [] and ours.fingerprint == theirs.fingerprint
-    with tarfile.open(tmp_path / "hidden.tar", "w") as archive:
-        for name in ("./cat/1.png", "./dog/1.png", "./.thumbs/1.png", "cat/.ipynb_checkpoints/1.png",
-                     "__MACOSX/cat/1.png"):
-            add(archive, name, next((data / "val").rglob("*.png")).read_bytes())
+    hidden = "./.thumbs/1.png", "cat/.ipynb_checkpoints/1.png", "__MACOSX/cat/1.png"
+    pack(tmp_path / "hidden.tar", *((name, 1) for name in ("./cat/1.png", "./dog/1.png", *hidden)))
     files, names = plumbing.archives.scan_archives(tmp_path / "hidden.tar")
     assert names == ["cat", "dog"] and len(files) == 2
 
 
-def test_a_link_for_an_image_is_refused_and_a_class_with_a_slash_is_one_folder(data, tmp_path):
-    image = next((data / "val").rglob("*.png")).read_bytes()
-    with tarfile.open(tmp_path / "x.tar", "w") as archive:
-        add(archive, "1.png", image)
-        add(archive, "1.cls", b"b/balcony")
-    (found,) = load_data(config(tmp_path, data=f"{tmp_path}/x.tar", val=f"{tmp_path}/x.tar"))[:1]
-    assert found.class_names == ["b_balcony"] and found.labels == [0]
-    with tarfile.open(tmp_path / "link.tar", "w") as archive:
-        add(archive, "a/1.png", image)
-        info = tarfile.TarInfo("a/2.png")
-        info.type, info.linkname = tarfile.LNKTYPE, "a/1.png"
-        archive.addfile(info)
-    with pytest.raises(UserError, match="a/2.png is a link; pack the images themselves"):
-        load_data(config(tmp_path, data=f"{tmp_path}/link.tar"))
-    pack(tmp_path / "link.tar", ("1.png", 1), ("1.cls", "link"))  # a label is no less than an image
-    with pytest.raises(UserError, match="1.cls is a link"):
-        load_data(config(tmp_path, data=f"{tmp_path}/link.tar"))
+def test_a_link_for_an_image_or_a_label_is_refused_and_a_class_with_a_slash_is_one_folder(tmp_path):
+    assert labels_of(pack(tmp_path / "x.tar", ("1.png", 1), ("1.cls", b"b/balcony"))) == {1: "b_balcony"}
+    for names in (("a/1.png", "a/2.png"), ("1.png", "1.cls")):
+        pack(tmp_path / "link.tar", (names[0], 1), (names[1], (tarfile.LNKTYPE, names[0])))
+        with pytest.raises(UserError, match=f"{names[1]} is a link; pack the images themselves"):
+            load_data(config(tmp_path, data=f"{tmp_path}/link.tar"))
 
 
 def test_where_no_index_can_be_kept_the_images_are_still_read(archives, tmp_path, capsys):
@@ -363,11 +328,8 @@ def test_archives_that_cannot_be_read_are_refused_in_one_line(archives, tmp_path
     broken = bytearray(good)
     broken[:100] = b"x" * 100  # the first header
     (tmp_path / "broken.tar").write_bytes(broken)
-    with tarfile.open(tmp_path / "nested.tar", "w") as archive:
-        add(archive, "inner.tar", good)
-    with tarfile.open(tmp_path / "mixed.tar", "w") as archive:
-        add(archive, "a/1.png", b"1")
-        add(archive, "2.png", b"2")
+    pack(tmp_path / "nested.tar", ("inner.tar", good))
+    pack(tmp_path / "mixed.tar", ("a/1.png", b"1"), ("2.png", b"2"))
     for name, told in (("cut", "cut off|damaged"), ("text", "damaged or no tar"),
                        ("empty", "damaged or no|no images"), ("packed", "is compressed"),
                        ("broken", "damaged or no tar"), ("nested", "holds archives"),
