@@ -77,6 +77,12 @@ def open_run(*words, **sets):
     return plumbing.run.Run(*recipes.options.train_args(command(*words, **sets)))
 
 
+def few(cases, *quick):
+    """Cases of a parameter, of which those at the places `quick` (or of these names) are not slow."""
+    return [case if i in quick or case in quick else pytest.param(case, marks=pytest.mark.slow)
+            for i, case in enumerate(cases)]
+
+
 def save_from_gpu(thing, path, **how):
     """torch.save as on a machine with a GPU, which no machine without one reads as it is."""
     with pytest.MonkeyPatch.context() as patch:

@@ -3,6 +3,7 @@
 import copy
 import functools
 import hashlib
+import itertools
 import math
 import pickle
 from urllib.error import URLError
@@ -54,12 +55,8 @@ def d(taps, pair, weights):
 # ---------------------------------------------------------------- layers and weights
 
 
-def test_alpha_0_is_low_and_alpha_1_is_sem():
-    assert P.layer_weights(0) == P.LAYER_SETS["low"]
-    assert P.layer_weights(1) == P.LAYER_SETS["sem"]
-
-
-def test_relu5_3_weighs_1_for_every_alpha():
+def test_alpha_0_is_low_1_is_sem_and_relu5_3_weighs_1_for_every_alpha():
+    assert (P.layer_weights(0), P.layer_weights(1)) == (P.LAYER_SETS["low"], P.LAYER_SETS["sem"])
     for alpha in (0, 0.1, 0.2, 0.4, 0.6, 0.8, 1):
         assert P.layer_weights(alpha)["relu5_3"] == 1.0
     middle = P.layer_weights(0.4)
@@ -92,9 +89,6 @@ def test_table_6_sets_are_the_sums_of_their_layers(taps, pair):
     terms = {name: term.item() for name, term in P.perceptual_terms(taps, *pair, ALL_LAYERS).items()}
     for name, weights in P.LAYER_SETS.items():
         assert d(taps, pair, weights) == pytest.approx(sum(terms[layer] for layer in weights), rel=1e-5), name
-    sums = {name: d(taps, pair, weights) for name, weights in P.LAYER_SETS.items()}
-    assert sums["A"] == pytest.approx(sums["low"] + terms["logit"], rel=1e-5)
-    assert sums["sem"] == pytest.approx(sums["D"] - terms["relu4_3"], rel=1e-4)
 
 
 # ---------------------------------------------------------------- VGG-16: build, fold, load
@@ -201,6 +195,7 @@ def test_a_saved_file_loads_tensor_for_tensor(tmp_path, small_build, zipped):
         assert torch.equal(loaded.state_dict()[key], value), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["file", "cache of torch.hub"])
 def test_a_full_size_torchvision_file_loads(tmp_path, monkeypatch, source):
     from torchvision.models import vgg16
@@ -245,16 +240,12 @@ def test_a_wrong_file_in_the_cache_of_torch_hub_is_refused(tmp_path, monkeypatch
 
 
 def test_a_hash_in_the_file_name_is_checked(tmp_path, small_build):
-    plain = tmp_path / "vgg.pth"
-    torch.save(plumbing.weights.build_vgg16().state_dict(), plain)
-    data = plain.read_bytes()
-    good = tmp_path / f"vgg16-{hashlib.sha256(data).hexdigest()[:8]}.pth"
-    good.write_bytes(data)
-    plumbing.weights.load_vgg16(good)
-    bad = tmp_path / "vgg16-397923af.pth"
-    bad.write_bytes(data)
+    torch.save(plumbing.weights.build_vgg16().state_dict(), tmp_path / "vgg.pth")
+    digest = hashlib.sha256((tmp_path / "vgg.pth").read_bytes()).hexdigest()
+    right = (tmp_path / "vgg.pth").rename(tmp_path / f"vgg16-{digest[:8]}.pth")
+    plumbing.weights.load_vgg16(right)
     with pytest.raises(ValueError, match="damaged"):
-        plumbing.weights.load_vgg16(bad)
+        plumbing.weights.load_vgg16(right.rename(tmp_path / "vgg16-397923af.pth"))
 
 
 class Bomb:
@@ -280,20 +271,18 @@ def test_pickled_code_is_refused_and_not_executed(tmp_path, writer):
     assert not proof.exists() and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"not weights", b"PK\x03\x04 cut short"])
-def test_a_foreign_file_gives_one_line(tmp_path, content):
+@pytest.mark.parametrize("content, told", [
+    (b"", "https://"), (b"not weights", "https://"), (b"PK\x03\x04 cut short", "https://"),
+    (None, "https://"), (torch.zeros(3), "no VGG-16")])
+def test_a_foreign_file_or_none_gives_one_line(tmp_path, content, told):
     path = tmp_path / "vgg.pth"
-    path.write_bytes(content)
-    for source in (path, tmp_path / "absent.pth"):
-        with pytest.raises(ValueError, match="https://") as caught:
-            plumbing.weights.load_vgg16(source)
-        assert "\n" not in str(caught.value)
-
-
-def test_a_file_that_is_no_dict_gives_one_line(tmp_path):
-    torch.save(torch.zeros(3), tmp_path / "vgg.pth")
-    with pytest.raises(ValueError, match="no VGG-16"):
-        plumbing.weights.load_vgg16(tmp_path / "vgg.pth")
+    if torch.is_tensor(content):
+        torch.save(content, path)
+    elif content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=told) as caught:
+        plumbing.weights.load_vgg16(path)
+    assert "\n" not in str(caught.value)
 
 
 def test_without_network_the_error_names_url_size_and_remedies(tmp_path, monkeypatch):
@@ -331,22 +320,6 @@ def test_loss_is_zero_for_equal_images_positive_otherwise_and_symmetric(taps, pa
     assert d(taps, (x, x.clone()), weights) == 0
     assert d(taps, (x, y), weights) > 0
     assert d(taps, (x, y), weights) == pytest.approx(d(taps, (y, x), weights), rel=1e-6)
-
-
-def test_each_term_is_the_element_mean_and_scales_with_the_square(pair):
-    class Fake(nn.Module):  # features a known multiple of the image
-        def __init__(self, scale):
-            super().__init__()
-            self.scale = scale
-
-        def forward(self, x, layers):
-            return {name: self.scale * x for name in layers}
-
-    x, y = pair
-    one = P.perceptual_terms(Fake(1), x, y, ["relu1_2"])["relu1_2"]
-    two = P.perceptual_terms(Fake(2), x, y, ["relu1_2"])["relu1_2"]
-    assert one.item() == pytest.approx(((x - y) ** 2).sum().item() / x.numel(), rel=1e-5)
-    assert two.item() == pytest.approx(4 * one.item(), rel=1e-6)
 
 
 def test_real_terms_are_element_means_of_the_taps(taps, pair):
@@ -400,28 +373,19 @@ def test_parameter_counts():
         assert count(P.PatchDiscriminator()) == 2_765_633
 
 
-@pytest.mark.parametrize("size", [8, 16, 32])
-@pytest.mark.parametrize("batch", [1, 3, 5, 6])
-def test_style_discriminator_gives_one_logit_an_image(size, batch):
-    assert P.StyleDiscriminator(size, max_width=8)(torch.randn(batch, 3, size, size)).shape == (batch,)
+def test_the_style_discriminator_gives_one_logit_an_image_and_patch_gan_a_map_of_them():
+    for size, batch in itertools.product((8, 16, 32), (1, 3, 5, 6)):
+        assert P.StyleDiscriminator(size, max_width=8)(torch.randn(batch, 3, size, size)).shape == (batch,)
+    assert P.PatchDiscriminator(width=8)(torch.randn(2, 3, 64, 64)).shape == (2, 1, 6, 6)
+    for disc, shape in ((tiny_discriminator(), (1, 3, 32, 32)), (P.PatchDiscriminator(8), (1, 1, 32, 32))):
+        with pytest.raises(ValueError, match="expected"):
+            disc(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("size", [0, 4, 24, 100])
 def test_image_size_must_be_a_power_of_two(size):
     with pytest.raises(ValueError, match="power of two"):
         P.StyleDiscriminator(size)
-
-
-def test_wrong_image_shape_is_refused_by_the_discriminators():
-    with pytest.raises(ValueError, match="expected"):
-        tiny_discriminator()(torch.zeros(1, 3, 32, 32))
-    with pytest.raises(ValueError, match="expected"):
-        P.PatchDiscriminator(8)(torch.zeros(1, 1, 32, 32))
-
-
-def test_patch_discriminator_gives_a_map_of_logits():
-    out = P.PatchDiscriminator(width=8)(torch.randn(2, 3, 64, 64))
-    assert out.shape == (2, 1, 6, 6)
 
 
 def test_blur_kernel_sums_to_1_and_halves_exactly():
@@ -452,7 +416,7 @@ def test_the_blur_has_the_value_and_both_derivatives_of_a_grouped_convolution(pa
 
     for ours, theirs in zip(derivatives(blur), derivatives(grouped), strict=True):
         torch.testing.assert_close(ours, theirs)
-    x = torch.randn(2, 3, 6, 6, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(1, 2, 5, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(blur, x) and torch.autograd.gradgradcheck(blur, x)
 
 
@@ -512,17 +476,13 @@ def test_players_pull_the_logits_apart(kind):
     assert (fake.grad < 0).all()
 
 
-def test_hinge_values():
+def test_hinge_values_and_no_other_kind():
     real, fake = torch.tensor([2.0, 0.0]), torch.tensor([-3.0, 1.0])
     assert P.disc_loss(real, fake, "hinge").item() == 0.5 + 1.0
     assert P.adv_loss(fake, "hinge").item() == 1.0
-
-
-def test_unknown_kinds_are_refused():
-    with pytest.raises(ValueError, match="kind"):
-        P.disc_loss(torch.zeros(1), torch.zeros(1), "wgan")
-    with pytest.raises(ValueError, match="kind"):
-        P.adv_loss(torch.zeros(1), "wgan")
+    for loss, logits in ((P.disc_loss, (real, fake)), (P.adv_loss, (fake,))):
+        with pytest.raises(ValueError, match="kind"):
+            loss(*logits, "wgan")
 
 
 def test_r1_of_a_linear_discriminator_is_half_gamma_w_squared():
@@ -546,6 +506,7 @@ def test_r1_gives_finite_parameter_gradients_even_under_autocast():
     assert all(grads[f"{layer}.weight"].any() for layer in layers)
 
 
+@pytest.mark.slow
 def test_r1_of_a_compiled_discriminator_is_that_of_the_module_itself():
     # torch.compile has no second backward: r1_penalty runs the module uncompiled
     net, x = tiny_discriminator(), torch.randn(4, 3, 16, 16)
