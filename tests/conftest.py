@@ -1,6 +1,7 @@
 """Shared by all tests: one thread (tiny matrices gain nothing from more), and one tiny run of every stage."""
 
 import os
+import signal
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are for a CPU, and some of them fork
 
@@ -24,6 +25,14 @@ def short_sheets():
     plumbing.validation.ROWS, before = 1, plumbing.validation.ROWS  # of samples, instead of ten
     yield
     plumbing.validation.ROWS = before
+
+
+@pytest.fixture(autouse=True, scope="session")
+def hangups_are_heard():
+    """Also where these tests run under nohup, whose children ignore SIGHUP, as runs are meant to."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(autouse=True)

@@ -78,9 +78,9 @@ def open_run(*words, **sets):
 
 
 def few(cases, *quick):
-    """Cases of a parameter, of which those at the places `quick` (or of these names) are not slow."""
-    return [case if i in quick or case in quick else pytest.param(case, marks=pytest.mark.slow)
-            for i, case in enumerate(cases)]
+    """Cases of a parameter, of which all but those at the places `quick` are marked slow."""
+    cases = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*case, marks=() if i in quick else pytest.mark.slow) for i, case in enumerate(cases)]
 
 
 def save_from_gpu(thing, path, **how):

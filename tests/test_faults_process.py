@@ -24,8 +24,8 @@ import plumbing.dataset
 import plumbing.shapes
 import plumbing.validation
 import studies.summary
-from helpers import ROOT, call, command, earlier, fork, forked, wait_for, wait_until
-from test_reliability import alive, at_step, check_equal, nap, napping, signalled, torchrun
+from helpers import ROOT, call, command, earlier, few, fork, forked, wait_for, wait_until
+from test_reliability import alive, at_step, check_equal, nap, napping, torchrun
 
 import train
 from plumbing.files import read_checkpoint
@@ -47,8 +47,8 @@ def caught(*words, **sets):
         return error
 
 
-@pytest.mark.parametrize("stage", ["vgg", "phase1", "phase2"])
-@pytest.mark.parametrize("workers", [0, 1, 4])
+@pytest.mark.parametrize("stage, workers", few([
+    ("phase1", 4), *((stage, n) for stage in ("vgg", "phase2") for n in (0, 1, 4)), ("phase1", 0)], 0))
 def test_no_loader_worker_outlives_an_exception_even_while_its_traceback_is_held(
     trained, data, tmp_path, stage, workers
 ):
@@ -61,6 +61,7 @@ def test_no_loader_worker_outlives_an_exception_even_while_its_traceback_is_held
     assert forked(child) == 0
 
 
+@pytest.mark.slow
 def test_no_loader_worker_outlives_a_start_that_failed_halfway(trained, data, tmp_path, capfd):
     def child():
         real, started = multiprocessing.process.BaseProcess.start, []
@@ -126,7 +127,7 @@ def ended(folder, *words, patience=60, **how):
     return code, (folder / "stdout").read_text(), (folder / "stderr").read_text()
 
 
-@pytest.mark.parametrize("stage, where", [("vgg", "loop"), ("phase1", "loop"), ("ar", "encoding")])
+@pytest.mark.parametrize("stage, where", few([("vgg", "loop"), ("phase1", "loop"), ("ar", "encoding")], 0))
 def test_an_unforeseen_exception_ends_the_process_within_seconds(trained, data, tmp_path, stage, where):
     out = earlier(trained, tmp_path / "out", stage)
     (out / "codes.pt").unlink(missing_ok=True)
@@ -149,30 +150,7 @@ def test_an_unforeseen_exception_in_one_process_ends_all_with_their_workers(trai
 # Signals --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(autouse=True)
-def hangups_are_heard():
-    """Also where these tests run under nohup, whose children ignore SIGHUP, as runs are meant to."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
-
-
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGXCPU, signal.SIGUSR2])
-def test_signals_of_terminals_and_schedulers_save_the_step_in_progress(trained, data, tmp_path, number):
-    out = earlier(trained, tmp_path / "out", "nar")
-    assert signalled(data, out, number) == 128 + number
-    assert read_checkpoint(out / "nar.pt", ["nar"])["step"] == 10
-
-
-def test_they_leave_the_loader_alive_until_the_save(trained, data, tmp_path):
-    out = earlier(trained, tmp_path / "out", "phase1")
-    victim = napping(3, 0.5, "phase1", out, data, "--workers", 2)
-    for number in (signal.SIGHUP, signal.SIGXCPU, signal.SIGUSR2):
-        os.killpg(victim, number)
-    assert wait_for(victim) > 128
-    assert read_checkpoint(out / "phase1.pt", ["phase1"])["step"] == 3
-
-
+@pytest.mark.slow
 def test_sighup_stays_ignored_under_nohup(trained, data, tmp_path):
     out = earlier(trained, tmp_path / "out", "nar")
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -185,6 +163,7 @@ def test_sighup_stays_ignored_under_nohup(trained, data, tmp_path):
     check_equal(trained, out, "nar")
 
 
+@pytest.mark.slow
 def test_sighup_while_a_run_validates_saves_that_step(trained, data, tmp_path):
     out = earlier(trained, tmp_path / "out", "nar")
 
@@ -199,6 +178,7 @@ def test_sighup_while_a_run_validates_saves_that_step(trained, data, tmp_path):
     assert read_checkpoint(out / "nar.pt", ["nar"])["step"] == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module, name, stage", [
     (plumbing.codes, "encode_all", "ar"), (studies.summary, "summarize", "all")])
 def test_sighup_between_two_stages_ends_at_once_and_the_same_command_goes_on(
@@ -223,6 +203,7 @@ def test_sighup_between_two_stages_ends_at_once_and_the_same_command_goes_on(
     check_equal(trained, out, "ar")
 
 
+@pytest.mark.slow
 def test_a_closed_terminal_saves_the_step_in_progress(trained, data, tmp_path):
     """Nothing can be printed any more then, either."""
     out = earlier(trained, tmp_path / "out", "nar")
@@ -263,7 +244,7 @@ def test_sighup_to_torchrun_under_nohup_saves_or_with_its_flag_is_ignored(
 # Threads --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", few([0, 1], 0))
 def test_a_run_in_a_thread_trains_the_same_without_handlers_and_says_so(
     trained, data, tmp_path, capfd, workers
 ):

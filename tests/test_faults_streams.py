@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT, call, command, differing, earlier, rows
+from helpers import ROOT, call, command, differing, earlier, few, rows
 
 from plumbing.files import read_checkpoint
 from plumbing.hashes import latent_hash
@@ -33,7 +33,7 @@ def shell(line, **env):
     )
 
 
-@pytest.mark.parametrize("end", ["| head -3", ">/dev/full", ">/dev/full 2>&1", "2>&-", ">&- 2>&-"])
+@pytest.mark.parametrize("end", few(["| head -3", ">/dev/full", ">/dev/full 2>&1", "2>&-", ">&- 2>&-"], 0))
 def test_a_run_whose_output_cannot_be_written_trains_to_its_end(trained, data, tmp_path, end):
     out = earlier(trained, tmp_path / "out", "nar")
     done = shell(shlex.join([PYTHON, "train.py", *command("nar", out, data)]) + f" {end}")
@@ -44,19 +44,21 @@ def test_a_run_whose_output_cannot_be_written_trains_to_its_end(trained, data, t
     assert rows(out, "nar") == rows(trained, "nar")
 
 
-@pytest.mark.parametrize("end", ["| head -1", ">/dev/full", ">&- 2>&-"])
-@pytest.mark.parametrize("words", [
-    "train.py --help", "train.py --explain --preset demo --set prior.n_layer=1", "sample.py --help"])
+@pytest.mark.parametrize("end", few(["| head -1", ">/dev/full", ">&- 2>&-"], 0))
+@pytest.mark.parametrize("words", few([
+    "train.py --help", "train.py --explain --preset demo --set prior.n_layer=1", "sample.py --help"], 0))
 def test_short_commands_end_quietly(words, end):
     done = shell(f"{PYTHON} {words} {end}")
     assert done.returncode == 0 and done.stderr == "", done.stderr
 
 
+@pytest.mark.slow
 def test_a_refusal_that_nobody_can_read_still_has_exit_code_2(data, tmp_path):
     words = command("phase1", tmp_path / "out", data, phase1__batch=0)
     assert shell(f"{shlex.join([PYTHON, 'train.py', *words])} >&- 2>&-").returncode == 2
 
 
+@pytest.mark.slow
 def test_compile_without_a_compiler_is_refused_in_one_line_before_anything_is_made(data, tmp_path):
     words = command("phase1", tmp_path / "out", data, "--compile", "--vgg", "random")
     done = shell(shlex.join([PYTHON, "train.py", *words]), PATH="/usr/bin/nowhere", CXX="",
@@ -67,7 +69,7 @@ def test_compile_without_a_compiler_is_refused_in_one_line_before_anything_is_ma
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("script", ["train.py", "sample.py", "visualize.py", "-m studies table1"])
+@pytest.mark.parametrize("script", few(["train.py", "sample.py", "visualize.py", "-m studies table1"], 0))
 def test_variables_that_the_progress_bar_cannot_read_are_refused_by_name(script):
     done = shell(f"{PYTHON} {script} --help", TQDM_MININTERVAL="soon")
     assert done.returncode == 2 and done.stdout == ""
@@ -75,6 +77,7 @@ def test_variables_that_the_progress_bar_cannot_read_are_refused_by_name(script)
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_stages_after_phase_1_build_on_it_and_not_on_the_tokenizer_it_started_from(trained, data, tmp_path):
     """As preset lsun-cat runs: --stage all --tokenizer FILE (Table 9: from an ImageNet phase 1)."""
     out = earlier(trained, tmp_path / "out", "phase1")

@@ -39,8 +39,8 @@ import recipes.options
 import safetensors.torch
 import studies.rows
 from helpers import (
-    ROOT, SCRIPTS, STEPS, call, command, contents, differing, earlier, fork, forked, open_run, refusal, rows,
-    save_from_gpu, wait_for, wait_until, write_pictures,
+    ROOT, SCRIPTS, STEPS, call, command, contents, differing, earlier, few, fork, forked, open_run, refusal,
+    rows, save_from_gpu, wait_for, wait_until, write_pictures,
 )
 from PIL import Image
 
@@ -90,11 +90,9 @@ KMEANS = dict(tokenizer__codebook="kmeans", tokenizer__kmeans_warmup=1, tokenize
               tokenizer__kmeans_last=5)
 
 
-@pytest.mark.parametrize("stage, sets", [
-    *[(stage, {}) for stage in recipes.options.STAGES],
-    pytest.param("phase1", KMEANS, id="phase1-kmeans"),
-    pytest.param("phase1", dict(tokenizer__warm_start=3), id="phase1-warm_start"),
-])
+@pytest.mark.parametrize("stage, sets", few([
+    ("phase1", {}), ("vgg", {}), ("phase2", {}), ("ar", {}), ("nar", {}), ("phase1", KMEANS),
+    ("phase1", dict(tokenizer__warm_start=3))], 0))
 def test_a_stage_killed_at_many_steps_ends_as_an_unbroken_one(trained, data, tmp_path, stage, sets):
     straight = trained
     if sets:
@@ -113,7 +111,7 @@ def test_a_stage_killed_at_many_steps_ends_as_an_unbroken_one(trained, data, tmp
         assert ckpt["ema"] is not None
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", few([2, 1], 0))
 def test_a_run_goes_on_with_another_number_of_loader_workers(trained, data, tmp_path, workers):
     out = earlier(trained, tmp_path / "out", "phase1")
     killed_at(3, "phase1", out, data)
@@ -121,6 +119,7 @@ def test_a_run_goes_on_with_another_number_of_loader_workers(trained, data, tmp_
     check_equal(trained, out, "phase1")
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_first_checkpoint_starts_its_log_anew(trained, data, tmp_path):
     killed_at(2, "vgg", tmp_path, data)
     assert rows(tmp_path)
@@ -128,6 +127,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_its_log_anew(trained, d
     check_equal(trained, tmp_path, "vgg")
 
 
+@pytest.mark.slow
 def test_a_log_that_was_torn_in_the_middle_of_a_line_has_each_step_once_in_the_end(trained, data, tmp_path):
     out = earlier(trained, tmp_path / "out", "ar")
     killed_at(6, "ar", out, data)
@@ -188,7 +188,7 @@ def steps_on_disk(folder):
     return {torch.load(name, weights_only=True)["step"] for name in names if name.exists() and intact(name)}
 
 
-@pytest.mark.parametrize("delay", range(0, 160, 20))
+@pytest.mark.parametrize("delay", few(range(0, 160, 20), 2))
 def test_a_process_killed_while_it_saves_leaves_two_intact_checkpoints(tmp_path, delay):
     """SIGKILL in a loop of saves, after some milliseconds of the third one."""
 
@@ -241,7 +241,7 @@ def spoil(path, how):
     path.write_bytes(bytes(len(content)) if how == "zeros" else content[:length])
 
 
-@pytest.mark.parametrize("how", [0, 0.01, 0.1, 0.5, "one byte", "zeros"])
+@pytest.mark.parametrize("how", few([0.5, 0, 0.01, 0.1, "one byte", "zeros"], 0))
 def test_a_damaged_checkpoint_is_set_aside_and_the_previous_one_taken(trained, data, tmp_path, capsys, how):
     out = earlier(trained, tmp_path / "out", "ar")
     killed_at(6, "ar", out, data)  # ar.pt is of step 4, ar.previous.pt of step 2
@@ -268,6 +268,7 @@ def test_every_flipped_bit_in_a_checkpoint_is_found(tmp_path):
             read_checkpoint(tmp_path / "x.pt", ["ar"])
 
 
+@pytest.mark.slow
 def test_a_stage_never_starts_anew_because_all_its_checkpoints_are_damaged(trained, data, tmp_path, capsys):
     out = earlier(trained, tmp_path / "out", "ar")
     killed_at(6, "ar", out, data)
@@ -407,17 +408,6 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_one_is_gone(trained
 
 # Signals --------------------------------------------------------------------------------------------------
 
-LONG = dict(nar__steps=60)
-
-
-@pytest.fixture(scope="module")
-def long_run(trained, data, tmp_path_factory):
-    """An unbroken run of sixty steps, to compare with."""
-    out = earlier(trained, tmp_path_factory.mktemp("long"), "nar")
-    call("nar", out, data, "--save-every", 1000, **LONG)
-    return out
-
-
 def nap(out, seconds):
     """Sleeps, and tells of it by a file."""
     (out / "napping").touch()
@@ -436,31 +426,20 @@ def napping(step, seconds, stage, out, *words, **sets):
     return number
 
 
-def signalled(data, out, number):
-    """The exit code of a run of sixty steps that saves at its end, with a signal at the end of step 10."""
-    victim = napping(10, 0.5, "nar", out, data, "--save-every", 1000, **LONG)
+@pytest.mark.parametrize("number", few(
+    [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGXCPU, signal.SIGUSR2, signal.SIGUSR1], 0, 5))
+def test_a_signal_saves_the_step_in_progress_and_the_command_goes_on_from_it(trained, data, tmp_path, number):
+    """SIGUSR1 saves and does not stop."""
+    out, stops = earlier(trained, tmp_path / "out", "nar"), number != signal.SIGUSR1
+    victim = napping(3, 0.5, "nar", out, data, "--save-every", 1000)
     os.kill(victim, number)
-    return wait_for(victim)
+    assert wait_for(victim) == (128 + number if stops else 0)
+    assert read_checkpoint(out / ("nar.pt" if stops else "nar.previous.pt"), ["nar"])["step"] == 3
+    call("nar", out, data, "--save-every", 1000)
+    check_equal(trained, out, "nar")
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_the_step_in_progress_and_the_command_goes_on_from_it(
-    trained, data, long_run, tmp_path, number, code
-):
-    out = earlier(trained, tmp_path / "out", "nar")
-    assert signalled(data, out, number) == code
-    assert read_checkpoint(out / "nar.pt", ["nar"])["step"] == 10
-    call("nar", out, data, "--save-every", 1000, **LONG)
-    check_equal(long_run, out, "nar")
-
-
-def test_sigusr1_saves_and_goes_on(trained, data, long_run, tmp_path):
-    out = earlier(trained, tmp_path / "out", "nar")
-    assert signalled(data, out, signal.SIGUSR1) == 0
-    assert read_checkpoint(out / "nar.previous.pt", ["nar"])["step"] == 10
-    check_equal(long_run, out, "nar")
-
-
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_at_once(trained, data, tmp_path):
     out = earlier(trained, tmp_path / "out", "nar")
     victim = napping(3, 60, "nar", out, data)
@@ -471,11 +450,14 @@ def test_a_second_ctrl_c_ends_at_once(trained, data, tmp_path):
     assert read_checkpoint(out / "nar.pt", ["nar"])["step"] == 2
 
 
-def test_sigterm_to_the_whole_group_leaves_the_loader_alive_until_the_save(trained, data, tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGHUP, signal.SIGXCPU, signal.SIGUSR2]])
+def test_signals_to_the_whole_group_leave_the_loader_alive_until_the_save(trained, data, tmp_path, numbers):
     out = earlier(trained, tmp_path / "out", "phase1")
     victim = napping(3, 0.5, "phase1", out, data, "--workers", 2)
-    os.killpg(victim, signal.SIGTERM)
-    assert wait_for(victim) == 143
+    for number in numbers:
+        os.killpg(victim, number)
+    assert wait_for(victim) > 128
     assert read_checkpoint(out / "phase1.pt", ["phase1"])["step"] == 3
     wait_until(lambda: not alive(victim))
     call("phase1", out, data)
@@ -501,7 +483,7 @@ def test_handlers_of_signals_are_put_back_after_a_run(trained, data, tmp_path):
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
 
 
-@pytest.mark.parametrize("how", ["killed", "raises"])
+@pytest.mark.parametrize("how", few(["killed", "raises"], 0))
 def test_a_loader_worker_that_dies_ends_the_run_with_a_hint_and_loses_nothing(
     trained, data, tmp_path, capfd, how
 ):
@@ -557,8 +539,9 @@ def not_finite_at(monkeypatch, player, steps, value=math.nan):
     monkeypatch.setattr(plumbing.run.Run, "loop", loop)
 
 
-@pytest.mark.parametrize("player, name", [(0, "tokenizer"), (1, "discriminator")])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("player, name, value", few([
+    (0, "tokenizer", math.nan), (1, "discriminator", math.inf), (0, "tokenizer", math.inf),
+    (1, "discriminator", math.nan)], 0))
 def test_a_gradient_that_is_not_finite_skips_one_update_of_one_player(
     trained, data, tmp_path, monkeypatch, player, name, value
 ):
@@ -566,11 +549,8 @@ def test_a_gradient_that_is_not_finite_skips_one_update_of_one_player(
     not_finite_at(monkeypatch, player, {3, 5}, value)
     call("phase1", out, data, phase1__adv_start=0.0)
     ckpt = read_checkpoint(out / "phase1.pt", ["phase1"])
-    assert (
-        ckpt["step"] == STEPS
-        and plumbing.hashes.not_finite(ckpt) == ""
-        and list(ckpt["skips"][name]) == [0, 2]
-    )
+    assert ckpt["step"] == STEPS and plumbing.hashes.not_finite(ckpt) == ""
+    assert list(ckpt["skips"][name]) == [0, 2]
     moments = [state["step"].item() for state in ckpt["train"]["opt_g"]["state"].values()]
     assert set(moments) == {STEPS - 2 if player == 0 else STEPS}
     counts = [row.get(f"skipped_{name}") for row in rows(out, "phase1") if "lr" in row]
@@ -588,11 +568,8 @@ def test_a_run_whose_gradients_stay_bad_stops_and_keeps_its_last_checkpoint(
     error = capsys.readouterr().err
     assert "updates of the prior were skipped" in error and "lower lr" in error
     good = read_checkpoint(out / "ar.pt", ["ar"])
-    assert (
-        plumbing.hashes.not_finite(good) == ""
-        and good["step"] == 10
-        and list(good["skips"]["prior"]) == [8, 8]
-    )
+    assert good["step"] == 10 and plumbing.hashes.not_finite(good) == ""
+    assert list(good["skips"]["prior"]) == [8, 8]
 
 
 def test_weights_that_are_not_finite_are_never_written(trained, data, tmp_path, monkeypatch, capsys):
@@ -653,21 +630,14 @@ def test_each_early_warning_names_its_cause_and_a_setting_and_comes_only_then(na
     assert plumbing.validation.early_warnings([FINE, *almost], "phase1", c) == {}
 
 
-def test_a_discriminator_that_wins_is_told_between_validations_too(trained, data, tmp_path, capsys):
+def test_a_warning_is_printed_once_and_between_validations_too(trained, data, tmp_path, capsys):
     run = open_run("phase1", earlier(trained, tmp_path / "out", "phase1"), data)
     run.rows, run.warned, run.skips, run.clock = [], set(), {}, 0.0
-    for step in range(5):  # a validation after every line of losses
+    for step, usage in enumerate((1.0, 0.5, 0.4, 0.4, 0.4)):  # a validation after every line of losses
         run.log("phase1", 2 * step, lr=0.1, loss_disc=0.01)
-        run.log("phase1", 2 * step, usage=0.9)
-    assert capsys.readouterr().err.count("the discriminator wins") == 1
-
-
-def test_a_warning_is_printed_once(trained, data, tmp_path, capsys):
-    run = open_run("phase1", earlier(trained, tmp_path / "out", "phase1"), data)
-    run.rows, run.warned, run.skips, run.clock = [], set(), {}, 0.0
-    for step, usage in enumerate((1.0, 0.5, 0.4)):
-        run.log("phase1", step, usage=usage)
-    assert capsys.readouterr().err.count("codebook usage fell") == 1
+        run.log("phase1", 2 * step, usage=usage)
+    told = capsys.readouterr().err
+    assert told.count("codebook usage fell") == told.count("the discriminator wins") == 1
 
 
 # Images ---------------------------------------------------------------------------------------------------
@@ -693,6 +663,7 @@ def spoilt_pictures(folder):
     return bad
 
 
+@pytest.mark.slow
 def test_bad_images_are_replaced_by_their_position_listed_once_and_counted(trained, tmp_path, capsys):
     bad = spoilt_pictures(tmp_path / "data")
     for name, workers in (("zero", 0), ("two", 2)):
@@ -715,6 +686,7 @@ def test_bad_images_are_replaced_by_their_position_listed_once_and_counted(train
         assert (Path(run.train.files[index]) in bad) == (run.train.readable(index) != index)
 
 
+@pytest.mark.slow
 def test_codes_carry_the_label_of_the_image_that_was_encoded(trained, tmp_path):
     bad = spoilt_pictures(tmp_path / "data")
     out = earlier(trained, tmp_path / "out", "ar")
@@ -734,6 +706,7 @@ def test_a_data_set_of_mostly_bad_images_is_refused(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_images_that_vanish_during_training_stop_the_run(trained, tmp_path, capsys):
     write_pictures(tmp_path / "data")
     out = earlier(trained, tmp_path / "out", "phase1")
@@ -753,7 +726,7 @@ def test_images_that_vanish_during_training_stop_the_run(trained, tmp_path, caps
     assert stop.value.code == 1 and "still there" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("change", ["removed", "added", "renamed", "edited"])
+@pytest.mark.parametrize("change", few(["removed", "added", "renamed", "edited"], 0))
 def test_a_run_whose_images_changed_is_not_continued(trained, tmp_path, capsys, change):
     data = write_pictures(tmp_path / "data")
     call("vgg", tmp_path / "out", data, "--steps", 2)
@@ -896,10 +869,9 @@ def test_random_vgg_weights_are_noted_in_all_that_follows(trained, data, tmp_pat
     assert "random VGG" in read_checkpoint(out / "ar.pt", ["ar"])["note"]
 
 
-@pytest.mark.parametrize("failure, message", [
+@pytest.mark.parametrize("failure, message", few([
     (torch.OutOfMemoryError("CUDA"), "smaller --micro-batch"),
-    (OSError(28, "No space left on device"), "No space left"),
-])
+    (OSError(28, "No space left on device"), "No space left")], 0))
 def test_what_goes_wrong_on_the_way_ends_with_one_line(trained, data, tmp_path, capfd, failure, message):
     def fail():
         raise failure
@@ -921,8 +893,9 @@ def test_a_gpu_that_is_not_there_is_refused(tmp_path, capsys, monkeypatch):
 # The command --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["train", "sample", "visualize"])
-@pytest.mark.parametrize("words, code", [(["--help"], 0), (["--nonsense", "1"], 2)])
+@pytest.mark.parametrize("name, words, code", few([
+    *((name, ["--help"], 0) for name in ("train", "sample", "visualize")),
+    *((name, ["--nonsense", "1"], 2) for name in ("train", "sample", "visualize"))], 0))
 def test_help_and_wrong_flags_answer_before_torch_is_imported(name, words, code):
     program = f"""
 import runpy, sys
@@ -1078,12 +1051,12 @@ def test_a_gradient_that_is_not_finite_in_one_process_skips_the_update_in_all(tr
 
 
 @pytest.mark.dist
-def test_a_signal_to_one_process_saves_and_stops_all_at_the_same_step(trained, data, long_run, tmp_path):
+def test_a_signal_to_one_process_saves_and_stops_all_at_the_same_step(trained, data, tmp_path):
     out = earlier(trained, tmp_path / "out", "nar")
 
     def child():
         at_step(10, lambda: nap(out, 0.5))
-        call("nar", out, data, "--save-every", 1000, **LONG)
+        call("nar", out, data, "--save-every", 1000, nar__steps=60)
 
     children = start_processes(2, child)
     wait_until((out / "napping").exists)
