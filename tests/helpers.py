@@ -127,14 +127,18 @@ def contents(*folders):
     return {path: path.read_bytes() for path in files}
 
 
-def refusal(capsys, *words, **sets):
-    """The one line on stderr with which a command ends, exit code 2."""
+def refused(capsys, function, *words, **sets):
+    """The one line on stderr with which `function` ends the command, exit code 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        call(*words, **sets)
+        function(*words, **sets)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
     return error
+
+
+def refusal(capsys, *words, **sets):
+    return refused(capsys, call, *words, **sets)
 
 
 CHILDREN = set()  # of the test that runs; conftest.py ends those that it leaves behind
