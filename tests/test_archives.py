@@ -71,6 +71,7 @@ def test_archives_hold_the_images_of_the_folder_in_its_order_with_its_crops_and_
     assert load_data(config(archives))[0].name(0).startswith(f"{archives}/train-0.tar/")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_a_folder_in_archives_as_if_nothing_had_changed(data, archives, tmp_path):
     place, found = (f"{archives}/train-*.tar", "--val", f"{archives}/val.tar"), {}
     for name, first, then in (("a", (data,), (data,)), ("b", (data,), place), ("c", place, place)):

@@ -15,6 +15,7 @@ import warnings
 import zlib
 from pathlib import Path
 
+import helpers
 import numpy as np
 import pytest
 import torch
@@ -30,7 +31,7 @@ import studies.metrics
 import studies.probe
 import studies.report
 import studies.tables
-from helpers import call, contents, differing, earlier, open_run, refusal, study
+from helpers import call, contents, differing, earlier, few, open_run, refusal, study
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -338,25 +339,28 @@ def test_a_class_that_is_named_twice_is_refused():
 # The images of a run, from another place ------------------------------------------------------------------
 
 
-@pytest.fixture
-def moved(trained, data, tmp_path, monkeypatch):
-    """The run of `trained`, whose configuration names its images by a relative path; started elsewhere."""
+@pytest.fixture(scope="module")
+def moved_run(trained, tmp_path_factory):
+    """The run of `trained`, whose configuration names its images by a relative path."""
+    out = tmp_path_factory.mktemp("moved")
     for name in ("phase1", "phase2", "ar"):
         ckpt = torch.load(trained / f"{name}.pt", weights_only=True)
-        torch.save(dict(ckpt, config=dict(ckpt["config"], data="d1")), tmp_path / f"{name}.pt")
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    return tmp_path
+        torch.save(dict(ckpt, config=dict(ckpt["config"], data="d1")), out / f"{name}.pt")
+    (out / "elsewhere").mkdir()
+    return out
+
+
+@pytest.fixture
+def moved(moved_run, monkeypatch):
+    """It, looked at from elsewhere."""
+    monkeypatch.chdir(moved_run / "elsewhere")
+    return moved_run
 
 
 def refused(capsys, script, *words):
     """The one line with which a command ends, exit code 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        script.main(PARSERS[script]([*map(str, words), "--device", "cpu"]))
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
-    return error
+    args = [*map(str, words), "--device", "cpu"]
+    return helpers.refused(capsys, lambda: script.main(PARSERS[script](args)))
 
 
 @pytest.mark.parametrize("script, words, name", [
@@ -378,6 +382,7 @@ def test_images_that_are_not_there_are_laid_to_the_run_and_data_is_the_remedy(
     assert "--data d1" not in error and "pass --data PATH" in error
 
 
+@pytest.mark.slow
 def test_data_mends_it(moved, data):
     for words in (["--ckpt", moved / "phase1.pt", "--reconstruct", "--num", 2],):
         sample.main(recipes.options.sample_args([*map(str, words), "--data", str(data), "--device", "cpu"]))
@@ -389,6 +394,7 @@ def test_data_mends_it(moved, data):
 # The same images under another name ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_its_images_under_any_name_and_as_if_they_had_none(data, tmp_path, monkeypatch):
     """Each call goes one step further, and each time the same images are named in another way."""
     monkeypatch.chdir(tmp_path)
@@ -541,7 +547,7 @@ def idle(monkeypatch):
 BAD_PLACES = ["file/below/x", "/dev/null/x", "/proc/nowhere/x", "n" * 300]
 
 
-@pytest.mark.parametrize("place", BAD_PLACES)
+@pytest.mark.parametrize("place", few(BAD_PLACES, 0))
 @pytest.mark.parametrize("script, words", [
     *((sample, f"--ckpt ar.pt --format {form}") for form in ("sheet", "files", "npz")),
     (sample, "--ckpt phase1.pt --reconstruct --format npz"),

@@ -127,7 +127,8 @@ def ended(folder, *words, patience=60, **how):
     return code, (folder / "stdout").read_text(), (folder / "stderr").read_text()
 
 
-@pytest.mark.parametrize("stage, where", few([("vgg", "loop"), ("phase1", "loop"), ("ar", "encoding")], 0))
+@pytest.mark.slow
+@pytest.mark.parametrize("stage, where", [("vgg", "loop"), ("phase1", "loop"), ("ar", "encoding")])
 def test_an_unforeseen_exception_ends_the_process_within_seconds(trained, data, tmp_path, stage, where):
     out = earlier(trained, tmp_path / "out", stage)
     (out / "codes.pt").unlink(missing_ok=True)
@@ -244,7 +245,8 @@ def test_sighup_to_torchrun_under_nohup_saves_or_with_its_flag_is_ignored(
 # Threads --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", few([0, 1], 0))
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
 def test_a_run_in_a_thread_trains_the_same_without_handlers_and_says_so(
     trained, data, tmp_path, capfd, workers
 ):

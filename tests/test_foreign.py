@@ -7,6 +7,7 @@ that makes up its weights as it asks for them, so that a file of the published f
 import json
 import os
 
+import helpers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -182,11 +183,8 @@ def test_the_published_sizes_have_the_published_counts(family, sizes, count):
 
 
 def refused(capsys, path):
-    with pytest.raises(SystemExit) as stop:
-        sample.main(recipes.options.sample_args(["--ckpt", str(path), "--reconstruct"]))
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1
-    return error
+    words = ["--ckpt", str(path), "--reconstruct"]
+    return helpers.refused(capsys, lambda: sample.main(recipes.options.sample_args(words)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -241,6 +239,7 @@ def test_what_is_no_tokenizer_at_all_is_refused(tmp_path, capsys):
     assert "save its state dict alone" in refused(capsys, path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_prior_is_trained_on_a_public_tokenizer_and_looked_at(
         family, published, data, tmp_path, monkeypatch):

@@ -524,6 +524,7 @@ def run(trained, data, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_an_image_is_edited_in_all_sub_tokens_of_a_position(run, tmp_path):
     Image.fromarray(Shapes("val", 20, 32).view(3).permute(1, 2, 0).numpy()).save(tmp_path / "x.png")
     study("edit", tmp_path / "x.png", "--ckpt", run / "nar.pt", "--box", "16,0,16,32", "--num", 3,
@@ -535,6 +536,7 @@ def test_an_image_is_edited_in_all_sub_tokens_of_a_position(run, tmp_path):
     assert (tokens[:, ~redrawn] == given[~redrawn]).all() and (tokens[:, redrawn] < 64).all()
 
 
+@pytest.mark.slow
 def test_all_stages_run_on_factorised_tokens(run):
     logged = rows(run, "phase1")[0]
     assert {"loss_disentangle", "loss_represent"} <= logged.keys()
@@ -546,6 +548,7 @@ def test_all_stages_run_on_factorised_tokens(run):
     assert codes["train"].shape[2:] == (16, 2) and codes["val"].shape[1:] == (16, 2)
 
 
+@pytest.mark.slow
 def test_the_pictures_of_fqgan_and_the_view_run_and_hold_finite_numbers(run, tmp_path):
     for figure, ckpt in (("fq_alone", "phase1"), ("fq_map", "phase2"), ("view", "ar"), ("fig3", "ar"),
                          ("fig8", "phase1"), ("fig7a", "nar")):
@@ -559,6 +562,7 @@ def test_the_pictures_of_fqgan_and_the_view_run_and_hold_finite_numbers(run, tmp
     study("compare", run / "phase1.pt", "--steps", 2, "--samples", 20, "--out", tmp_path / "c.json")
 
 
+@pytest.mark.slow
 def test_one_sub_codebook_alone_is_the_decoder_on_zeros_for_the_others(run):
     tokenizer, _ = load_model(run / "phase1.pt", ["phase1"])
     tokens = tokenizer.encode(torch.rand(2, 3, 32, 32))
@@ -567,6 +571,7 @@ def test_one_sub_codebook_alone_is_the_decoder_on_zeros_for_the_others(run):
     assert torch.equal(tokenizer.decode_alone(tokens, 1), expected)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_together_is_one_line(run, trained, data, tmp_path, capsys):
     error = refusal(capsys, "phase1", tmp_path / "a", data, "--preset", "demo-fq",
                     **{**FQ, "tokenizer__teacher_widths": [0, 48]})

@@ -301,6 +301,7 @@ def test_damaged_codes_are_made_again(trained, data, tmp_path, capsys):
     check_equal(trained, out, "ar")
 
 
+@pytest.mark.slow
 def test_encoding_that_is_stopped_keeps_what_is_done_and_goes_on_there(
         trained, data, tmp_path, capfd, monkeypatch):
     out = earlier(trained, tmp_path / "out", "ar")
@@ -367,6 +368,7 @@ def test_only_a_wrong_checksum_is_called_damage_and_nothing_else_is_to_be_delete
 # Disk, folder, lock ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_with_a_message_and_keeps_the_checkpoint(trained, data, tmp_path, capfd):
     """Files above a size that the log and the log's sheets never reach cannot be written any more."""
     out = earlier(trained, tmp_path / "out", "phase1")
