@@ -119,6 +119,12 @@ FLAGS = {  # without `names` a flag is its key up to the dot
     "extractor.table": SOURCE | dict(help="features, see metrics (default: those of a classifier that --run "
                                      "trains)"),
     "out.table": FILE | dict(help="folder of all rows (default: runs/PRESET-tables)"),
+    "pilot": YES | dict(help="the phase 2 that the experiment takes, chosen before its first row"),
+    "rows": dict(metavar="A0,A1", help="with --run: these configurations (default: all)"),
+    "seeds": dict(metavar="0-3,6", help="with --run: these seeds (default: all)"),
+    "workers.arena": WHOLE | dict(default=1, help="rows at a time, of one thread each (default 1)"),
+    "samples.arena": WHOLE | dict(help="images that a prior draws (default 10,000)"),
+    "out.arena": FILE | dict(help="folder of the runs (default: runs/arena)"),
     "tokenizers": FILE | dict(names=["files"], metavar="CKPT", nargs="+", help="phase1.pt or phase2.pt"),
     "steps.probe": WHOLE | dict(help="training steps of the probe (default 400)"),
     "samples.probe": WHOLE | dict(help="training images of the probe (default 5,000)"),

@@ -28,6 +28,8 @@ STUDIES = dict(
              "A probe of tokenizers on the same images: bits per image of a small prior, PSNR, stability."),
     balance=("balance.balance", "ckpt.balance images vgg.balance num out device",
              "Sizes and gradients of the perceptual loss's layers beside L1's."),
+    arena=("arena.arena", "run pilot rows seeds data workers.arena samples.arena out.arena device",
+           "The paper's claims and the field's cheap numbers, decided on the same rows."),
     report=("report.report", "folder num images out watch device", "One HTML page of the folder of a run."),
     export=("export.export", "folder.export out.export decoder half",
             "Hands a run on: config.json, model.safetensors and a card."),
@@ -88,6 +90,9 @@ def check(name, args):
             raise ValueError(f"{found} is not read beside --reference; leave it out")
     if name == "edit" and not (args.box or args.mask or args.onto):
         raise ValueError("edit needs --box, --mask or --onto")
+    if name == "arena" and (found := unread(args, "rows seeds" if args.pilot else "" if args.run else
+                                            "rows seeds data workers.arena samples.arena out.arena")):
+        raise ValueError(f"{found} is of --run, which trains rows" + " and not of --pilot" * args.pilot)
     if name == "compare" and args.steps == 0:
         raise ValueError("--steps must be at least 1")
     if args.answer == "tables.table":

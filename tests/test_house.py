@@ -180,7 +180,7 @@ def test_plumbing_and_recipes_are_the_bottom_and_models_alone_imports_scripts():
     for name in of("plumbing", FILES) | of("recipes", FILES):
         scripts = {"tokenizer", "perceptual", "prior_ar", "prior_nar"} if name == "plumbing.models" else set()
         assert anywhere(name) & set(BUDGETS) == scripts and not of("studies", anywhere(name)), name
-        presets = {"forks"} if name in ("plumbing.models", "recipes.options") else set()
+        presets = {"forks"} if name in ("plumbing.models", "recipes.flags", "recipes.options") else set()
         assert of("forks", anywhere(name)) <= presets, name
 
 
