@@ -91,7 +91,7 @@ def check(name, args):
     if name == "edit" and not (args.box or args.mask or args.onto):
         raise ValueError("edit needs --box, --mask or --onto")
     if name == "arena" and (found := unread(args, "rows seeds" if args.pilot else "" if args.run else
-                                            "rows seeds data workers.arena samples.arena out.arena")):
+                                            "rows seeds data workers samples out")):
         raise ValueError(f"{found} is of --run, which trains rows" + " and not of --pilot" * args.pilot)
     if name == "compare" and args.steps == 0:
         raise ValueError("--steps must be at least 1")

@@ -141,6 +141,9 @@ COMMANDS = {
     "studies edit x.png --ckpt x.pt --box 1,1,1,1": (STUDIES["edit"][1], ""),
     "studies export run --out x": (STUDIES["export"][1], ""),
     **{f"studies {name} x": (STUDIES[name][1], "") for name in ("compare", "balance", "report", "watch")},
+    "studies arena": (STUDIES["arena"][1], "rows seeds data workers samples out"),
+    "studies arena --run": (STUDIES["arena"][1], ""),
+    "studies arena --pilot": (STUDIES["arena"][1], "rows seeds"),
     "studies table1": (TABLE, ""),
     "studies fq-table3 --preset demo-fq": (TABLE, "")}
 
