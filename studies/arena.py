@@ -273,23 +273,3 @@ def arena(args):
         show(read_rows(path), picture)
     if failed:
         raise UserError(f"{len(failed)} rows failed, see above and log.txt in their folders", code=1)
-
-
-if __name__ == "__main__":  # until `python -m studies` is there
-    import argparse
-
-    from plumbing.paths import as_path, expanded
-    from plumbing.processes import one_line_errors
-
-    parser = argparse.ArgumentParser()
-    for flag in ("run", "pilot"):
-        parser.add_argument(f"--{flag}", action="store_true")
-    for flag in ("workers", "samples"):
-        parser.add_argument(f"--{flag}", type=int)
-    parser.add_argument("--data", type=expanded)
-    parser.add_argument("--out", type=as_path)
-    parser.add_argument("--rows")
-    parser.add_argument("--seeds")
-    parser.add_argument("--device", default="cpu")
-    with one_line_errors():
-        arena(parser.parse_args())

@@ -11,6 +11,7 @@ import pytest
 import recipes.arena
 import recipes.options
 import studies.arena
+import studies.commands
 import studies.probe
 import studies.rows
 import studies.verdicts
@@ -22,9 +23,7 @@ from plumbing.models import load_model
 from recipes.arena import CONFIGURATIONS, FORKS, ORDER
 from studies.verdicts import Gap
 
-import sample
 import train
-import visualize
 
 LEVELS = dict(A0=10.0, A1=9.0, P0=9.5, P1=8.0, C2=8.8, L4=9.9, E=14.0)  # AR FD by B of made-up rows
 
@@ -71,6 +70,8 @@ def test_the_configurations_are_those_of_the_protocol(tmp_path):
         for path, words in arena.row(name, 5)[1]:
             if words[0] == "train.py":
                 found[name, path.stem] = recipes.options.train_args(words[1:])
+            else:
+                studies.commands.study_args(words[2:])  # refuses what is not read
     config = {key: config for key, (_, config) in found.items()}
     stages = {name: [stage for other, stage in found if other == name] for name in CONFIGURATIONS}
     assert stages["A0"] == stages["fsq"] == stages["E"] == ["phase1", "ar"]
@@ -315,14 +316,13 @@ def tiny(data, trained, tmp_path_factory, tmp_path, monkeypatch):
 
     class Command:
         def __init__(self, path, words, nproc, threads):
-            self.start, words = time.time(), [word for word in words if word != "--interpolate"]
+            self.start = time.time()
             path.parent.mkdir(parents=True, exist_ok=True)
             ran.append(path)
-            main, parse = dict(
-                train=(lambda both: train.main(*both), recipes.options.train_args),
-                sample=(sample.main, recipes.options.sample_args),
-                visualize=(visualize.main, recipes.options.visualize_args))[words[0].removesuffix(".py")]
-            main(parse(words[1:]))
+            if words[0] == "train.py":
+                train.main(*recipes.options.train_args(words[1:]))
+            else:
+                studies.commands.main(studies.commands.study_args(words[2:]))
 
         def ended(self):
             return ""
