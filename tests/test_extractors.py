@@ -1,6 +1,7 @@
 """Claims about EfficientNet-Lite0 as an extractor, and about iFD.
 
-Lite0 is measured with its real weights, from two packages that .ci/run installs beside the requirements.
+Lite0 is measured with its real weights, from two packages that .ci/run installs beside the requirements:
+these tests are among the slow ones.
 """
 
 import json
@@ -8,15 +9,13 @@ import sys
 
 import pytest
 import torch
-from helpers import call, forked
+from helpers import call, forked, refused, study
 
 import plumbing.images
 import plumbing.models
-import sample
 from plumbing.data import load_data
 from plumbing.processes import one_line_errors
 from plumbing.slices import decode
-from recipes.options import sample_args
 from studies.distances import fidelity, plain, reference_statistics
 from studies.extractors import Extractor
 from studies.perturbed import interpolate, nearest_images
@@ -36,6 +35,7 @@ def gradients():
     return torch.stack([8 * row + 0 * column, (3 * row + 5 * column) % 256, row * column % 256])[None].byte()
 
 
+@pytest.mark.slow
 def test_lite0_gives_the_known_1280_features_of_an_image(lite0):
     """Numbers of torch 2.14 on an AVX2 CPU."""
     assert lite0.num_features == 1280 and lite0.class_names is None
@@ -50,12 +50,14 @@ def test_lite0_gives_the_known_1280_features_of_an_image(lite0):
                               feature_layer="pool", extractor_note="")
 
 
+@pytest.mark.slow
 def test_lite0_sees_larger_images_at_the_side_that_it_was_trained_on():
     large = Extractor("lite0", 256, "cpu")
     assert large.info["resize"] == "bicubic-224" and large.num_features == 1280
     assert Extractor("lite0", 128, "cpu").info["resize"] == "bicubic-128"
 
 
+@pytest.mark.slow
 def test_the_distance_of_a_set_from_itself_is_0_in_lite0s_features_and_that_from_another_is_not(lite0):
     draw = torch.Generator().manual_seed(0)
     images = torch.randint(256, (32, 3, 32, 32), generator=draw).byte()
@@ -133,10 +135,8 @@ def test_i_fd_measures_images_of_mixed_tokens(trained, data, tmp_path):
     call("vgg", tmp_path, data, "--arch", "resnet", classifier__width=2)
     found = {}
     for name, more in dict(plain=[], mixed=["--interpolate"], again=["--interpolate", "--batch", 7]).items():
-        words = ["--ckpt", trained / "phase1.pt", "--metrics", "--extractor", tmp_path / "resnet.pt",
-                 "--lpips", "none", "--device", "cpu", "--references", tmp_path,
-                 "--out", tmp_path / f"{name}.json", *more]
-        sample.main(sample_args(list(map(str, words))))
+        study("metrics", "--ckpt", trained / "phase1.pt", "--extractor", tmp_path / "resnet.pt", "--lpips",
+              "none", "--device", "cpu", "--references", tmp_path, "--out", tmp_path / f"{name}.json", *more)
         found[name] = json.loads((tmp_path / f"{name}.json").read_text())
     mixed = found["mixed"]
     assert mixed["protocol"] == "ifd-val" and mixed["images_hash"] == found["again"]["images_hash"]
@@ -153,13 +153,6 @@ def test_i_fd_measures_images_of_mixed_tokens(trained, data, tmp_path):
 
 
 def test_what_cannot_be_interpolated_is_refused_in_one_line(trained, capsys):
-    def refused(call, *words):
-        with pytest.raises(SystemExit) as stop:
-            call(list(map(str, words)))
-        error = capsys.readouterr().err
-        assert stop.value.code == 2 and error.count("\n") == 1
-        return error
-
-    measuring = "--ckpt", trained / "ar.pt", "--metrics", "--interpolate"
-    assert "two measures" in refused(sample_args, *measuring, "--perturb")
-    assert "needs a phase1.pt" in refused(lambda words: sample.main(sample_args(words)), *measuring)
+    measuring = "metrics", "--ckpt", trained / "ar.pt", "--interpolate"
+    assert "two measures" in refused(capsys, study, *measuring, "--perturb")
+    assert "needs a phase1.pt" in refused(capsys, study, *measuring)
