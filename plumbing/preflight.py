@@ -130,8 +130,6 @@ def check_batch(run, stage):
     a learning rate that never decays"""
     c, count = run.config[SECTION[stage]], world()
     batch = c["batch"]
-    if stage == run.args.stage and SECTION[stage] == "vgg" and run.args.micro_batch:
-        raise UserError(f"{stage} takes no --micro-batch: its BatchNorm needs the whole batch; pass --batch")
     if batch % count:
         nearest = " or ".join(str(n) for n in (batch // count * count, (batch // count + 1) * count) if n)
         raise UserError(f"batch {batch} cannot be split over {count} processes; use {nearest}")
