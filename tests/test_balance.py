@@ -66,6 +66,7 @@ def test_a_vgg_of_before_has_no_scales_and_is_opened_as_it_was(trained, tmp_path
         torch.testing.assert_close(new[name], old[name] * scale[name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_vgg_that_was_interrupted_gets_the_scales_of_one_that_was_not(trained, data, tmp_path):
     for steps in (3, 6):
         call("vgg", tmp_path, data, "--steps", steps, classifier__schedule="constant")

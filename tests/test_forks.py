@@ -14,7 +14,7 @@ import types
 
 import pytest
 import torch
-from helpers import ROOT, TINY, command, contents, differing, rows, script
+from helpers import few, ROOT, TINY, command, contents, differing, rows, script
 from torch import nn
 
 import forks
@@ -87,6 +87,7 @@ def test_the_readme_s_example_is_the_same_fork():
     assert classes[0].__bases__ == classes[1].__bases__
 
 
+@pytest.mark.slow
 def test_a_fork_goes_through_all_stages_with_its_own_quantizer(mine):
     for stage in ("phase1", "phase2", "ar", "nar"):
         ckpt = read_checkpoint(mine / f"{stage}.pt", [stage])
@@ -97,6 +98,7 @@ def test_a_fork_goes_through_all_stages_with_its_own_quantizer(mine):
     assert (mine / "summary.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words, made", [
     ("sample.py --ckpt RUN/ar.pt --num 4 --out OUT/a.png", "a.png"),
     ("sample.py --ckpt RUN/nar.pt --num 4 --format npz --out OUT/n.npz", "n.npz"),
@@ -112,6 +114,7 @@ def test_every_command_opens_its_checkpoints_without_being_told(mine, folder, tm
     assert any(path.name.startswith(made) for path in tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_it_goes_on_after_a_kill_and_ends_as_an_unbroken_run(mine, folder, data, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
@@ -131,6 +134,7 @@ def test_it_goes_on_after_a_kill_and_ends_as_an_unbroken_run(mine, folder, data,
     assert rows(out, "phase1") == rows(mine, "phase1")
 
 
+@pytest.mark.slow
 def test_without_its_file_a_checkpoint_is_refused_by_the_name_of_the_fork(mine, tmp_path):
     code, _, error = script("sample.py", "--ckpt", mine / "ar.pt", "--out", tmp_path / "x.png")
     assert code == 2 and error.startswith("error: there is no fork 'mine' in ") and error.count("\n") == 1
@@ -145,13 +149,13 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("preset, told", [
+@pytest.mark.parametrize("preset, told", few([
     ("raises.demo", "fork raises cannot be imported: raises.py:2: ZeroDivisionError"),
     ("syntax.demo", "fork syntax cannot be imported: syntax.py:1: SyntaxError"),
     ("empty.demo", "has no function parts()"), ("nobody.demo", "there is no fork 'nobody'"),
     ("mine.other", "--preset mine.other"), ("nothing", "--preset nothing"),
     ("../mine.demo", "no plain word"), ("os.path.demo", "no plain word"), ("a b.demo", "no plain word"),
-])
+], 0, 3, 6))
 def test_a_fork_that_is_missing_or_broken_is_one_line(folder, tmp_path, preset, told):
     root = tmp_path / "more"
     shutil.copytree(folder, root)
@@ -225,6 +229,7 @@ def test_a_name_that_is_no_plain_word_is_refused_before_anything_is_imported(nam
     assert set(sys.modules) == before
 
 
+@pytest.mark.slow
 def test_a_checkpoint_can_name_a_fork_only(mine, tmp_path):
     ckpt = torch.load(mine / "ar.pt", weights_only=True)
     before = contents(mine)
@@ -313,6 +318,7 @@ def test_phase_2_without_attention_has_the_decoder_of_phase_1():
     assert trained == {"decoder"} and tokenizer.config.num_attention == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["lfq.demo", "guidance.demo", "noattention.demo"])
 def test_the_forks_that_exist_run_on_the_same_interface(preset, data, tmp_path):
     out = tmp_path / "out"
@@ -325,6 +331,7 @@ def test_the_forks_that_exist_run_on_the_same_interface(preset, data, tmp_path):
         assert code == 0, error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset, counts", [
     ("fqgan-dual", ["150,410,131", "111,294,355", "417,104,896"]),
     ("fqgan-triple", ["131,657,883"]), ("fqgan-large", ["901,195,520"]),
@@ -343,6 +350,7 @@ def test_presets_of_forks_are_found_by_their_names_and_carry_their_fork():
     assert set(forks.names()) >= {"fqgan", "guidance", "lfq", "noattention", "phase3"}
 
 
+@pytest.mark.slow
 def test_every_preset_of_a_fork_builds_its_networks():
     for fork in sorted({path.stem for path in (ROOT / "forks").iterdir()} - {"__init__", "__pycache__"}):
         for name in forks.load(fork).PRESETS:

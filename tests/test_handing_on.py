@@ -73,6 +73,7 @@ def package(monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.torch", module)
 
 
+@pytest.mark.slow
 def test_an_exported_run_draws_the_same_images_to_the_last_bit(trained, package, tmp_path):
     out = tmp_path / "out"
     study("export", trained, "--out", out)
@@ -165,6 +166,7 @@ def test_a_vgg_in_half_precision_is_the_same_wherever_it_is_loaded(trained, data
     assert features[out]["extractor_hash"] != features[trained / "vgg.pt"]["extractor_hash"]
 
 
+@pytest.mark.slow
 def test_a_run_in_half_precision_keeps_its_priors_and_its_tokenizer_together(trained, package, tmp_path):
     out = tmp_path / "out"
     study("export", trained, "--out", out, "--half")

@@ -252,6 +252,7 @@ def test_help_and_what_is_refused_are_printed_without_torch(words, code):
     assert "usage" in done.stdout if code == 0 else len(error) == 1 and error[0].startswith("error: ")
 
 
+@pytest.mark.slow
 def test_the_scripts_start_without_the_compiler():
     code = "import sys, train, sample, visualize; print('torch._dynamo' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -272,6 +273,7 @@ train.build_on_meta(find_preset("demo-fq"), STAGES)
 """
 
 
+@pytest.mark.slow
 def test_nothing_is_imported_while_the_meta_device_is_set():
     """With PyTorch 2.6 and 2.8 torch._dynamo cannot be, and no command that builds a VGG started."""
     done = subprocess.run([sys.executable, "-c", NO_IMPORTS], cwd=ROOT, capture_output=True, text=True)

@@ -29,7 +29,7 @@ import studies.probe
 import studies.references
 import studies.rows
 import studies.tables
-from helpers import ROOT, call, command, fork, save_from_gpu, study, wait_for, wait_until
+from helpers import few, ROOT, call, command, fork, save_from_gpu, study, wait_for, wait_until
 from PIL import Image
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -377,7 +377,7 @@ def test_samples_and_references_are_exchanged_in_the_form_of_adm(run, scorer, re
     assert result["reference"] == "npz reference.npz" and len(result["reference_hash"]) == 16
 
 
-@pytest.mark.parametrize("name", ["ar.pt", "nar.pt"])
+@pytest.mark.parametrize("name", few(["ar.pt", "nar.pt"], 1))
 def test_samples_measured_in_other_batches_are_the_same_pictures_with_the_same_numbers(
         run, scorer, references, name):
     results = [measure(run, name, scorer, references, "--num", 40, "--batch", batch) for batch in (8, 40)]
@@ -554,6 +554,7 @@ def test_parts_of_other_images_are_not_taken_for_these(run, scorer, references, 
     assert whole["num_images"] == 20  # all of the folder, none held out
 
 
+@pytest.mark.slow
 def test_an_unconditional_prior_of_labelled_images_is_measured(trained, data, scorer, references, tmp_path):
     for name in ("phase1", "phase2", "codes"):
         shutil.copy(trained / f"{name}.pt", tmp_path)
@@ -563,6 +564,7 @@ def test_an_unconditional_prior_of_labelled_images_is_measured(trained, data, sc
     assert "class_accuracy" not in result["results"]
 
 
+@pytest.mark.slow
 def test_a_sweep_measures_each_value_once_and_writes_a_csv_and_a_plot(run, scorer, references, monkeypatch):
     words = ("--ckpt", run / "ar.pt", "--num", 20, "--extractor", scorer, "--references", references)
     study("sweep", "top-p=0.5,1", *words, "--device", "cpu")
@@ -764,6 +766,7 @@ def in_process(monkeypatch, fail=()):
     return ran
 
 
+@pytest.mark.slow
 def test_a_table_trains_and_measures_every_row_once_and_shows_the_paper_beside(
         data, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(
@@ -801,6 +804,7 @@ def test_a_damaged_checkpoint_counts_as_missing_and_its_numbers_are_refused(trai
         studies.rows.seconds_of(path)
 
 
+@pytest.mark.slow
 def test_rows_of_other_settings_never_stand_in_one_table(data, tmp_path, monkeypatch, capsys):
     in_process(monkeypatch)
     words = ("table5", tmp_path, data, "--stages", "phase1")
@@ -831,6 +835,7 @@ def test_a_wrong_setting_of_a_table_is_refused_before_anything_is_written(
     assert stop.value.code == 2 and named in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_failed_row_is_told_and_the_others_go_on(data, tmp_path, monkeypatch, capsys):
     ran = in_process(monkeypatch, fail=["vqgan"])
     with pytest.raises(SystemExit) as stop:
@@ -847,6 +852,7 @@ def test_a_failed_row_is_told_and_the_others_go_on(data, tmp_path, monkeypatch, 
     assert "missing" not in capsys.readouterr().out  # the failed row alone was run again
 
 
+@pytest.mark.slow
 def test_fig_5b_is_drawn_over_alpha_and_fig_7b_decodes_with_both_phases(data, tmp_path, monkeypatch):
     ran = in_process(monkeypatch)
     main(table("fig7b", tmp_path, data, "--stages", "phase1,ar", "--run"))

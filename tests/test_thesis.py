@@ -201,6 +201,7 @@ def runs(data, tmp_path_factory):
 FORKS = ["fsq", "simvq", "rotation", "ibq", "perturb", "crt", "align", "frozen", "phase3"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fork", FORKS)
 def test_every_fork_is_a_screen_and_trains_on_the_interface(fork, runs):
     out = runs(fork)
@@ -213,6 +214,7 @@ def test_every_fork_is_a_screen_and_trains_on_the_interface(fork, runs):
     assert len((ROOT / "forks" / f"{fork}.py").read_text().splitlines()) <= 60
 
 
+@pytest.mark.slow
 def test_the_tokens_of_frozen_are_those_of_the_vgg(runs):
     out = runs("frozen")
     model, _ = load_model(out / "phase1.pt", ("phase1",))
@@ -225,6 +227,7 @@ def test_the_tokens_of_frozen_are_those_of_the_vgg(runs):
     assert trained == {"quantizer", "decoder"}
 
 
+@pytest.mark.slow
 def test_the_prior_of_phase_3_draws_the_share_that_is_not_kept(runs):
     out = runs("phase3")
     assert (out / "ar.pt").stat().st_mtime < (out / "phase2.pt").stat().st_mtime
@@ -257,6 +260,7 @@ def test_phase_3_wants_its_prior_first(data, tmp_path, capsys):
         model.prepare(types.SimpleNamespace(out=tmp_path))
 
 
+@pytest.mark.slow
 def test_phase_3_refuses_a_prior_of_other_tokens_and_a_vgg_of_other_classes(runs):
     out = runs("phase3")
     model = load_model(out / "phase2.pt", ("phase2",))[0].freeze_latent_space()
@@ -284,6 +288,7 @@ def test_presets_that_do_not_fit_are_refused(fork, item, told):
     forks.load(fork).parts()["tokenizer"].check(recipes.options.find_preset(f"{fork}.demo"))
 
 
+@pytest.mark.slow
 def test_the_width_of_a_vgg_in_a_file_is_that_of_the_file(runs):
     config = recipes.options.find_preset("align.demo") | dict(vgg=str(runs("frozen") / "vgg.pt"))
     with pytest.raises(ValueError, match="relu5_3 has 32 channels"):

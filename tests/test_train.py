@@ -34,7 +34,7 @@ import recipes.small
 import studies.cost
 import studies.summary
 from helpers import (
-    ROOT, SCRIPTS, STEPS, call, command, contents, differing, earlier, forked, open_run, refusal, rows,
+    few, ROOT, SCRIPTS, STEPS, call, command, contents, differing, earlier, forked, open_run, refusal, rows,
     script,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -273,7 +273,7 @@ def moments(train):
             if isinstance(part, dict) and "state" in part for i, state in part["state"].items()}
 
 
-@pytest.mark.parametrize("adv_start", [1.0, 0.0])
+@pytest.mark.parametrize("adv_start", few([0.0, 1.0], 0))
 def test_micro_batches_of_the_tokenizer_equal_one_batch(trained, data, tmp_path, adv_start):
     """With the GAN too: groups of four neighbours share the minibatch statistics."""
     for name, micro in (("one", 8), ("four", 4)):
@@ -332,16 +332,16 @@ def host_waits(stage, monkeypatch, out, data):
     return waits.seen
 
 
-@pytest.mark.parametrize("stage", recipes.options.STAGES)
+@pytest.mark.parametrize("stage", few(["phase1", "vgg", "phase2", "ar", "nar"], 0))
 def test_a_training_step_never_waits_for_the_device(trained, data, tmp_path, monkeypatch, stage):
     """R1 included: it is due at every second step of the tiny run."""
     out = earlier(trained, tmp_path / "out", stage)
     assert host_waits(stage, monkeypatch, out, data) == []
 
 
-@pytest.mark.parametrize("read", [
+@pytest.mark.parametrize("read", few([
     lambda p: p.grad.norm().item(), lambda p: p.grad.cpu(), lambda p: p.grad[p.grad > 0],
-    lambda p: bool(p.grad.isfinite().all()), lambda p: p.grad.tolist()])
+    lambda p: bool(p.grad.isfinite().all()), lambda p: p.grad.tolist()], 0))
 def test_that_one_which_reads_a_gradient_is_noticed(trained, data, tmp_path, monkeypatch, read):
     real = train.set_lr
 
@@ -363,7 +363,7 @@ def test_the_unigram_entropy_is_that_of_all_classes_in_whatever_order_the_images
     assert plumbing.codes.unigram_entropy(pair, 8) == pytest.approx(math.log(4) / 2, abs=1e-3)
 
 
-@pytest.mark.parametrize("stage", ["ar", "nar"])
+@pytest.mark.parametrize("stage", few(["nar", "ar"], 0))
 def test_micro_batches_of_the_priors_equal_one_batch(trained, data, tmp_path, stage):
     for name, micro in (("one", 8), ("three", 3)):
         out = earlier(trained, tmp_path / name, stage)
@@ -659,6 +659,7 @@ def test_a_codebook_that_was_overwritten_starts_with_new_moments(trained, data, 
     assert steps.pop("quantizer.codebook.weight") == STEPS - 4 and set(steps.values()) == {STEPS}
 
 
+@pytest.mark.slow
 def test_a_data_set_with_five_validation_images_goes_through_all_stages_to_its_summary(
         data, tmp_path):
     for split, count in (("train", 6), ("val", 1)):
@@ -741,12 +742,14 @@ def test_bad_input_ends_with_one_line_exit_code_2_and_no_file_changed(
     assert contents(out, trained, data, flat) == before
 
 
+@pytest.mark.slow
 def test_an_error_of_the_command_leaves_no_traceback(data, tmp_path):
     words = [sys.executable, ROOT / "train.py", *command("phase2", tmp_path / "out", data)]
     done = subprocess.run(words, capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--stage phase1" in done.stderr
 
 
+@pytest.mark.slow
 def test_an_unconditional_prior_trains_on_a_folder_without_classes(trained, flat, tmp_path):
     for stage in ("ar", "nar"):
         call(stage, tmp_path / "out", flat, "--tokenizer", trained / "phase1.pt", conditional=False)
@@ -761,6 +764,7 @@ def test_random_vgg_weights_are_noted_in_the_checkpoint(trained, data, tmp_path,
     assert "random" in read_checkpoint(tmp_path / "out" / "phase1.pt", ["phase1"])["note"]
 
 
+@pytest.mark.slow
 def test_phase_1_trains_the_vgg_it_needs(trained, data, tmp_path):
     call("phase1", tmp_path, data)
     for stage in ("vgg", "phase1"):
@@ -771,6 +775,7 @@ def test_phase_1_trains_the_vgg_it_needs(trained, data, tmp_path):
 # Sizes and the shape of the code base ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_explain_prints_the_parameter_counts_of_the_paper(monkeypatch):
     monkeypatch.setattr(studies.cost, "cost", lambda *args: (1, 1))  # test_explain_counts_... is for FLOPs
 
@@ -801,6 +806,7 @@ def test_modules_import_only_what_the_readme_s_order_allows():
         assert imported & set(SCRIPTS) <= allowed[name], name
 
 
+@pytest.mark.slow
 def test_importing_a_module_reads_no_network_and_no_command_line():
     code = f"""
 import socket, sys
@@ -912,7 +918,7 @@ def test_a_codebook_of_table_5_has_its_losses_and_its_start(name):
     assert torch.allclose(norms, torch.ones(len(norms))) == (name == "fn")
 
 
-@pytest.mark.parametrize("name", ["low", "A", "B", "C", "D", "sem", "E", "alpha=0.4"])
+@pytest.mark.parametrize("name", few(["alpha=0.4", "low", "A", "B", "C", "D", "sem", "E"], 0, 2))
 def test_the_perceptual_loss_of_a_row_of_table_6_has_its_layers(trained, data, tmp_path, monkeypatch, name):
     real, weights = perceptual.perceptual_loss, []
 
@@ -953,6 +959,7 @@ def test_the_cost_of_a_layer_and_of_a_prior_has_its_closed_form():
     assert twice == (2 * flops, kept)  # one after the other: FLOPs add up, memory does not
 
 
+@pytest.mark.slow
 def test_explain_counts_what_each_stage_costs(capsys):
     train.main(*recipes.options.train_args(["--explain", "--preset", "imagenet"]))
     lines = {line.split()[2]: line for line in capsys.readouterr().out.splitlines() if "cost of" in line}

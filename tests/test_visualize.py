@@ -28,7 +28,7 @@ import studies.metrics
 import studies.probe
 import studies.report
 import studies.summary
-from helpers import ROOT, command, open_run, study
+from helpers import few, ROOT, command, open_run, study
 from PIL import Image
 from matplotlib.text import Text
 
@@ -153,6 +153,7 @@ def test_stage_all_leaves_a_summary_with_all_numbers_and_the_pictures(trained):
         assert Image.open(trained / f"{name}.png").size[0] > 100
 
 
+@pytest.mark.slow
 def test_the_summary_of_a_preset_of_one_phase_tells_of_no_other(run, data):
     """As `imagenet-ablation` is: its --stage all trains no phase 2."""
     (run / "phase2.pt").unlink()
@@ -207,6 +208,7 @@ def test_view_writes_a_picture_and_finite_numbers_and_twice_the_same(run):
     assert numbers["tokenizer_stage"] == "phase2" and numbers["alpha"] == 1
 
 
+@pytest.mark.slow
 def test_several_priors_are_seen_on_the_same_images(run, tmp_path):
     shutil.copytree(run, tmp_path / "other")
     prior = torch.load(tmp_path / "other" / "ar.pt", weights_only=True)
@@ -261,14 +263,14 @@ def written(path):
 
 @pytest.mark.parametrize(
     "words, kind, result",
-    [
+    few([
         (["ar.pt"], "sheet", "samples_ar.png"),
         (["nar.pt", "--classes", "star,ring"], "sheet", "samples_nar.png"),
         (["ar.pt", "--classes", "3"], "files", "samples_ar"),
         (["nar.pt", "--seed", "5"], "npz", "samples_nar.npz"),
         (["phase1.pt", "--reconstruct"], "sheet", "reconstructions_phase1.png"),
         (["phase2.pt", "--reconstruct"], "npz", "reconstructions_phase2.npz"),
-    ],
+    ], 0, 4),
 )
 def test_sample_writes_the_same_twice(run, words, kind, result):
     found = []
@@ -309,7 +311,7 @@ FIGURES = [("view", ["ar.pt"]), ("fig1b", ["ar.pt", "ar.pt"]), ("fig3", ["ar.pt"
            ("fig9", ["ar.pt", "nar.pt"]), ("fig10", ["ar.pt", "nar.pt"]), ("fig11", ["ar.pt", "ar.pt"])]
 
 
-@pytest.mark.parametrize("figure, names", FIGURES, ids=[name for name, _ in FIGURES])
+@pytest.mark.parametrize("figure, names", few(FIGURES, 1, 3, 5, 6), ids=[name for name, _ in FIGURES])
 def test_every_figure_runs_on_tiny_checkpoints_twice_the_same_with_finite_numbers(run, figure, names):
     found = []
     for i in range(2):
@@ -473,6 +475,7 @@ def test_compare_probes_several_tokenizers_on_the_same_images(run, capsys):
     assert "bits_per_image" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_compare_draws_from_all_training_images_and_never_from_those_it_validates_on(
         trained, data, monkeypatch, tmp_path):
     seen, whole = [], shutil.copytree(data / "train", tmp_path / "whole")  # 6 images of each of ten classes
@@ -507,6 +510,7 @@ def test_a_figure_tells_with_which_loss_the_tokenizer_was_trained_whatever_the_p
     assert visualize.alpha_of(layers) == dict(alpha=None, layers="A")
 
 
+@pytest.mark.slow
 def test_compare_takes_images_of_which_only_some_have_classes(trained, data, tmp_path):
     """It looks at no class: pictures for validation need not lie in folders as those for training do."""
     shutil.copytree(data / "train", tmp_path / "train")
@@ -566,6 +570,7 @@ def test_results_measured_alike_share_a_table_in_which_the_best_is_marked():
     assert tables[0].count("<tr>") == 3 and "<th>precision</th>" in tables[0]
 
 
+@pytest.mark.slow
 def test_a_watched_report_is_written_again_when_the_run_has_news_and_reloads_itself(
         run, monkeypatch, capsys):
     written = []
