@@ -11,7 +11,7 @@ import tokenize
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, few
 
 from studies.commands import STUDIES
 
@@ -234,11 +234,11 @@ def test_the_door_of_the_studies_is_the_only_way_to_them_and_needs_no_torch():
         assert [arg.arg for arg in function(f"studies.{module}", answer).args.args][0] == "args", answer
 
 
-@pytest.mark.parametrize("words, code", [
+@pytest.mark.parametrize("words, code", few([
     *((f"{script}.py --help", 0) for script in ("train", "sample", "visualize")),
     ("train.py --stage vgg --tokenizer x", 2), ("sample.py --ckpt x --no-flag", 2), ("visualize.py fig0", 2),
     ("studies", 0), ("studies metrics --help", 0), ("studies table1 --preset no-such --no-flag", 2),
-    ("studies metric", 2), ("sample.py --ckpt x --metrics", 2), ("visualize.py table1 --run", 2)])
+    ("studies metric", 2), ("sample.py --ckpt x --metrics", 2), ("visualize.py table1 --run", 2)], 0, 6))
 def test_help_and_what_is_refused_are_printed_without_torch(words, code):
     script, *words = words.split()
     run = "run_module('studies'" if script == "studies" else f"run_path('{script}'"

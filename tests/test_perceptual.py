@@ -10,6 +10,7 @@ from urllib.error import URLError
 
 import pytest
 import torch
+from helpers import Bomb
 import torch.nn.functional as F
 from torch import nn
 
@@ -246,16 +247,6 @@ def test_a_hash_in_the_file_name_is_checked(tmp_path, small_build):
     plumbing.weights.load_vgg16(right)
     with pytest.raises(ValueError, match="damaged"):
         plumbing.weights.load_vgg16(right.rename(tmp_path / "vgg16-397923af.pth"))
-
-
-class Bomb:
-    """A pickle that, if executed, creates a file."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return open, (self.path, "w")
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")

@@ -857,11 +857,6 @@ def test_an_unfinished_stage_is_told_of_by_the_next_one(trained, data, tmp_path,
     assert "stage phase1 ended at step 4 of 6" in capsys.readouterr().err
 
 
-def test_a_vgg_that_was_trained_on_other_data_is_refused(trained, data, flat, tmp_path, capsys):
-    out = earlier(trained, tmp_path / "out", "phase1")
-    assert "vgg.pt was made with data" in refusal(capsys, "phase1", out, flat)
-
-
 def test_random_vgg_weights_are_noted_in_all_that_follows(trained, data, tmp_path):
     out = earlier(trained, tmp_path / "out", "ar")
     for stage in ("phase1", "phase2"):
@@ -893,26 +888,6 @@ def test_a_gpu_that_is_not_there_is_refused(tmp_path, capsys, monkeypatch):
 
 
 # The command --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name, words, code", few([
-    *((name, ["--help"], 0) for name in ("train", "sample", "visualize")),
-    *((name, ["--nonsense", "1"], 2) for name in ("train", "sample", "visualize"))], 0))
-def test_help_and_wrong_flags_answer_before_torch_is_imported(name, words, code):
-    program = f"""
-import runpy, sys
-sys.argv = {[f"{name}.py", *words]!r}
-try:
-    runpy.run_path({str(ROOT / f"{name}.py")!r}, run_name="__main__")
-except SystemExit as stop:
-    assert stop.code == {code}, stop.code
-    assert "torch" not in sys.modules
-    print("ANSWERED")
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert "ANSWERED" in done.stdout, done.stderr
-    if code:
-        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
 def test_every_file_of_torch_is_read_by_the_one_function_that_executes_nothing_and_asks_for_no_gpu():

@@ -10,6 +10,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
+from helpers import Bomb
 from PIL import Image
 
 import plumbing.data
@@ -203,15 +204,6 @@ def test_batches_from_a_later_step_are_the_rest_of_the_stream_for_any_number_of_
         assert labels.tolist() == [item[1] for item in items]
 
 
-def test_processes_take_contiguous_shares_of_the_batch(monkeypatch):
-    monkeypatch.setattr(plumbing.processes, "world", lambda: 4)
-    rows = []
-    for rank in range(4):
-        monkeypatch.setattr(plumbing.processes, "rank", lambda rank=rank: rank)
-        rows += range(12)[plumbing.processes.my_rows(12)]
-    assert rows == list(range(12))
-
-
 # Image files ----------------------------------------------------------------------------------------------
 
 
@@ -287,11 +279,7 @@ def test_sub_folders_are_classes_and_hidden_things_are_ignored(tmp_path):
     assert names == ["a", "b"]
     data = FolderData(files, names, 8, seed=0)
     assert data.labels == [0, 0, 1] and data.num_classes == 2 and data.render(1).shape[0] == 3
-
-
-def test_a_folder_with_hidden_images_only_is_no_class(tmp_path):
-    for name in ("a/1.png", "b/._1.png", "c/d.png/x.png"):
-        picture(tmp_path / name)
+    (tmp_path / "b" / "1.png").rename(tmp_path / "b" / "._1.png")  # hidden images alone make no class
     assert scan_folder(tmp_path)[1] == ["a"]
 
 
@@ -351,16 +339,6 @@ def test_train_and_val_folders_are_found_and_val_has_no_class_of_its_own(tmp_pat
 # Checkpoints ----------------------------------------------------------------------------------------------
 
 
-class Bomb:
-    """Touches a file when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_pickled_code_in_a_checkpoint_is_never_executed(tmp_path):
     bomb = Bomb(tmp_path / "exploded")
@@ -379,14 +357,6 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content):
     (tmp_path / "x.pt").write_bytes(content)
     with pytest.raises(UserError, match="x.pt is damaged or no checkpoint"):
         read_checkpoint(tmp_path / "x.pt", ["ar"])
-
-
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
-def test_a_truncated_checkpoint_is_refused(run, share):
-    content = (run / "ar.pt").read_bytes()
-    (run / "ar.pt").write_bytes(content[: int(share * len(content))])
-    with pytest.raises(UserError, match="damaged"):
-        read_checkpoint(run / "ar.pt", ["ar"])
 
 
 def test_missing_files_folders_other_stages_and_other_formats_are_refused(run):
@@ -616,23 +586,20 @@ def test_the_seed_orders_and_flips_procedural_images_too():
     assert all(torch.equal(data[0].view(i), data[1].view(i)) for i in range(5))
 
 
-@pytest.mark.parametrize("flag", ["--temperature", "--token-temperature", "--choice-temperature"])
-@pytest.mark.parametrize("value", ["-1", "inf", "nan", "warm"])
-def test_temperatures_out_of_bounds_are_refused_by_the_name_of_their_flag(flag, value, capsys):
+@pytest.mark.parametrize("flag, value", [
+    *itertools.product(("--temperature", "--token-temperature", "--choice-temperature"),
+                       ("-1", "inf", "nan", "warm")),
+    ("--top-p", "0"), ("--top-p", "1.01")])
+def test_numbers_of_the_sampler_out_of_bounds_are_refused_by_the_name_of_their_flag(flag, value, capsys):
     with pytest.raises(SystemExit) as stop:
         recipes.options.sample_args(["--ckpt", "x.pt", flag, value])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and flag in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("top_p, fine", [("0", False), ("1e-6", True), ("1", True), ("1.01", False)])
-def test_top_p_lies_between_zero_excluded_and_one_included(top_p, fine, capsys):
-    if fine:
+def test_top_p_lies_between_zero_excluded_and_one_included():
+    for top_p in ("1e-6", "1"):
         assert recipes.options.sample_args(["--ckpt", "x.pt", "--top-p", top_p]).top_p == float(top_p)
-    else:
-        with pytest.raises(SystemExit):
-            recipes.options.sample_args(["--ckpt", "x.pt", "--top-p", top_p])
-        assert "--top-p" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("batch", [1, 4])

@@ -303,13 +303,6 @@ def test_codebook_term_moves_the_codes_only_and_commitment_the_encoder_only():
     torch.testing.assert_close(to_z, -2 * difference / difference.numel())
 
 
-def test_the_two_terms_are_the_mean_squared_quantization_error_without_beta():
-    quantizer, z_hat = tiny_quantizer(codebook="plain"), normal(2, 4, 3, 3, seed=1)
-    z_st, _, losses = quantizer(z_hat)
-    expected = (z_st - z_hat).square().mean().item()
-    assert losses["loss_codebook"].item() == losses["loss_commit"].item() == pytest.approx(expected, rel=1e-6)
-
-
 @pytest.mark.parametrize("codebook", CODEBOOKS)
 def test_only_the_codebook_of_sec_3_4_has_an_entropy_term(codebook):
     model, x = tiny_tokenizer(codebook=codebook, kmeans_warmup=0), images(2)
@@ -402,28 +395,6 @@ def test_the_average_per_image_is_the_mean_of_the_terms_of_single_images():
     assert together > tiny_quantizer()(z_hat)[2]["loss_entropy"].item() + 0.1  # the entropy is concave
 
 
-def test_the_global_mean_makes_two_half_batches_equal_one_batch_in_float64():
-    quantizer = tiny_quantizer()
-    z, codes = normal(40, 4, seed=1, dtype=torch.float64), normal(16, 4, seed=2, dtype=torch.float64)
-    z[20:] += 1  # halves that differ
-    z, codes = z.requires_grad_(), codes.requires_grad_()
-
-    def gradients(rows, global_probs):
-        quantizer.global_probs = global_probs
-        loss = quantizer.usage_loss(code_distances(z[rows], codes), z[rows], 1)
-        return loss, *torch.autograd.grad(loss, (z, codes))
-
-    halves = slice(0, 20), slice(20, 40)
-    probs = torch.stack([average_probs(code_distances(z[rows], codes)).detach() for rows in halves]).mean(0)
-    full = gradients(slice(0, 40), None)
-    with_mean = [sum(parts) / 2 for parts in zip(*(gradients(rows, probs) for rows in halves), strict=True)]
-    naive = [sum(parts) / 2 for parts in zip(*(gradients(rows, None) for rows in halves), strict=True)]
-    for ours, expected in zip(with_mean, full, strict=True):
-        assert (ours - expected).abs().max() < 1e-10
-    assert naive[0] > full[0] + 0.01
-    assert (naive[1] - full[1]).abs().max() > 1e-4 and (naive[2] - full[2]).abs().max() > 1e-4
-
-
 @pytest.mark.parametrize("factorized", [False, True])
 def test_accumulated_micro_batches_give_the_gradients_of_the_whole_batch(factorized):
     torch.manual_seed(0)
@@ -467,13 +438,6 @@ def test_normalised_codes_have_norm_one_and_distances_of_the_angle():
     assert distances.min() >= -1e-6 and distances.max() <= 4 + 1e-6
     z_st = quantizer(z_hat)[0]
     torch.testing.assert_close(z_st.norm(dim=1), torch.ones(2, 3, 3))  # the decoder gets the normalised code
-
-
-def test_in_normalised_mode_a_positive_factor_changes_nothing():
-    quantizer, z_hat = tiny_quantizer(codebook="fn"), normal(2, 4, 3, 3, seed=1)
-    before, after = quantizer(z_hat), quantizer(8 * z_hat)
-    assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
-    torch.testing.assert_close(before[2], after[2])
 
 
 # K-means --------------------------------------------------------------------------------------------------

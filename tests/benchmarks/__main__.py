@@ -4,8 +4,7 @@
     PYTHONPATH=. python tests/benchmarks speed --out speed.jsonl    # every case beside its floor
     PYTHONPATH=. python tests/benchmarks speed --only quantizer --case K=1024
     PYTHONPATH=OTHER python tests/benchmarks speed    # the code of another clone
-    PYTHONPATH=. python tests/benchmarks compile    # compiling.py: what --compile costs and gives
-    PYTHONPATH=. python tests/benchmarks gpu --out gpu.jsonl    # gpu.py: on a GPU
+    PYTHONPATH=. python tests/benchmarks gpu --out gpu.jsonl    # gpu.py: on a GPU, --compile too
 
 `speed` measures the ceilings of this machine (matrix products and 3x3 convolutions in float32 and bf16,
 reading memory) and our own work in turns, so that a noisy moment hits both. Each case is told as a share of
@@ -361,14 +360,14 @@ def safety(stage, folder):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["safety", "speed", "compile", "gpu"])
+    parser.add_argument("what", choices=["safety", "speed", "gpu"])
     parser.add_argument("--device", default="cuda", help="of gpu: cpu only shows that it runs")
     parser.add_argument("--preset", default="imagenet", help="of gpu")
     parser.add_argument("--steps", type=int, default=40, help="of gpu: a training case's steps")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", help="of quantizer,autoencoder,phase,attention,prior,sample,start,load")
-    parser.add_argument("--case", default="", help="of speed, compile, gpu: only cases with this in "
+    parser.add_argument("--case", default="", help="of speed, gpu: only cases with this in "
                         "their names")
     parser.add_argument("--out", help="file to append JSON lines to")
     arguments = parser.parse_args()
@@ -377,10 +376,6 @@ if __name__ == "__main__":
         with tempfile.TemporaryDirectory() as name:
             safety("phase1", Path(name))
             safety("ar", Path(name))
-    elif arguments.what == "compile":
-        from compiling import compiling
-
-        compiling(arguments)
     elif arguments.what == "gpu":
         from gpu import gpu
 
