@@ -29,7 +29,7 @@ import studies.probe
 import studies.references
 import studies.rows
 import studies.tables
-from helpers import few, ROOT, call, command, fork, save_from_gpu, study, wait_for, wait_until
+from helpers import ROOT, call, command, few, fork, save_from_gpu, study, wait_for, wait_until
 from PIL import Image
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -176,6 +176,7 @@ def test_ssim_equals_an_independent_implementation():
         assert value == pytest.approx(np.mean(maps), abs=1e-9) and value < 0.95
 
 
+@pytest.mark.slow
 def test_lpips_takes_the_vgg_it_is_given_and_its_own_linear_weights():
     import lpips
 
@@ -215,6 +216,7 @@ def inception_file(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_inception_is_torch_fidelity_s_with_the_weights_of_a_local_file(inception_file, tmp_path):
     """Also of one that was saved on a GPU."""
     save_from_gpu(torch.load(inception_file, weights_only=True), tmp_path / "gpu.pth")
@@ -230,6 +232,7 @@ def test_inception_is_torch_fidelity_s_with_the_weights_of_a_local_file(inceptio
     assert extractor.info["resize"] == "tf1-bilinear-299" and extractor.info["feature_layer"] == "2048"
 
 
+@pytest.mark.slow
 def test_inception_files_that_are_missing_damaged_or_foreign_are_refused(
         inception_file, tmp_path, monkeypatch):
     official = tmp_path / "weights-inception-2015-12-05-6726825d.pth"
@@ -436,6 +439,7 @@ def test_who_needs_reference_statistics_that_another_process_makes_waits_for_the
     assert asked.exists() and capsys.readouterr().out.count("waiting: ") == 1 and wait_for(child) == 0
 
 
+@pytest.mark.slow
 def test_another_result_takes_the_place_of_the_old_one_and_says_so(run, scorer, references, capsys):
     first = measure(run, "ar.pt", scorer, references, "--num", 30)
     capsys.readouterr()
@@ -494,6 +498,7 @@ def test_too_few_samples_are_refused_before_any_is_drawn(run, scorer, references
     assert "16 images are too few" in error and "16 features" in error
 
 
+@pytest.mark.slow
 def test_reference_statistics_serve_where_the_images_are_not(run, scorer, references, tmp_path):
     first = measure(run, "ar.pt", scorer, references, "--num", 20)
     ckpt = torch.load(run / "ar.pt", weights_only=True)
@@ -529,6 +534,7 @@ def test_an_evaluation_that_another_process_is_making_is_refused(run, scorer, re
     assert errors == [2]
 
 
+@pytest.mark.slow
 def test_parts_of_other_images_are_not_taken_for_these(run, scorer, references, data, tmp_path, monkeypatch):
     other = tmp_path / "other"
     for i, path in enumerate(sorted((data / "val").glob("*/*.png"))):
@@ -648,6 +654,7 @@ def test_an_extractor_of_another_image_size_is_refused(run, scorer, capsys, tmp_
     assert "64-pixel images" in error and "32" in error
 
 
+@pytest.mark.slow
 def test_images_that_are_not_finite_are_refused_and_not_rounded_to_black(run, scorer, references, capsys):
     ckpt = torch.load(run / "phase2.pt", weights_only=True)
     for weights in (ckpt["model"], ckpt["ema"] or {}):

@@ -850,6 +850,7 @@ def test_one_image_and_images_without_classes_are_told_of(tmp_path, capsys):
     assert "both training and validation" in said and "carry no labels" in said
 
 
+@pytest.mark.slow
 def test_an_unfinished_stage_is_told_of_by_the_next_one(trained, data, tmp_path, capsys):
     out = earlier(trained, tmp_path / "out", "phase1")
     killed_at(5, "phase1", out, data)

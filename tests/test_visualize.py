@@ -28,7 +28,7 @@ import studies.metrics
 import studies.probe
 import studies.report
 import studies.summary
-from helpers import few, ROOT, command, open_run, study
+from helpers import ROOT, command, few, open_run, study
 from PIL import Image
 from matplotlib.text import Text
 
