@@ -33,21 +33,14 @@ h2 { border-top: 1px solid var(--line); padding-top: 1rem; margin-top: 2rem; }
 img { max-width: 100%%; } img.pixels { image-rendering: pixelated; width: 100%%; display: block; }
 img.plot { background: white; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; }
-table.values td:last-child { min-width: 12rem; } td.best { font-weight: bold; }
+td.best { font-weight: bold; }
 td, th { border: 1px solid var(--line); padding: .2rem .5rem; text-align: left; vertical-align: top; }
-[hidden] { display: none !important; }
 .row { display: grid; grid-template-columns: repeat(%(shown)d, 1fr); gap: 3px; }
 .stack { position: relative; } .stack img + img { position: absolute; inset: 0; }
-input[type=range] { width: 100%%; } button { font: inherit; padding: .3rem .8rem; }
-:focus-visible { outline: 3px solid #06c; outline-offset: 2px; } p.note { font-size: .9rem; }
+input[type=range] { width: 100%%; }
 </style></head><body><h1>%(title)s</h1>
 %(body)s
 <script>
-function toggle(button) {
-  const top = button.closest("section").querySelector(".stack img + img");
-  top.hidden = !top.hidden;
-  button.textContent = "Showing " + (top.hidden ? "phase 1" : "phase 1 + 2") + ", press to switch";
-}
 function slide(input) {
   for (const top of input.closest("section").querySelectorAll(".stack img + img"))
     top.style.clipPath = `inset(0 0 0 ${input.value}%%)`;
@@ -76,14 +69,28 @@ def plot(fig, alt):
     return f'<img class="plot" src="{source}" alt="{html.escape(alt)}">'
 
 
-def html_table(lines, best=(), kind=""):
+def stacks(images):
+    """A row of pictures; those of a second name lie over the first, with a slider that uncovers these.
+
+    images: {name: (n, 3, S, S)}, one or two
+    """
+    lists = [[picture(x[None], 1, f"{name} {i}") for i, x in enumerate(part)]
+             for name, part in images.items()]
+    row = "".join(f'<div class="stack">{"".join(stack)}</div>' for stack in zip(*lists, strict=True))
+    first, second = [*images, ""][:2]
+    slider = (f"<label>Slide from {second} (left) to {first} (right): "
+              '<input type="range" min="0" max="100" value="50" oninput="slide(this)"></label>')
+    return f'<div class="row">{row}</div>' + slider * bool(second)
+
+
+def html_table(lines, best=()):
     """best: places (row, column) of the cells that are marked"""
     rows = []
     for i, line in enumerate(lines):
         tags = ["th" if i == 0 else 'td class="best"' if (i, j) in best else "td" for j in range(len(line))]
         cells = [f"<{tag}>{html.escape(str(word))}</{tag[:2]}>" for tag, word in zip(tags, line, strict=True)]
         rows.append(f"<tr>{''.join(cells)}</tr>")
-    return f'<div class="scroll"><table class="{kind}">{"".join(rows)}</table></div>'
+    return f'<div class="scroll"><table>{"".join(rows)}</table></div>'
 
 
 def configuration(config, stages):
@@ -199,7 +206,7 @@ def write_report(args):
         except UserError as error:
             print0(f"note: {error}; it is left out")
     if metrics:
-        section("Metrics", *metric_tables(metrics), '<p class="note">Tables do not compare with each other. '
+        section("Metrics", *metric_tables(metrics), '<p>Tables do not compare with each other. '
                 "The best value of a column is bold.</p>")
     rows = [row for row in read_metrics(run / "metrics.jsonl") if any(row.get(c) is not None for c in CURVES)]
     if rows:
@@ -220,24 +227,17 @@ def write_report(args):
             f"images; perplexity {perplexity:.1f}.</p>", plot(fig, "histogram of the codes"))
 
     decoded = {s: decode(t, tokens[:shown]) for s, t in tokenizers.items()}
-    button = '<p><button onclick="toggle(this)">Showing phase 1 + 2, press to switch</button></p>'
-    stack = "".join(picture(image, shown, s) for s, image in decoded.items())
     section("Reconstructions", "<p>Inputs:</p>", picture(x[:shown], shown, "inputs"),
-            "<p>Decoded from the same tokens:</p>", f'<div class="stack">{stack}</div>',
-            button if len(decoded) > 1 else "")
+            "<p>Decoded from the same tokens:</p>", stacks(decoded))
 
     if "ar" in found:
         pairs, _ = load_pairs([found["ar"]], len(x), device, (), args.data)
         view, numbers = pairs[0]["view"], pairs[0]["numbers"]
-        keys = "reconstruction", "prediction"
-        rows = ["".join(picture(view[key][i : i + 1], 1, f"{key} {i}") for key in keys) for i in range(shown)]
-        both = "".join(f'<div class="stack">{row}</div>' for row in rows)
-        slider = ('<label>Slide from the prediction (left) to the reconstruction (right): '
-                  '<input type="range" min="0" max="100" value="50" oninput="slide(this)"></label>')
         section("Teacher-forced view", "<p>Reconstruction, and over it what the AR prior predicts for every "
                 f"token given the true ones before: {numbers['top1']:.1%} of tokens are right, "
                 f"{numbers['nats_per_token']:.3f} nats a token. Inputs, then the two:</p>",
-                picture(x[:shown], shown, "inputs"), f'<div class="row">{both}</div>', slider)
+                picture(x[:shown], shown, "inputs"),
+                stacks({key: view[key][:shown] for key in ("reconstruction", "prediction")}))
     for stage in [s for s in ("ar", "nar") if s in found]:
         prior, ckpt = load_model(found[stage], (stage,), device)
         tokenizer, _ = load_tokenizer_of(found[stage], ckpt, None, device)
@@ -254,7 +254,7 @@ def write_report(args):
     values = configuration(config, {stage: ckpt["config"] for stage, ckpt in ckpts.items()})
     section("Configuration", html_table([["section", "values"], *(
         [key, ", ".join(f"{k} = {v}" for k, v in value.items()) if isinstance(value, dict) else value]
-        for key, value in values.items())], kind="values"))
+        for key, value in values.items())]))
     title = f"SeQ-GAN run: {run.absolute().name}" + f" ({note})" * bool(note)
     page = PAGE % dict(title=html.escape(title), shown=shown, body="\n".join(sections),
                        again=AGAIN * bool(args.watch))
