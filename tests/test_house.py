@@ -184,12 +184,6 @@ def test_plumbing_and_recipes_are_the_bottom_and_models_alone_imports_scripts():
         assert of("forks", anywhere(name)) <= presets, name
 
 
-def test_training_imports_of_studies_its_explain_and_its_summary_only():
-    assert of("studies", anywhere("train")) == {"studies.cost", "studies.summary"}
-    for name in of("forks", FILES):
-        assert not of("studies", anywhere(name)), name
-
-
 def test_nobody_imports_forks_by_name_but_forks_themselves():
     for name in FILES:
         if not name.startswith("forks"):
@@ -197,10 +191,8 @@ def test_nobody_imports_forks_by_name_but_forks_themselves():
 
 
 def test_no_module_is_imported_by_what_it_imports():
-    """Lazily neither, but for what `sample` and `visualize` call of the studies."""
-    graph = {name: (loaded if name in ("sample", "visualize") else anywhere)(name) & set(FILES)
-             for name in FILES}
-    done = set()
+    """Lazily neither."""
+    graph, done = {name: anywhere(name) & set(FILES) for name in FILES}, set()
 
     def visit(name, above):
         assert name not in above, " -> ".join([*above, name])
