@@ -11,7 +11,7 @@ import plumbing.models
 import plumbing.weights
 import recipes.options
 import recipes.small
-from helpers import call, differing, earlier, study
+from helpers import call, differing, earlier, refused, study
 
 import perceptual as P
 
@@ -22,15 +22,6 @@ def read(path):
 
 def look(*words):
     study("balance", *words, "--device", "cpu")
-
-
-def refused(capsys, *words):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        look(*words)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
-    return error
 
 
 def test_every_tap_of_a_vgg_that_was_trained_here_has_variance_1_over_the_training_images(trained):
@@ -127,14 +118,14 @@ def test_what_has_no_balance_is_refused(trained, data, capsys, tmp_path, monkeyp
     alone = tmp_path / "alone"
     earlier(trained, alone, "phase2")
     (alone / "vgg.pt").unlink()
-    assert "no vgg.pt beside" in refused(capsys, alone / "phase1.pt")
-    assert "ar.pt" in refused(capsys, trained / "ar.pt")
-    assert "is not a file" in refused(capsys, trained / "phase1.pt", "--vgg", tmp_path / "no.pth")
-    assert "required: CKPT" in refused(capsys)
+    assert "no vgg.pt beside" in refused(capsys, look, alone / "phase1.pt")
+    assert "ar.pt" in refused(capsys, look, trained / "ar.pt")
+    assert "is not a file" in refused(capsys, look, trained / "phase1.pt", "--vgg", tmp_path / "no.pth")
+    assert "required: CKPT" in refused(capsys, look)
     ckpt = read(trained / "phase1.pt")
     ckpt["config"]["phase1"]["layers"] = "lpips"
     torch.save(ckpt, tmp_path / "phase1.pt")
-    assert "LPIPS" in refused(capsys, tmp_path / "phase1.pt")
+    assert "LPIPS" in refused(capsys, look, tmp_path / "phase1.pt")
     with pytest.raises(SystemExit):
         recipes.options.visualize_args(["view", "--ckpt", "ar.pt", "--vgg", "random"])
     assert "unknown argument --vgg" in capsys.readouterr().err

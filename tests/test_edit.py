@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import study
+from helpers import refused, study
 from PIL import Image
 
 import plumbing.files
@@ -141,9 +141,7 @@ def test_a_folder_of_another_edit_is_refused_and_the_same_one_goes_on(trained, p
     words = ["--box", "40,0,8,8", "--format", "files", "--classes", "star", "--num"]
     edit(trained, picture, tmp_path / "out", *words, 1)
     before = (tmp_path / "out" / "candidate_000.png").read_bytes()
-    with pytest.raises(SystemExit):
-        edit(trained, picture, tmp_path / "out", *words, 2, "--seed", 1)
-    assert "differ" in capsys.readouterr().err
+    assert "differ" in refused(capsys, edit, trained, picture, tmp_path / "out", *words, 2, "--seed", 1)
     assert not (tmp_path / "out" / "candidate_001.png").exists()
     assert len(edit(trained, picture, tmp_path / "out", *words, 2)["tokens"]) == 2
     assert (tmp_path / "out" / "candidate_000.png").read_bytes() == before
@@ -165,13 +163,8 @@ def test_what_cannot_be_edited_is_refused_in_one_line(trained, picture, tmp_path
             (tmp_path / "text.png", ["--box", "0,0,4,4"], "error: edit "),
             (picture, ["--box", "40,0,8,8", "--classes", "cat"], "--classes cat"),
             (picture, ["--box", "40,0,8,8", "--ckpt", trained / "ar.pt"], "needs nar")):
-        with pytest.raises(SystemExit) as stop:
-            edit(trained, image, tmp_path / "x.png", *words)
-        error = capsys.readouterr().err
-        assert stop.value.code == 2 and error.count("\n") == 1 and told in error, error
+        assert told in refused(capsys, edit, trained, image, tmp_path / "x.png", *words)
     assert not (tmp_path / "x.png").exists()
     for words, told in (("x.png", "edit needs --box"), ("--box 1,2,3,4", "required: IMAGE"),
                         ("x.png --box 1 --format npz", "--format"), ("x.png --box 1 --top-p 1", "--top-p")):
-        with pytest.raises(SystemExit) as stop:
-            study("edit", "--ckpt", "nar.pt", *words.split())
-        assert stop.value.code == 2 and told in capsys.readouterr().err
+        assert told in refused(capsys, study, "edit", "--ckpt", "nar.pt", *words.split())

@@ -8,6 +8,7 @@ import ast
 import shlex
 
 import pytest
+from helpers import refused
 from test_house import FILES, TREES
 
 import forks
@@ -201,19 +202,15 @@ def test_what_once_ended_with_0_is_refused(words, capsys):
     ("visualize.py compare a.pt --steps 3", "compare a.pt --steps 3"),
     ("visualize.py report runs/demo --watch", "report runs/demo --watch")])
 def test_an_old_spelling_ends_with_the_command_of_today_which_parses(old, new, capsys):
-    with pytest.raises(SystemExit) as stop:
-        parse(shlex.split(old))
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.endswith(f"the command is now: python -m studies {new}\n")
+    error = refused(capsys, parse, shlex.split(old))
+    assert error.endswith(f"the command is now: python -m studies {new}\n")
     assert study_args(shlex.split(new)).figure == new.split()[0]
 
 
 @pytest.mark.parametrize("name", ["claims", "forks", "positions"])
 def test_what_is_gone_says_where_its_results_are(name, capsys):
-    with pytest.raises(SystemExit) as stop:
-        parse(["visualize.py", name, "--run"])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and "docs/results.md" in error and "python -m studies arena" in error
+    error = refused(capsys, parse, ["visualize.py", name, "--run"])
+    assert "docs/results.md" in error and "python -m studies arena" in error
 
 
 def test_a_wrong_name_or_flag_is_answered_with_the_nearest_one(capsys):
@@ -221,9 +218,7 @@ def test_a_wrong_name_or_flag_is_answered_with_the_nearest_one(capsys):
                         ("studies edit x.png --ckpt x --bax 1", "did you mean --box?"),
                         ("sample.py --ckpt x --topp 1", "did you mean --top-p?"),
                         ("studies metrics", "needs --ckpt FILE"), ("visualize.py fig12 --ckpt x", "fig11")):
-        with pytest.raises(SystemExit) as stop:
-            parse(words.split())
-        assert stop.value.code == 2 and told in capsys.readouterr().err
+        assert told in refused(capsys, parse, words.split())
 
 
 def test_the_studies_are_listed_with_a_line_each(capsys):

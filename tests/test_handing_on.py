@@ -15,7 +15,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from helpers import call, fork, forked, open_run, study, wait_for, wait_until
+from helpers import call, fork, forked, open_run, refused, study, wait_for, wait_until
 from PIL import Image
 
 import recipes.options
@@ -128,14 +128,6 @@ def test_the_exported_decoder_decodes_any_number_of_images_alike(trained, packag
         tokens = torch.randint(32, (count, 16), generator=torch.Generator().manual_seed(count))
         with torch.no_grad():
             torch.testing.assert_close(program(tokens), model.decode(tokens), rtol=0, atol=1e-5)
-
-
-def refused(capsys, call, *words):
-    with pytest.raises(SystemExit) as stop:
-        call(*words)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1
-    return error
 
 
 def test_a_vgg_in_half_precision_is_the_same_wherever_it_is_loaded(trained, data, package, tmp_path):
