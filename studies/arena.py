@@ -104,6 +104,8 @@ class Arena:
                               metrics_samples_a=("precision", "recall", "class_accuracy")).get(stem, ())
                 row |= {key: numbers.get(key) for key in wanted}
             row[f"extractor_{letter}"] = result["extractor_hash"]
+            if "samples" in stem:
+                row["samples"] = result["num_images"]
         for path in (path for path, _ in commands if path.name == "compare.json"):
             probe = json.loads(path.read_text())[0]
             row |= dict(probe=probe["relative"], probe_bits=probe["bits_per_image"])
@@ -149,8 +151,8 @@ def append(path, row):
 def read_rows(path):
     """The lines of a file of rows.
 
-    raises: UserError if a row is there twice, or if another VGG or FID classifier was used than in an earlier
-            row: such rows do not belong into one table
+    raises: UserError if a row is there twice, or if another VGG, FID classifier or number of samples was used
+            than in an earlier row: such rows do not belong into one table
     """
     rows, seen, first = read_metrics(path), set(), {}
     for row in rows:
@@ -158,7 +160,7 @@ def read_rows(path):
         if who in seen:
             raise UserError(f"{path} has two lines of {who}; delete one")
         seen.add(who)
-        for key in ("vgg", "extractor_a", "extractor_b"):
+        for key in ("vgg", "extractor_a", "extractor_b", "samples"):
             if row.get(key) is None:  # a row of a prior alone has no VGG
                 continue
             value, other = first.setdefault(key, (row[key], who))
@@ -270,6 +272,9 @@ def arena(args):
         picture = path.with_suffix(".png")
         writable(picture)
         failed = run_rows(args, path) if args.run else []
-        show(read_rows(path), picture)
+        if rows := read_rows(path):
+            show(rows, picture)
+        else:
+            print0(f"{path} has no rows yet; --data DIR --run makes them")
     if failed:
         raise UserError(f"{len(failed)} rows failed, see above and log.txt in their folders", code=1)

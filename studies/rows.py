@@ -121,8 +121,12 @@ def run(rows, nproc=1, workers=1, threads=0, after=None):
         label, commands, _ = rows[i]
         if place == len(commands):
             done.add(i)
-            if after:
-                after(label)
+            try:
+                if after:
+                    after(label)
+            except UserError as error:
+                failed.append(f"{label}: {error}")
+                print0(f"{label} failed ({error}); the next row goes on")
             return
         path, words = commands[place]
         print0(f"\n{label}: {shown(words, nproc)}")
@@ -160,9 +164,10 @@ def run(rows, nproc=1, workers=1, threads=0, after=None):
             if busy:
                 time.sleep(0.05)
     except KeyboardInterrupt:
+        raise UserError("stopped; the same command with --run goes on from there", code=130) from None
+    finally:  # they save first
         for _, command in busy.values():
             command.ended(wait=True)
-        raise UserError("stopped; the same command with --run goes on from there", code=130) from None
     print0(f"\n{time.time() - begin:.0f} s" + "".join(f"\nfailed: {line}" for line in failed))
     return failed
 

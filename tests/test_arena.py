@@ -282,8 +282,15 @@ def test_the_arena_is_shown_and_drawn_from_its_rows_alone(tmp_path, capsys, monk
     numbers = json.loads((tmp_path / "x.json").read_text())
     assert len(numbers["points"]) == 20 and len(numbers["points"]["A0"]) == 8
     assert (tmp_path / "x.png").stat().st_size > 20_000
-    studies.verdicts.show([], tmp_path / "none.png")  # before the first row
-    assert "0 rows of 76" in capsys.readouterr().out
+    one = made_up(names=["E"])[:1]  # hardly begun
+    studies.verdicts.show(one, tmp_path / "one.png")
+    assert "not decided" in capsys.readouterr().out
+
+
+def test_before_the_first_row_nothing_is_drawn(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(studies.arena, "ASSETS", tmp_path)
+    studies.arena.arena(arguments(tmp_path))
+    assert "no rows yet" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
 # Rows that are trained ------------------------------------------------------------------------------------

@@ -89,6 +89,15 @@ def test_a_row_that_fails_is_reported_and_the_others_go_on(command, tmp_path, ca
     assert "many lines\nerror: out of luck" in (tmp_path / "out" / "log.txt").read_text()
 
 
+def test_a_row_whose_end_is_refused_is_reported_and_the_others_go_on(command):
+    def after(label):
+        if label == "bad":
+            raise UserError("two lines of bad")
+
+    (failed,) = studies.rows.run([("bad", [command("a")]), ("good", [command("b")])], after=after)
+    assert failed == "bad: two lines of bad" and command("b")[0].exists()
+
+
 def test_ctrl_c_lets_the_commands_save_and_end(command, tmp_path):
     def main():
         signal.signal(signal.SIGINT, signal.default_int_handler)
