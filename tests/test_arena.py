@@ -340,6 +340,7 @@ def tiny(data, trained, tmp_path_factory, tmp_path, monkeypatch):
     return ran
 
 
+@pytest.mark.slow
 def test_rows_are_trained_measured_and_appended_and_phase_2_shares_the_tokens(tiny, data, tmp_path, capsys):
     args = arguments(tmp_path, data=str(data), device="cpu", rows="A1,P1,C2,NAR1", seeds="0", run=True)
     studies.arena.arena(args)

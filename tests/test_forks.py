@@ -14,7 +14,7 @@ import types
 
 import pytest
 import torch
-from helpers import few, ROOT, TINY, command, contents, differing, rows, script
+from helpers import few, ROOT, TINY, command, contents, differing, open_run, rows, script
 from torch import nn
 
 import forks
@@ -25,6 +25,8 @@ from forks.lfq import LFQTokenizer
 from forks.noattention import PlainDecoderTokenizer
 from plumbing.errors import UserError
 from plumbing.files import read_checkpoint
+from plumbing.hashes import latent_hash
+from plumbing.models import load_model
 from plumbing.preflight import build_on_meta
 from plumbing.processes import one_line_errors
 from recipes.small import variant
@@ -341,6 +343,20 @@ def test_explain_prints_the_counts_of_the_article_with_and_without_the_students(
         monkeypatch.setattr(studies.cost, "cost", lambda *args: (1, 1))
     code, out, error = script("train.py", "--explain", "--preset", preset)
     assert code == 0 and all(count in out for count in counts), out + error
+
+
+def test_phase_2_of_a_fork_takes_a_phase_1_that_is_not_of_this_fork(trained, data, tmp_path):
+    """The fork was left out without a word: noattention got its attention."""
+    sizes, hashes = {}, set()
+    for preset in ("demo", "noattention.demo"):
+        words = ("--preset", preset, "--tokenizer", trained / "phase1.pt")
+        tokenizer, _ = train.build_tokenizer(open_run("phase2", tmp_path / preset, data, *words), "phase2")
+        sizes[preset] = sum(p.numel() for p in tokenizer.decoder.parameters())
+        hashes.add(latent_hash(tokenizer))
+    first, _ = load_model(trained / "phase1.pt", ("phase1",))
+    hashes.add(latent_hash(first))
+    plain = sum(p.numel() for p in first.decoder.parameters())
+    assert sizes["noattention.demo"] == plain < sizes["demo"] and len(hashes) == 1
 
 
 def test_presets_of_forks_are_found_by_their_names_and_carry_their_fork():
