@@ -41,7 +41,7 @@ class Arena:
         preset = f"{fork}.{PRESET}" if fork else PRESET
         return folder / f"{stage}.pt", [
             "train.py", "--stage", stage, "--preset", preset, *data, *self.device, *words.split(), "--vgg",
-            str(VGG), "--seed", str(seed), "--out", str(folder)]
+            str(VGG), "--precision", "fp32", "--seed", str(seed), "--out", str(folder)]
 
     def measures(self, name, folder, ckpt, *words, by="ab"):
         """What measures a checkpoint by both classifiers, or by one of them."""
@@ -74,7 +74,7 @@ class Arena:
             commands.append(compare(tokenizer, folder / "compare.json", *self.device))
         if "nar" not in c.stages:
             commands += self.measures("rec", folder, tokenizer)
-        commands += self.measures("samples", folder, prior, "--tokenizer", tokenizer, "--precision", "bf16")
+        commands += self.measures("samples", folder, prior, "--tokenizer", tokenizer)
         return folder, commands, base
 
     def measured(self, name, seed):

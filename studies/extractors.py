@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from plumbing.errors import UserError
+from plumbing.errors import UserError, as_user_error
 from plumbing.fast import in_slices
 from plumbing.files import check_digest, is_checkpoint, load_torch
 from plumbing.hashes import weights_hash
@@ -108,12 +108,15 @@ def load_inception(source):
     try:
         if source != "inception":
             path = Path(expanded(source))
-            check_digest(path)
+            with as_user_error():
+                check_digest(path)
             state, path = load_torch(path), io.BytesIO()  # torch-fidelity would execute pickled code
             torch.save(state, path)
             path.seek(0)
         return create_feature_extractor("inception-v3-compat", ["2048", "logits_unbiased"], cuda=False,
                                         feature_extractor_weights_path=path, verbose=False)
+    except UserError:
+        raise
     except Exception as error:  # no network, no file, or a state dict of something else
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
         raise UserError(f"--extractor {source}: no Inception weights ({reason}); {remedy}, or pass a "

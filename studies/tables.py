@@ -190,15 +190,15 @@ class Table:
         extra = {"table5": ["perplexity"]}.get(self.name, []) + ["ar_class_accuracy", "nar_class_accuracy"]
         extra = [name for name in extra if any(name in row["ours"] for row in rows)]
         steps = ", ".join(f"{stage} {step:,}" for stage, step in rows[0]["steps"].items())
-        told = "; ".join(f"{stage}: {result['protocol']}, {result['num_images']:,} images, features of "
+        measured = "; ".join(f"{stage}: {result['protocol']}, {result['num_images']:,} images, features of "
                          f"{result['extractor']}" for stage, result in first.items())
         print0(f"\n{self.table['title']}\npaper: {self.table['scale']}\nours: preset {self.args.preset}, "
-               f"steps {steps or 'none yet'}; {told or 'nothing measured yet'}\n")
-        shown = (*names.values(), *extra)
-        lines = [["", *(f"paper: {c}" for c in columns), *(f"ours: {c}" for c in shown)]]
+               f"steps {steps or 'none yet'}; {measured or 'nothing measured yet'}\n")
+        ours_shown = (*names.values(), *extra)
+        lines = [["", *(f"paper: {c}" for c in columns), *(f"ours: {c}" for c in ours_shown)]]
         for row in rows:
             lines.append([row["label"], *(number(row["paper"][c]) for c in columns),
-                          *(number(row["ours"].get(c)) for c in shown)])
+                          *(number(row["ours"].get(c)) for c in ours_shown)])
         text = print_table(lines)
         sets = "".join(f" --set {item}" for item in self.args.set)
         more = [key for key in ("data", "stages", "samples", "extractor") if getattr(self.args, key)]

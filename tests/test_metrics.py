@@ -31,6 +31,7 @@ import studies.rows
 import studies.tables
 from helpers import ROOT, call, command, few, fork, save_from_gpu, study, wait_for, wait_until
 from PIL import Image
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 import perceptual
@@ -90,8 +91,29 @@ def test_our_path_through_torch_fidelity_equals_its_own_on_two_folders_of_png_fi
     extractor = studies.extractors.Extractor(scorer, 32, torch.device("cpu"))
     fake, real = (extractor(images) for images in sets.values())
     ours = fidelity(fake["features"], fake["logits"], reference_statistics(real["features"]))
+
+    class Registered(FeatureExtractorBase):
+        """Our extractor as torch-fidelity wants one."""
+
+        @staticmethod
+        def get_provided_features_list():
+            return "pool", "logits"
+
+        @staticmethod
+        def get_default_feature_layer_for_metric(metric):
+            return "logits" if metric == "isc" else "pool"
+
+        @staticmethod
+        def can_be_compiled():
+            return False
+
+        def forward(self, x):
+            both = dict(zip(("pool", "logits"), extractor.network(x), strict=True))
+            return tuple(both[layer] for layer in self.features_list)
+
+    torch_fidelity.register_feature_extractor("ours", Registered)
     theirs = torch_fidelity.calculate_metrics(
-        input1=str(tmp_path / "fake"), input2=str(tmp_path / "real"), feature_extractor="classifier",
+        input1=str(tmp_path / "fake"), input2=str(tmp_path / "real"), feature_extractor="ours",
         cuda=False, isc=True, fid=True, kid=True, prc=True, kid_subset_size=60, cache=False, verbose=False,
         save_cpu_ram=True)
     names = dict(fid="frechet_inception_distance", inception_score="inception_score_mean",

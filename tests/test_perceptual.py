@@ -80,6 +80,7 @@ def test_loss_is_affine_in_alpha(taps, pair):
 def test_table_6_sets_name_their_layers():
     spelled = {"low": "1_2 2_2 3_3 4_3 5_3", "A": "1_2 2_2 3_3 4_3 5_3 logit", "B": "2_2 3_3 4_3 5_3 logit"}
     spelled |= {"C": "3_3 4_3 5_3 logit", "D": "4_3 5_3 logit", "sem": "5_3 logit", "E": "logit"}
+    spelled |= {"L4": "1_2 2_2 3_3 4_3"}  # of the arena, not of the table
     for name, layers in spelled.items():
         names = [layer if layer == "logit" else f"relu{layer}" for layer in layers.split()]
         assert P.LAYER_SETS[name] == dict.fromkeys(names, 1.0)
@@ -407,7 +408,7 @@ def test_the_blur_has_the_value_and_both_derivatives_of_a_grouped_convolution(pa
 
     for ours, theirs in zip(derivatives(blur), derivatives(grouped), strict=True):
         torch.testing.assert_close(ours, theirs)
-    x = torch.randn(1, 2, 5, 5, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(1, 2, 6, 6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(blur, x) and torch.autograd.gradgradcheck(blur, x)
 
 
