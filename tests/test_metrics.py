@@ -95,6 +95,9 @@ def test_our_path_through_torch_fidelity_equals_its_own_on_two_folders_of_png_fi
     class Registered(FeatureExtractorBase):
         """Our extractor as torch-fidelity wants one."""
 
+        def __init__(self, name, features_list, **_):
+            super().__init__(name, features_list)
+
         @staticmethod
         def get_provided_features_list():
             return "pool", "logits"
