@@ -110,7 +110,8 @@ def test_the_summary_tells_the_view_number_by_number_in_short_lines(trained):
         "view", "seconds_by_stage"}
 
 
-@pytest.mark.parametrize("backend", few(["bogus", "module://matplotlib_inline.backend_inline"], 0))
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["bogus", "module://matplotlib_inline.backend_inline"])
 def test_a_backend_that_a_notebook_left_behind_does_not_reach_matplotlib(backend, tmp_path):
     code = ("from pathlib import Path; from plumbing import drawing; from studies import sweep; "
             f"drawing.save_figure(drawing.new_figure(1, 1), {str(tmp_path / 'a.png')!r}, []); "
