@@ -110,9 +110,19 @@ def refuse_ignored(config, preset):
     if config["discriminator"]["kind"] == "patch":
         unread += [("discriminator", name, "PatchGAN has its own widths")
                    for name in ("channel_multiplier", "max_width")]
+    if config["phase1"].get("gamma") != preset["phase1"].get("gamma") and not has_entropy(config):
+        unread.append(("phase1", "gamma", "this codebook has no entropy term"))
     for section, name, why in unread:
         if config[section].get(name) != preset[section].get(name):
             raise ValueError(f"{section}.{name} changes nothing: {why}; leave it out")
+
+
+def has_entropy(config):
+    """Whether gamma weighs anything: not every codebook, and not every fork's quantizer, has H(D_bar)."""
+    tokenizer = forks.load(config["fork"]).parts().get("tokenizer") if config["fork"] else None
+    reads = getattr(tokenizer.Quantizer, "READS", ()) if tokenizer else ("codebook", "entropy_set")
+    codebook = config["tokenizer"].get("codebook", "entropy") if "codebook" in reads else "entropy"
+    return "entropy_set" in reads and codebook == "entropy"
 
 
 def build_config(args):

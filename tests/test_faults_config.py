@@ -188,6 +188,7 @@ WRONG = {  # section -> words that no preset can run with, and what the line nam
 UNREAD = [  # what nothing reads, or what trains nothing
     (["phase2.gamma=5.0"], "phase2.gamma changes nothing"),
     (["phase2.beta=1.0"], "phase2.beta changes nothing"),
+    (["tokenizer.codebook=plain", "phase1.gamma=5.0"], "phase1.gamma changes nothing: this codebook has no"),
     (["discriminator.kind=patch", "discriminator.max_width=8"], "discriminator.max_width changes nothing"),
     (["discriminator.channel_multiplier=2", "discriminator.kind=patch"], "multiplier changes nothing"),
     *((([f"{section}.schedule=exponential", f"{section}.lr_end=0.0"]), f"{section}.lr_end must be above 0")
@@ -207,6 +208,13 @@ def test_a_value_that_nothing_reads_or_that_trains_nothing_is_refused(
     words = [word for item in sets for word in ("--set", item)]
     words += ["--stage", "phase1", "--data", "shapes", "--device", "cpu", "--out", tmp_path / "out"]
     assert told in refused(capsys, train_words, *words) and not (tmp_path / "out").exists()
+
+
+def test_gamma_is_refused_where_a_fork_s_quantizer_has_no_entropy_term(capsys):
+    words = "--stage", "phase1", "--set", "phase1.gamma=5.0", "--preset"
+    assert "phase1.gamma changes nothing" in refused(capsys, train_words, *words, "fsq.demo")
+    for preset in ("lfq.demo", "simvq.demo", "demo-fq", "guidance.demo"):
+        assert recipes.options.train_args([*words, preset])[1]["phase1"]["gamma"] == 5
 
 
 def test_values_of_a_preset_itself_are_not_refused():
