@@ -51,7 +51,8 @@ FLAGS = {  # without `names` a flag is its key up to the dot
     "workers": WHOLE | dict(default=0, help="data loading processes per rank (0: in the training process)"),
     "device": dict(default="auto", help="cuda, cpu or auto"),
     "timeout": NUMBER | dict(default=1800, help="seconds until processes give up a dead or hung one"),
-    "precision": dict(choices=("bf16", "fp32"), help="autocast type (default: bf16)"),
+    "precision": dict(choices=("bf16", "fp32"), help="autocast type (default: bf16, but on a CPU without "
+                      "bf16 instructions fp32)"),
     "compile": YES | dict(help="torch.compile the networks"),
     "log_every": WHOLE | dict(default=20, help="steps between metrics lines"),
     "eval_every": WHOLE | dict(help="steps between validations, 0: none (default: a fifth of the run)"),

@@ -213,7 +213,8 @@ def test_a_value_that_nothing_reads_or_that_trains_nothing_is_refused(
 def test_gamma_is_refused_where_a_fork_s_quantizer_has_no_entropy_term(capsys):
     words = "--stage", "phase1", "--set", "phase1.gamma=5.0", "--preset"
     assert "phase1.gamma changes nothing" in refused(capsys, train_words, *words, "fsq.demo")
-    for preset in ("lfq.demo", "simvq.demo", "demo-fq", "guidance.demo"):
+    assert "phase1.gamma changes nothing" in refused(capsys, train_words, *words, "simvq.demo")  # is plain
+    for preset in ("lfq.demo", "crt.demo", "demo-fq", "guidance.demo"):
         assert recipes.options.train_args([*words, preset])[1]["phase1"]["gamma"] == 5
 
 

@@ -965,3 +965,17 @@ def test_a_warm_start_beyond_the_last_step_is_shortened_where_a_run_begins(train
     tokenizer, _ = train.build_tokenizer(open_run("phase1", out, data, tokenizer__warm_start=6), "phase1")
     assert [*tokenizer.quantizer.reestimations] == [1] and tokenizer.config.warm_start == 6
     assert "now after step 1, a fifth of them" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("has, words, wanted", [
+    (False, [], "fp32"), (False, ["--precision", "bf16"], "bf16"), (True, [], "bf16")])
+def test_a_cpu_without_bf16_instructions_trains_in_float32_unless_told_otherwise(
+        has, words, wanted, data, tmp_path, monkeypatch, capsys):
+    """There bf16 takes ten times as long, so that the quick start took hours."""
+    monkeypatch.setattr(plumbing.run, "bf16_instructions", lambda: has)
+    words = ["--stage", "phase1", "--data", str(data), "--device", "cpu", "--out", str(tmp_path), *words]
+    run = plumbing.run.Run(*recipes.options.train_args(words))
+    assert run.config["precision"] == wanted and ("no bf16" in capsys.readouterr().out) == (wanted == "fp32")
+    with run.autocast:
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == dict(fp32=torch.float32, bf16=torch.bfloat16)[wanted]
