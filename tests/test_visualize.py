@@ -312,7 +312,8 @@ def test_every_figure_runs_on_tiny_checkpoints_twice_the_same_with_finite_number
     found = []
     for i in range(2):
         num = [] if figure == "fig10" else ["--num", 4]
-        draw(figure, "--ckpt", *(run / name for name in names), *num, "--out", run / f"{i}.png", *["--pdf"] * i)
+        draw(figure, "--ckpt", *(run / name for name in names), *num, *["--pdf"] * i, "--out",
+             run / f"{i}.png")
         found.append((run / f"{i}.json").read_bytes())
         picture = Image.open(run / f"{i}.png")
         assert min(picture.size) > 250 and picture.info["dpi"][0] == pytest.approx(300, abs=0.1)
