@@ -482,7 +482,7 @@ PARSERS = {train: recipes.options.train_args, sample: recipes.options.sample_arg
            visualize: recipes.options.visualize_args, commands: commands.study_args}
 PATHS = {train: ("data", "val", "out", "tokenizer", "vgg"), sample: ("ckpt", "tokenizer", "out"),
          visualize: ("data", "out"),
-         commands: ("ckpt", "tokenizer", "data", "out", "extractor", "second", "lpips", "references")}
+         commands: ("ckpt", "tokenizer", "data", "out", "extractor", "lpips", "references")}
 
 
 @pytest.mark.parametrize("script", PATHS)

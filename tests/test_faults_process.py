@@ -259,5 +259,5 @@ def test_a_run_in_a_thread_trains_the_same_without_handlers_and_says_so(
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
     assert forked(child) == 0
-    assert capfd.readouterr().out.count("note: not in the main thread") == 1
+    assert capfd.readouterr().out.count("note: only a main thread can handle signals") == 1
     check_equal(trained, out, "phase1")
