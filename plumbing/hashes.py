@@ -1,4 +1,4 @@
-"""Weights as hashes, and whether they are finite."""
+"""Weights and images as hashes, and whether weights are finite."""
 
 import hashlib
 
@@ -30,3 +30,9 @@ def weights_hash(*modules, skip=None):
 def latent_hash(tokenizer):
     """Hash of everything that decides the tokens of an image: all weights but the decoder's."""
     return weights_hash(tokenizer, skip="decoder.")
+
+
+def digests(images):
+    """A hash of the pixels of each image: (B, ...) uint8 on the CPU -> (B, 8) uint8."""
+    found = [hashlib.blake2b(image.numpy().tobytes(), digest_size=8).digest() for image in images]
+    return torch.tensor([list(digest) for digest in found], dtype=torch.uint8)

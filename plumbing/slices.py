@@ -67,11 +67,17 @@ def gather_images(chunks):
     return torch.cat([images for _, images in sorted(sum(parts, []), key=lambda part: part[0])])
 
 
-def reconstructions(tokenizer, data, num, batch, device, done=None):
-    """Yields (start, images, reconstructions, tokens) of this process's chunks; images are uint8."""
+def my_chunks(num, batch, done=None):
+    """This process's ranges of `batch` images of 0..num-1, but those of which done(indices) is true."""
     for start in range(rank() * batch, num, world() * batch):
         indices = range(start, min(start + batch, num))
         if not (done and done(indices)):
-            x = torch.stack([data.view(i) for i in indices])
-            tokens = in_slices(tokenizer.encode, to_float(x, device))
-            yield start, x, to_uint8(decode(tokenizer, tokens)), tokens
+            yield indices
+
+
+def reconstructions(tokenizer, data, num, batch, device, done=None):
+    """Yields (start, images, reconstructions, tokens) of this process's chunks; images are uint8."""
+    for indices in my_chunks(num, batch, done):
+        x = torch.stack([data.view(i) for i in indices])
+        tokens = in_slices(tokenizer.encode, to_float(x, device))
+        yield indices[0], x, to_uint8(decode(tokenizer, tokens)), tokens

@@ -112,6 +112,9 @@ FLAGS = {  # without `names` a flag is its key up to the dot
     "reference": FILE | dict(help="one file of that cache to compare with, without the data, or an npz with "
                              "mu and sigma, as ADM's"),
     "sweep": dict(names=["sweep"], metavar="NAME=V1,V2,...", help="a setting of the sampler and its values"),
+    # tokens
+    "ckpt.tokens": FILE | dict(required=True, help="phase1.pt, phase2.pt or a public tokenizer"),
+    "decode": FILE | dict(help="write the images of this file of tokens, instead of the tokens of images"),
     # tables and comparisons
     "run": YES | dict(help="train and measure what is missing, row by row"),
     "stages": dict(default="phase1,ar,nar", help="what --run makes (default phase1,ar,nar)"),

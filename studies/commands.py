@@ -24,6 +24,8 @@ STUDIES = dict(
            "Metrics of samples for each value of a setting of the sampler, a CSV and a plot."),
     edit=("edit.edit", f"image ckpt box mask onto num classes tokenizer format.edit out seed.sample {NAR} "
           "batch.sample device", "Redraws a part of an image with a nar.pt (in-, outpainting, class)."),
+    tokens=("tokens.tokens", "ckpt.tokens images decode batch.sample out device",
+            "Tokens of all validation images as a safetensors file, or the images of such a file."),
     compare=("probe.compare", "tokenizers images steps.probe samples.probe out device",
              "A probe of tokenizers on the same images: bits per image of a small prior, PSNR, stability."),
     balance=("balance.balance", "ckpt.balance images vgg.balance num out device",
@@ -90,6 +92,8 @@ def check(name, args):
             raise ValueError(f"{found} is not read beside --reference; leave it out")
     if name == "edit" and not (args.box or args.mask or args.onto):
         raise ValueError("edit needs --box, --mask or --onto")
+    if name == "tokens" and args.decode and args.data:
+        raise ValueError("--data is not read beside --decode, which takes the tokens of its file")
     if name == "arena" and (found := unread(args, "rows seeds" if args.pilot else "" if args.run else
                                             "rows seeds data workers samples out")):
         raise ValueError(f"{found} is of --run, which trains rows" + " and not of --pilot" * args.pilot)

@@ -1,6 +1,5 @@
 """Networks whose features the metrics compare."""
 
-import hashlib
 import io
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from torch import nn
 from plumbing.errors import UserError, as_user_error
 from plumbing.fast import in_slices
 from plumbing.files import check_digest, is_checkpoint, load_torch
-from plumbing.hashes import weights_hash
+from plumbing.hashes import digests, weights_hash
 from plumbing.models import load_model
 from plumbing.paths import expanded
 from plumbing.processes import fetched
@@ -51,9 +50,7 @@ class Extractor:
         """(B, 3, S, S) uint8 -> dict of features (B, F), logits (B, C), digests (B, 8) on the CPU."""
         both = in_slices(lambda part: torch.cat(self.network(part), 1), images.to(self.device))
         features, logits = both.tensor_split([self.num_features], dim=1)
-        digests = [hashlib.blake2b(image.numpy().tobytes(), digest_size=8).digest() for image in images]
-        digests = torch.tensor([list(digest) for digest in digests], dtype=torch.uint8)
-        return dict(features=features.float().cpu(), logits=logits.float().cpu(), digests=digests)
+        return dict(features=features.float().cpu(), logits=logits.float().cpu(), digests=digests(images))
 
     def check_number(self, num, what):
         """raises: UserError if so few images make no Frechet distance"""

@@ -13,6 +13,7 @@ from plumbing.data import FolderData, images_of
 from plumbing.errors import InUse, UserError
 from plumbing.files import claim, intact, load_torch, save_torch
 from plumbing.processes import barrier, mix, on_rank0, print0, rank, world
+from plumbing.slices import my_chunks
 from studies.distances import reference_statistics
 
 
@@ -72,14 +73,12 @@ def load_reference(args, extractor, config, split):
         return args.references / f"{split}_{mix(data.fingerprint, times, sorted(wanted.items())):016x}.pt"
 
     def chunks(done):
-        for start in range(rank() * args.batch, len(data), world() * args.batch):
-            indices = range(start, min(start + args.batch, len(data)))
-            if not done(indices):
-                rows = extractor(torch.stack([data.view(i) for i in indices]))
-                rows["labels"] = torch.tensor([data.label(i) for i in indices])
-                if extractor.class_names != data.class_names:
-                    del rows["logits"]  # nothing to tell, and large
-                yield start, rows
+        for indices in my_chunks(len(data), args.batch, done):
+            rows = extractor(torch.stack([data.view(i) for i in indices]))
+            rows["labels"] = torch.tensor([data.label(i) for i in indices])
+            if extractor.class_names != data.class_names:
+                del rows["logits"]  # nothing to tell, and large
+            yield indices[0], rows
 
     path, locks, printed = args.reference or on_rank0(name), [], ""
 

@@ -140,6 +140,8 @@ COMMANDS = {
     "studies metrics x.json": ("results", ""),
     "studies sweep temperature=1 --ckpt x.pt": (STUDIES["sweep"][1], "temperature"),
     "studies edit x.png --ckpt x.pt --box 1,1,1,1": (STUDIES["edit"][1], ""),
+    "studies tokens --ckpt x.pt": (STUDIES["tokens"][1], ""),
+    "studies tokens --ckpt x.pt --decode x.safetensors": (STUDIES["tokens"][1], "data"),
     "studies export run --out x": (STUDIES["export"][1], ""),
     **{f"studies {name} x": (STUDIES[name][1], "") for name in ("compare", "balance", "report", "watch")},
     "studies arena": (STUDIES["arena"][1], "rows seeds data workers samples out"),
