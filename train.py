@@ -350,7 +350,7 @@ def main(args, config):
         if args.explain:
             from studies.cost import explain
 
-            return explain(config, networks)
+            return explain(config, networks, args.memory)
         run = Run(args, config)
         stages = with_vgg(run, stages)
         check_stages(run, stages, networks)

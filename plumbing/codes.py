@@ -88,7 +88,8 @@ def encode_all(run, tokenizer, parts, key, path, batch=128):
             x = torch.stack([data.view(*view) for data, *view in chunk])
             labels[rows] = torch.tensor([data.label(index) for data, index, *_ in chunk])
             with run.autocast:
-                tokens[rows] = tokenizer.encode(to_float(x, run.device)).to(dtype)
+                found = [tokenizer.encode(part) for part in run.micro(to_float(x, run.device))]
+            tokens[rows] = torch.cat(found).to(dtype)
         if (stop := agreed(run.request)) > 1:
             break
     run.in_loop = False

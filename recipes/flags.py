@@ -58,6 +58,7 @@ FLAGS = {  # without `names` a flag is its key up to the dot
     "eval_every": WHOLE | dict(help="steps between validations, 0: none (default: a fifth of the run)"),
     "save_every": WHOLE | dict(help="steps between checkpoints (default: a tenth, at most 2000)"),
     "explain": YES | dict(help="print modules, sizes and recipe of the preset, then stop"),
+    "memory": NUMBER | dict(help="with --explain: GB of a GPU, for the largest --micro-batch of each stage"),
     # samples and reconstructions
     "ckpt": FILE | dict(required=True, help="checkpoint: ar.pt, nar.pt, or phase1.pt, phase2.pt for "
                         "reconstructions"),

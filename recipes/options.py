@@ -22,7 +22,8 @@ FIGURES = dict(
     fig9="as fig7a, of several priors, enlarged", fig10="validation losses of several ar.pt or nar.pt",
     fig11="reconstructions and AR predictions of several ar.pt, image by image")
 TRAIN = ("stage preset data val out.train tokenizer.train vgg steps batch micro_batch alpha ablation arch "
-         "seed limit set workers device timeout precision compile log_every eval_every save_every explain")
+         "seed limit set workers device timeout precision compile log_every eval_every save_every explain "
+         "memory")
 NAR = "nar_steps token_temperature choice_temperature confidence_space guidance"
 SAMPLING = f"tokenizer classes seed.sample temperature top_k top_p {NAR} precision.sample compile.sample"
 SAMPLE = f"ckpt num reconstruct images format out {SAMPLING} batch.sample device"
@@ -70,6 +71,8 @@ def train_args(words=None):
             parser.error("--arch resnet belongs to --stage vgg")
         args.stage = "resnet"
     refuse(parser, args, args.stage)
+    if args.memory and not args.explain:
+        parser.error("--memory belongs to --explain, which says what fits")
     try:
         return args, build_config(args)
     except ValueError as error:

@@ -16,6 +16,8 @@ from visualize import told_loss
 PEAK = 989e12  # dense bf16 FLOP/s of an H100, by its data sheet
 # of it by preset imagenet (docs/full-scale.md); a VGG was not measured
 REACHED = dict(vgg=0.13, phase1=0.13, phase2=0.08, ar=0.2, nar=0.17)
+SMALLER = dict(vgg="classifier.width", phase1="tokenizer.base_width", phase2="tokenizer.base_width",
+               ar="prior.n_layer", nar="prior.n_layer")  # where one image does not fit
 
 
 def cost(steps, *networks):
@@ -58,19 +60,29 @@ def hours(name, flops, c):
     return f"{found:.0f}" if found >= 1 else f"{found:.1g}"
 
 
-def print_cost(name, c, flops, kept, trainable, frozen, processes):
+def largest(memory, kept, weights):
+    """Images of one forward pass that fit into `memory` GiB, of which a tenth stays free."""
+    return max(0, int((0.9 * memory * 2**30 - weights) / kept))
+
+
+def print_cost(name, c, flops, kept, trainable, frozen, processes, memory=None):
     """FLOPs of a stage, and memory and time on GPUs if there are any. Weights, gradients and Adam's moments
-    are float32."""
-    per_gpu = max(1, c["batch"] // processes)
-    memory = (16 * trainable + 4 * frozen + per_gpu * kept) / 2**30
+    are float32. memory: GiB of a GPU, for which the largest --micro-batch is printed"""
+    per_gpu, weights = max(1, c["batch"] // processes), 16 * trainable + 4 * frozen
     text = f"{flops / 1e9:,.1f} GFLOP an image, {flops * c['batch'] * c['steps']:.2e} FLOP in all"
-    if processes > 1:
-        text += (f"; estimated: {memory:.1f} GiB a GPU at {per_gpu} images, "
-                 f"{hours(name, flops, c)} H100-hours at {REACHED[name]:.0%} of the peak")
+    time = f"{hours(name, flops, c)} H100-hours at {REACHED[name]:.0%} of the peak"
+    if memory and (most := min(largest(memory, kept, weights), c["batch"])):
+        flag = "batch" if name == "vgg" else "micro-batch"
+        text += f"; computed: {memory:g} GB hold --{flag} {most} of {c['batch']}, {time}"
+    elif memory:
+        text += (f"; computed: does not fit into {memory:g} GB, one image takes "
+                 f"{(weights + kept) / 0.9 / 2**30:.1f}; lower {SMALLER[name]} with --set")
+    elif processes > 1:
+        text += f"; estimated: {(weights + per_gpu * kept) / 2**30:.1f} GiB a GPU at {per_gpu} images, {time}"
     print(f"  cost of {name}: {text}")
 
 
-def explain(config, networks):
+def explain(config, networks, memory=None):
     """Prints modules, sizes, recipe and cost of a preset; all tensors are fake, nothing is computed.
 
     networks: of its stages, as a run builds them on the meta device first. Costs are of eight GPUs; up to 64
@@ -118,7 +130,8 @@ def explain(config, networks):
         if config["vgg"] == "own":
             stage(f"vgg, {called}", recipe)
             row("vgg, a narrow VGG-16", vgg, recipe)
-            print_cost("vgg", recipe, *cost([lambda: vgg(x).sum().backward()], vgg), count(vgg), 0, processes)
+            flops, kept = cost([lambda: vgg(x).sum().backward()], vgg)
+            print_cost("vgg", recipe, flops, kept, count(vgg), 0, processes, memory)
         for name, tokenizer in phases.items():
             c = config[name]
             stage(f"{name}, {told_loss(c)}", c)
@@ -154,7 +167,7 @@ def explain(config, networks):
                 # R1 differentiates twice, which costs about as much as the discriminator's whole step
                 flops += cost([discriminate], disc)[0] // c["r1_every"]
             frozen = count(taps, disc, tokenizer) - trainable
-            print_cost(name, c, flops, kept, trainable, frozen, processes)
+            print_cost(name, c, flops, kept, trainable, frozen, processes, memory)
         if table1:
             names = {"+Attention x2": "num_attention", "+Conv x2": "decoder_extra_blocks"}
             print("Table 1: " + ", ".join(f"{label} {count(table1[name]):,} (--set tokenizer.{name}=2)"
@@ -166,4 +179,4 @@ def explain(config, networks):
             row(f"prior, {called}", own, config[name])
             inputs = own.inputs(tokens, noise)[0]
             flops, kept = cost([lambda own=own, inputs=inputs: own(inputs, label).sum().backward()], own)
-            print_cost(name, config[name], flops, kept, count(own), 0, processes)
+            print_cost(name, config[name], flops, kept, count(own), 0, processes, memory)

@@ -130,8 +130,10 @@ def test_a_protocol_reads_each_flag_that_it_takes(protocol):
 WORDS = {"--set": "seed=1", "--ablation": "+conv2", "--stages": "ar", "--preset": "demo", "--data": "shapes"}
 SPELLED = {name: how for key, how in FLAGS.items() for name in spelled(key) if name[0] == "-"}
 COMMANDS = {
-    **{f"train.py --stage {stage}": (TRAIN, UNREAD.get(stage, "")) for stage in (*options.STAGES, "all")},
-    "train.py --stage vgg --arch resnet": (TRAIN, UNREAD["resnet"]),
+    **{f"train.py --stage {stage}": (TRAIN, UNREAD.get(stage, "") + " memory")
+       for stage in (*options.STAGES, "all")},
+    "train.py --stage vgg --arch resnet": (TRAIN, UNREAD["resnet"] + " memory"),
+    "train.py --explain": (TRAIN, ""),
     "sample.py --ckpt x.pt": (options.SAMPLE, UNREAD["samples"]),
     "sample.py --ckpt x.pt --reconstruct": (options.SAMPLE, UNREAD["--reconstruct"]),
     **{f"visualize.py {name} --ckpt x.pt": (options.DRAW, UNREAD.get(name, ""))
@@ -161,7 +163,8 @@ def parse(words):
 def test_every_flag_is_in_the_list_of_a_command_or_refused_with_exit_code_2(command, capsys):
     keys, left_out = COMMANDS[command]
     wanted = {name for key in keys.split() if not names(key) & {*left_out.split()} for name in spelled(key)}
-    wanted -= {"--steps", "--batch"} if command.endswith("--stage all") else set()  # they belong to one stage
+    if command.endswith(("--stage all", "--explain")):
+        wanted -= {"--steps", "--batch"}  # they belong to one stage
     taken = set()
     for name, how in SPELLED.items():
         value = [WORDS.get(name) or (how["choices"][0] if "choices" in how else "1")]

@@ -921,7 +921,9 @@ def test_the_cost_of_a_layer_and_of_a_prior_has_its_closed_form():
 
 
 @pytest.mark.slow
-def test_explain_counts_what_each_stage_costs(capsys):
+def test_explain_counts_what_each_stage_costs(capsys, monkeypatch):
+    real, counted = studies.cost.print_cost, []
+    monkeypatch.setattr(studies.cost, "print_cost", lambda *words: counted.append(words) or real(*words))
     train.main(*recipes.options.train_args(["--explain", "--preset", "imagenet"]))
     lines = {line.split()[2]: line for line in capsys.readouterr().out.splitlines() if "cost of" in line}
     assert list(lines) == ["phase1:", "phase2:", "ar:", "nar:"]
@@ -936,10 +938,32 @@ def test_explain_counts_what_each_stage_costs(capsys):
              for line in (ROOT / "docs" / "full-scale.md").read_text().splitlines() if line.startswith("|")]
     first, second, priors = [row for row in table if "H100-hours" in row[0]][:3]
     assert [first[1], second[1], *priors[1].split("; ")] == hours
+    rows = [row[1:] for row in table if len(row) == 6 and "".join(row[1:]).isdecimal()]
+    gigabytes, *held = [[*map(int, row)] for row in rows]
+    del counted[2]  # AR takes a little less than NAR
+    for row, (_, c, _, kept, trained, frozen, *_) in zip(held, counted, strict=True):
+        most = [studies.cost.largest(memory, kept, 16 * trained + 4 * frozen) for memory in gigabytes]
+        assert row == [min(size, c["batch"]) for size in most]
+    assert gigabytes == [12, 16, 24, 40, 80]
     for i, name in enumerate(table[0][1:], 1):  # an image costs the same in all of these presets
         told = [studies.cost.hours(stage, 1e9 * gflop[f"{stage}:"], recipes.options.PRESETS[name][stage])
                 for stage in ("phase1", "phase2", "ar", "nar")]
         assert [first[i], second[i] or told[1], *priors[i].split("; ")] == told, name
+
+
+def test_explain_says_the_largest_micro_batch_that_a_gpu_holds_and_what_to_change_where_none_does(
+        monkeypatch, capsys):
+    monkeypatch.setattr(studies.cost, "cost", lambda *args: (10**12, 2**30))  # 1 GiB an image
+    for preset, memory, told in (
+            ("imagenet", 24, ["24 GB hold --micro-batch 19 of 256, 294 H100-hours"]),
+            ("imagenet", 1e4, ["hold --micro-batch 256 of 256", "hold --micro-batch 128 of 128"]),
+            ("imagenet", 3.5, ["hold --micro-batch 1 of", "one image takes 4.0; lower prior.n_layer"]),
+            ("demo", 1, ["into 1 GB, one image", "lower classifier.width", "lower tokenizer.base_width"]),
+            ("demo", 24, ["24 GB hold --batch 21 of"])):
+        words = ["--explain", "--preset", preset, "--memory", str(memory)]
+        train.main(*recipes.options.train_args(words))
+        out = capsys.readouterr().out
+        assert all(text in out for text in told) and "estimated" not in out, (preset, memory, out)
 
 
 @pytest.mark.parametrize("preset, told, not_told", few([
