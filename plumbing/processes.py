@@ -116,10 +116,13 @@ def setup_device(name, timeout=1800):
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cuda", "cpu"):
-        raise UserError(f"--device must be cuda, cpu or auto, got {name!r}")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but torch sees no GPU; use --device cpu or --device auto")
+    found = dict(cpu=lambda: True, cuda=torch.cuda.is_available, mps=torch.backends.mps.is_available)
+    if name not in found:
+        raise UserError(f"--device must be cuda, cpu, mps or auto, got {name!r}")
+    if not found[name]():
+        raise UserError(f"--device {name}, but torch sees no such GPU; use --device cpu or --device auto")
+    if name == "mps":
+        warn("nobody has tried --device mps; it lacks float64, which training needs, but may sample")
     gpu = local_rank()
     if {"RANK", "LOCAL_RANK"} & os.environ.keys() and "WORLD_SIZE" not in os.environ:
         warn("RANK or LOCAL_RANK is set without WORLD_SIZE, so neither counts: this is the only process")
@@ -127,7 +130,7 @@ def setup_device(name, timeout=1800):
         raise UserError(
             f"more processes than the {torch.cuda.device_count()} visible GPUs; lower --nproc_per_node",
             shared=False)
-    device = torch.device(name, gpu) if name == "cuda" else torch.device("cpu")
+    device = torch.device(name, gpu) if name == "cuda" else torch.device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True

@@ -49,7 +49,7 @@ FLAGS = {  # without `names` a flag is its key up to the dot
     "limit": WHOLE | dict(help="use only LIMIT training images, drawn by the seed"),
     "set": SETS | dict(help="change one preset value"),
     "workers": WHOLE | dict(default=0, help="data loading processes per rank (0: in the training process)"),
-    "device": dict(default="auto", help="cuda, cpu or auto"),
+    "device": dict(default="auto", help="cuda, cpu, auto, or mps, which nobody has tried"),
     "timeout": NUMBER | dict(default=1800, help="seconds until processes give up a dead or hung one"),
     "precision": dict(choices=("bf16", "fp32"), help="autocast type (default: bf16, but on a CPU without "
                       "bf16 instructions fp32)"),

@@ -22,7 +22,9 @@ import perceptual
 import train
 from helpers import ROOT, call, command, contents, earlier, few, refusal, refused, rows
 from prior_ar import ARPrior, PriorConfig, sample_logits
+from plumbing.errors import UserError
 from plumbing.files import read_checkpoint
+from plumbing.processes import setup_device
 from prior_nar import NARPrior
 
 
@@ -348,6 +350,17 @@ def test_building_on_the_meta_device_draws_no_random_number():
     assert networks.keys() == {"vgg", "phase1", "phase2", "disc", "ar", "nar"}
     assert all(p.is_meta for network in networks.values() for p in network.parameters())
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_apple_gpu_is_taken_with_a_note_that_nobody_tried_it_and_refused_where_there_is_none(
+        monkeypatch, capsys):
+    with pytest.raises(UserError, match="--device mps, but torch sees no such GPU"):
+        setup_device("mps")
+    with pytest.raises(UserError, match="cuda, cpu, mps or auto, got 'tpu'"):
+        setup_device("tpu")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert setup_device("mps") == torch.device("mps") and setup_device("auto").type != "mps"
+    assert capsys.readouterr().err.count("nobody has tried --device mps") == 1
 
 
 @pytest.mark.parametrize("share, micro, groups", [

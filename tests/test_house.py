@@ -4,6 +4,7 @@ Budgets and import edges are those of the plan that the scripts were re-arranged
 """
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -102,7 +103,12 @@ def test_the_top_level_holds_the_seven_scripts_and_no_other():
     assert {path.stem for path in ROOT.glob("*.py")} == set(BUDGETS)
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     folders = {path.split("/")[0] for path in tracked if "/" in path}
-    assert not tracked or folders <= {*FOLDERS, "tests", "docs", "assets", ".ci"}
+    assert not tracked or folders <= {*FOLDERS, "tests", "docs", "assets", ".ci", ".github"}
+
+
+def test_the_workflow_calls_the_checks_that_anybody_can_run():
+    steps = (ROOT / ".github/workflows/ci.yml").read_text().split("- run: ")[1:]
+    assert [step.strip() for step in steps] == [".ci/run"] and os.access(ROOT / ".ci/run", os.X_OK)
 
 
 def test_the_method_stands_on_one_screen_each():
