@@ -245,3 +245,9 @@ def peak_memory():
     """The most memory that this process held so far, in MiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KiB, but in bytes on macOS
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def bf16_instructions():
+    """Whether this CPU computes in bf16; where it does not, oneDNN is ten times slower than in float32."""
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    return supported()

@@ -28,7 +28,8 @@ from plumbing.images import make_sheet, to_float
 from plumbing.models import vgg_of
 from plumbing.parallel import wrap
 from plumbing.processes import (
-    agreed, all_reduce_mean, barrier, mix, on_rank0, peak_memory, print0, rank, setup_device, world,
+    agreed, all_reduce_mean, barrier, bf16_instructions, mix, on_rank0, peak_memory, print0, rank,
+    setup_device, world,
 )
 from plumbing.signals import listening
 from plumbing.stages import DEPENDS, SECTION, refuse_other_config, refuse_other_images
@@ -330,12 +331,6 @@ class Run:
     def sheet(self, name, images, columns):
         picture = make_sheet(images, columns, self.note)
         on_rank0(lambda: save_atomic(lambda p: picture.save(p, "PNG"), self.out / f"{name}.png"))
-
-
-def bf16_instructions():
-    """Whether this CPU computes in bf16; where it does not, oneDNN is ten times slower than in float32."""
-    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    return supported()
 
 
 MAX_SKIPS = 10  # updates with a gradient that is not finite, in a row
