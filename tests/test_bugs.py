@@ -31,6 +31,16 @@ for test in sys.stdin:
 """
 
 
+def copy_tree(folder):
+    """A copy of this tree, without what git ignores. returns: its folder"""
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.check_output(listed, cwd=ROOT, text=True).rstrip("\0").split("\0"):
+        if (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
 def patch(folder, name, *options):
     """`git apply` in a folder; where it is no repository too. returns: the process, not checked"""
     words = ["git", "apply", *options, ROOT / "tests/bugs" / f"{name}.patch"]
@@ -48,12 +58,7 @@ def verdict(code, output, test):
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
     """A copy of this tree, and a function that runs one test in it: one pytest process a test."""
-    folder = tmp_path_factory.mktemp("bugs") / "copy"
-    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    for name in subprocess.check_output(listed, cwd=ROOT, text=True).rstrip("\0").split("\0"):
-        if (ROOT / name).exists():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
+    folder = copy_tree(tmp_path_factory.mktemp("bugs") / "copy")
     alone = os.environ | dict(OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1", COLUMNS="2000")
     runner = subprocess.Popen([sys.executable, "-c", RUNNER], cwd=folder, env=alone, text=True,
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
