@@ -110,7 +110,8 @@ def evaluate(args, device):
     mine = dict(
         protocol=plain(protocol, extractor.info["feature_layer"]), num_images=args.num,
         image_size=config["image_size"], **extractor.info, classes=None) | info
-    mine |= {key: reference[key] for key in HOW if key.startswith("reference")}
+    if reference:  # in the first process
+        mine |= {key: reference[key] for key in HOW if key.startswith("reference")}
 
     def known():
         """Whether this result is there already, and the name of the folder for its parts."""
