@@ -494,7 +494,7 @@ def test_every_path_flag_knows_the_home_folder(script, monkeypatch):
     assert found == {name: type(value)(f"/home/me/{name}") for name, value in found.items()}
     assert all(config[key] == f"/home/me/{key}" for key in ("data", "val", "vgg") if config)
     paths = {key.partition(".")[0] for key, how in FLAGS.items() if how.get("type") in (as_path, expanded)}
-    others = {"images", "image", "results", "tokenizers", "folder", "mask", "reference"}  # the next test
+    others = {"images", "image", "results", "tokenizers", "folder", "mask", "reference", "decode"}  # the next
     assert paths == others.union(*PATHS.values()) and "type=Path" not in inspect.getsource(recipes.flags)
 
 
@@ -510,6 +510,8 @@ def test_paths_in_lists_and_in_set_know_the_home_folder(monkeypatch):
     assert (balance.ckpt, balance.vgg) == ([Path("/home/me/a.pt")], "/home/me/vgg.pth")
     args = commands.study_args(["metrics", "--ckpt", "a.pt", "--reference", "~/r.pt"])
     assert args.reference == Path("/home/me/r.pt")
+    args = commands.study_args(["tokens", "--ckpt", "a.pt", "--decode", "~/t.safetensors", "--out", "x"])
+    assert args.decode == Path("/home/me/t.safetensors")
     for name in ("metrics", "compare"):
         assert commands.study_args([name, "~/a.pt", "~/b.json"]).files[0] == Path("/home/me/a.pt")
     args = commands.study_args(["edit", "~/x.png", "--ckpt", "a.pt", "--mask", "~/m.png"])
