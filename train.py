@@ -346,7 +346,8 @@ def train_stage(run, stage):
 def main(args, config):
     with one_line_errors():
         stages = stages_of(args, config)
-        networks = build_on_meta(config, stages, given_tokenizer(args))  # what does not fit is refused here
+        given, config = given_tokenizer(args, config)
+        networks = build_on_meta(config, stages, given)  # what does not fit is refused here
         if args.explain:
             from studies.cost import explain
 

@@ -8,18 +8,15 @@ from forks.taming import TamingTokenizer
 from forks.vqgan import converted, sizes_of
 from plumbing.models import as_checkpoint
 
-ENCODER = ("encoder.conv_blocks.{}.res.{}", "encoder.conv_blocks.{}.attn.{}",
-           "encoder.conv_blocks.{}.downsample", [f"encoder.mid.{i}" for i in range(3)])
-DECODER = ("decoder.conv_blocks.{}.res.{}", "decoder.conv_blocks.{}.attn.{}",
-           "decoder.conv_blocks.{}.upsample", [f"decoder.mid.{i}" for i in range(3)])
-NAMES = ENCODER, DECODER, lambda i, L: i
+NAMES = dict(down="encoder.conv_blocks.{}", up="decoder.conv_blocks.{}", finest_first=False, block="res",
+             middle=("mid.0", "mid.1", "mid.2"))
 
 
 def opened(state):
     """Our checkpoint of a published state dict, or None if it is none of this family."""
     if "encoder.conv_blocks.0.res.0.norm1.weight" not in state:
         return None
-    sizes = sizes_of(state, ENCODER[0])
+    sizes = sizes_of(state, "encoder.conv_blocks.{}.res.{}")
     weights = converted(state, sizes, NAMES, "LlamaGen", ("quantize.codebook_used",))
     return as_checkpoint("llamagen", dict(sizes, codebook="fn"), weights, "LlamaGen")  # of unit length
 

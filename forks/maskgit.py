@@ -3,9 +3,9 @@
 import torch.nn.functional as F
 from torch import nn
 
-from forks.vqgan import Weights, sizes_of
+from forks.vqgan import sizes_of
 from plumbing.models import as_checkpoint
-from tokenizer import VQTokenizer
+from tokenizer import VQTokenizer, attention_units
 
 FAMILY = "open-muse's MaskGIT tokenizer"
 
@@ -35,7 +35,7 @@ class Stage(nn.Module):
 
 
 class MaskGITEncoder(nn.Module):
-    unit = True  # the published network sees images in [0, 1]
+    """The published network sees images in [0, 1]."""
 
     def __init__(self, config):
         super().__init__()
@@ -47,14 +47,14 @@ class MaskGITEncoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], config.codebook_dim, 1)
 
     def forward(self, x):  # (B, 3, H, W) in [-1, 1] -> (B, n_z, H/f, W/f)
-        h = self.conv_in((x + 1) / 2 if self.unit else x)
+        h = self.conv_in((x + 1) / 2)
         for i, stage in enumerate(self.down):
             h = stage.block(h if i == 0 else F.avg_pool2d(h, 2))
         return self.conv_out(F.silu(self.norm_out(self.mid(h))))
 
 
 class MaskGITDecoder(nn.Module):
-    unit = True
+    """`stages` may get SeQ-GAN's attention of phase 2, each before it doubles the side."""
 
     def __init__(self, config):
         super().__init__()
@@ -66,20 +66,26 @@ class MaskGITDecoder(nn.Module):
             zip(above, widths, strict=True))])  # from the finest
         self.norm_out = nn.GroupNorm(32, base, eps=1e-6)
         self.conv_out = nn.Conv2d(base, 3, 3, padding=1)
+        for i, stage in enumerate(self.stages):
+            side = config.image_size // config.downsample * 2**i
+            stage.attention = attention_units(widths[-1 - i], side, config.num_attention)
+
+    @property
+    def stages(self):
+        return [*reversed(self.up)]  # from the coarsest
 
     def forward(self, z_q):  # (B, n_z, h, w) -> (B, 3, f*h, f*w), about [-1, 1]
         h = self.mid(self.conv_in(z_q))
-        for stage in reversed(self.up):
-            h = stage.block(h)
+        for stage in self.stages:
+            h = stage.attention(stage.block(h))
             if hasattr(stage, "upsample_conv"):
                 h = stage.upsample_conv(F.interpolate(h, scale_factor=2.0))
-        x = self.conv_out(F.silu(self.norm_out(h)))
-        return 2 * x - 1 if self.unit else x
+        return 2 * self.conv_out(F.silu(self.norm_out(h))) - 1
 
 
 class MaskGITTokenizer(VQTokenizer):
     Encoder, Decoder = MaskGITEncoder, MaskGITDecoder
-    UNREAD = ("num_mid_blocks", "decoder_extra_blocks", "num_attention", "bias", "latent_kernel")
+    UNREAD = ("num_mid_blocks", "decoder_extra_blocks", "bias", "latent_kernel")
 
 
 def opened(state):
@@ -88,8 +94,7 @@ def opened(state):
         return None
     sizes = dict(sizes_of(state, "encoder.down.{}.block.{}"), codebook="plain")
     sizes.pop("z_channels")
-    taken = Weights(state, FAMILY)
-    weights = {key: taken.take(key) for key in state}
+    weights = dict(state)
     weights["quantizer.codebook.weight"] = weights.pop("quantize.embedding.weight")  # sizes_of saw it
     return as_checkpoint("maskgit", sizes, weights, FAMILY)
 

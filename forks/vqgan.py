@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from plumbing.errors import UserError
-from plumbing.hashes import not_finite
 from recipes.small import of_fork
 from tokenizer import DecoderStage, Downsample, TokenizerConfig, Upsample, VQTokenizer, group_norm
 
@@ -135,10 +134,7 @@ PRESETS = of_fork("vqgan", tokenizer=dict(z_channels=64))
 
 
 class Weights:
-    """A state dict that is taken apart, tensor by tensor.
-
-    raises: UserError that names a key which is not there or whose tensor is not finite
-    """
+    """A state dict that is taken apart, tensor by tensor; a UserError names a key that is not there."""
 
     def __init__(self, state, of):
         self.left, self.of = dict(state), of
@@ -146,8 +142,6 @@ class Weights:
     def take(self, key):
         if key not in self.left:
             raise UserError(f"these are no weights of {self.of}: there is no {key}")
-        if not_finite(self.left[key], key):
-            raise UserError(f"{key} holds a nan or an infinity; fetch the file again, or another one")
         return self.left.pop(key)
 
     def layer(self, name, theirs):
@@ -172,8 +166,8 @@ class Weights:
 
 
 def sizes_of(state, block):
-    """VQGANConfig's sizes from the shapes of a published state dict; block: the form of an encoder
-    block's name, of stage and number"""
+    """VQGANConfig's sizes from the shapes of a published state dict; block: the form of the name of an
+    encoder's block, of stage and number"""
     widths, stage = [], 0
     while f"{block.format(stage, 0)}.conv1.weight" in state:
         widths.append(state[f"{block.format(stage, 0)}.conv1.weight"].shape[0])
@@ -191,41 +185,44 @@ def sizes_of(state, block):
 def converted(state, sizes, names, family, left_out):
     """Our state dict of a VQGANTokenizer of `sizes` from a published one.
 
-    names:    of encoder and decoder the forms of blocks, attention, down or up, and the middle's names; the
-              number of the decoder's stage i of L
+    names:    dict of `down` and `up`, the forms of the stages' names, `block`, a block's word in them, and
+              `middle`, three names; `finest_first`: whether the decoder's stages are counted from the finest
     left_out: beginnings of keys that generation does not need, as losses and the discriminator
     raises:   UserError for a key that is missing, and for one that nothing here reads
     """
     with torch.device("meta"):
         model = VQGANTokenizer(VQGANConfig(image_size=256, **sizes))
-    weights, found, L = Weights(state, family), {}, len(sizes["channel_mult"])
+    weights, found, last = Weights(state, family), {}, len(sizes["channel_mult"]) - 1
     layers = iter(model.encoder.layers.named_children())
+
+    def blocks(stage, number, attended):
+        kinds = [names["block"], "attn"] if attended else [names["block"]]
+        return [f"{stage}.{kind}.{j}" for j in range(number) for kind in kinds]
 
     def take(prefix, pairs, theirs):
         for name in theirs:
             own, module = next(pairs)
             found.update(weights.module(f"{prefix}.{own}", module, name))
 
-    (block, attention, down, middle), (up_block, up_attention, up, up_middle), order = names
     take("encoder.layers", layers, ["encoder.conv_in"])
-    for i in range(L):
-        inside = []
-        for j in range(sizes["num_res_blocks"]):
-            inside += [block.format(i, j)] + [attention.format(i, j)] * (i == L - 1)
-        take("encoder.layers", layers, inside + ([down.format(i)] if i < L - 1 else middle))
-    for ours, theirs in (("encoder.norm_out", "encoder.norm_out"), ("encoder.conv_out", "encoder.conv_out"),
-                         ("encoder.latent", "quant_conv"), ("decoder.latent", "post_quant_conv"),
-                         ("decoder.conv_in", "decoder.conv_in"), ("decoder.norm_out", "decoder.norm_out"),
-                         ("decoder.conv_out", "decoder.conv_out")):
-        found |= weights.layer(ours, theirs)
-    take("decoder.middle", iter(model.decoder.middle.named_children()), up_middle)
-    for i, stage in enumerate(model.decoder.stages):
-        inside = []
-        for j in range(sizes["num_res_blocks"] + 1):
-            inside += [up_block.format(order(i, L), j)] + [up_attention.format(order(i, L), j)] * (i == 0)
-        take(f"decoder.stages.{i}.blocks", iter(stage.blocks.named_children()), inside)
-        if i < L - 1:
-            found |= weights.module(f"decoder.stages.{i}.up", stage.up, up.format(order(i, L)))
+    for i in range(last + 1):
+        stage = names["down"].format(i)
+        take("encoder.layers", layers, blocks(stage, sizes["num_res_blocks"], i == last))
+        take("encoder.layers", layers, [f"{stage}.downsample"] if i < last else [])
+    take("encoder.layers", layers, [f"encoder.{name}" for name in names["middle"]])
+    take("decoder.middle", iter(model.decoder.middle.named_children()),
+         [f"decoder.{name}" for name in names["middle"]])
+    for i, ours in enumerate(model.decoder.stages):
+        stage = names["up"].format(last - i if names["finest_first"] else i)
+        take(f"decoder.stages.{i}.blocks", iter(ours.blocks.named_children()),
+             blocks(stage, sizes["num_res_blocks"] + 1, i == 0))
+        if i < last:
+            found |= weights.module(f"decoder.stages.{i}.up", ours.up, f"{stage}.upsample")
+    for name in ("encoder.norm_out", "encoder.conv_out", "decoder.conv_in", "decoder.norm_out",
+                 "decoder.conv_out"):
+        found |= weights.layer(name, name)
+    found |= weights.layer("encoder.latent", "quant_conv")
+    found |= weights.layer("decoder.latent", "post_quant_conv")
     found["quantizer.codebook.weight"] = weights.take("quantize.embedding.weight")
     strange = [key for key in weights.left if not key.startswith(tuple(left_out))]
     if strange:

@@ -10,7 +10,7 @@ import forks
 from perceptual import LAYERS, LOGIT, PatchDiscriminator, StyleDiscriminator, VGGTaps
 from plumbing.errors import UserError, as_user_error, of_fork, warn
 from plumbing.files import FOREIGN, FORMAT, is_checkpoint, newest_intact, read_checkpoint
-from plumbing.hashes import latent_hash
+from plumbing.hashes import latent_hash, not_finite
 from plumbing.kmeans import SCHEDULE, OfflineKMeans
 from plumbing.processes import on_rank0, rank
 from plumbing.stages import DEPENDS, refuse_other_config, refuse_other_images
@@ -193,7 +193,7 @@ def as_checkpoint(fork, sizes, weights, family, image_size=256):
 
     fork, sizes: its tokenizer is built with these;  weights: {our name: tensor};  family: whose they are
     The recipe is that of the paper's preset, but for the tokenizer. Where images are, --data says.
-    raises: UserError for a name that lacks or is too many, and for another shape
+    raises: UserError for a name that lacks or is too many, for another shape, and for a tensor not finite
     """
     Tokenizer = classes_of(dict(fork=fork))["tokenizer"]
     with torch.device("meta"):
@@ -205,6 +205,8 @@ def as_checkpoint(fork, sizes, weights, family, image_size=256):
         if weights[name].shape != expected[name].shape:
             raise UserError(f"these are no weights of {family}: {name} is {tuple(weights[name].shape)}, not "
                             f"{tuple(expected[name].shape)}")
+    if bad := not_finite(weights):
+        raise UserError(f"{bad[1:]} holds a nan or an infinity; fetch the file again, or another one")
     config = paper.variant(paper.IMAGENET, fork=fork, image_size=image_size, phase1=dict(layers="lpips"))
     config["tokenizer"] = sizes
     return dict(format=FORMAT, stage="phase1", step=0, config=config, model=weights, ema=None, train={},

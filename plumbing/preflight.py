@@ -60,10 +60,25 @@ def build_on_meta(config, stages, given=None):
     return found
 
 
-def given_tokenizer(args):
-    """The checkpoint of --tokenizer for stages that use it as it is, else None."""
+def given_tokenizer(args, config):
+    """(checkpoint of --tokenizer for stages that use it as it is, else None; configuration)
+
+    Phase 2 of another project's tokenizer takes fork and sizes from the file, and the recipe from the preset.
+    raises: UserError for a preset of a fork there, and for a size that the command line sets
+    """
     stages = dict(phase2=("phase1",), ar=("phase1", "phase2"), nar=("phase1", "phase2")).get(args.stage)
-    return read_checkpoint(args.tokenizer, stages) if stages and args.tokenizer and not args.explain else None
+    if not stages or not args.tokenizer or args.explain:
+        return None, config
+    given = read_checkpoint(args.tokenizer, stages)
+    if args.stage != "phase2" or given["fingerprint"]:  # of the images of a run of ours
+        return given, config
+    if config["fork"]:
+        raise UserError(f"--preset {args.preset} is of the fork {config['fork']}, and {args.tokenizer} of "
+                        f"{given['config']['fork']}; name a preset without a fork, as imagenet")
+    for name in (*args.set, *getattr(args, "expanded", ())):
+        if name.startswith(("tokenizer.", "image_size")):
+            raise UserError(f"{name.partition('=')[0]} comes from {args.tokenizer} here; leave it out")
+    return given, dict(config, **{key: given["config"][key] for key in ("fork", "tokenizer", "image_size")})
 
 
 def check_tokenizer_values(values, Config):

@@ -11,15 +11,13 @@ import helpers
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import command, study
+from helpers import call, differing, few, refusal, study
 
 import forks
 import plumbing.models
 import recipes.options
 import sample
-import train
 import visualize
-from forks.maskgit import MaskGITDecoder, MaskGITEncoder
 from plumbing.files import read_checkpoint
 from plumbing.hashes import latent_hash, weights_hash
 from plumbing.models import load_model
@@ -71,45 +69,41 @@ class Published:
         return tokens.flatten(1), codes[tokens].movedim(-1, 1)
 
 
-def vqgan(x, block, down, up_block, up, middle, normal=False, order=lambda i: i):
-    """(state dict, tokens, images) of VQGAN's family; block and so on: the forms of names"""
+def vqgan(x, down, up, block, middle, normal=False):
+    """(state dict, tokens, images) of VQGAN's family; down, up: its stages' names, block: a block's there"""
     p, (a, b) = Published(), CHANNELS
-    blocks, attention = block
 
     def mid(h, side):
         for kind, name in zip("bab", middle, strict=True):
             h = p.block(h, f"{side}.{name}", b) if kind == "b" else p.attention(h, f"{side}.{name}")
         return h
 
-    h = p.block(p.conv(x, "encoder.conv_in", a), "encoder." + blocks.format(0, 0), a)
-    h = p.conv(F.pad(h, (0, 1, 0, 1)), "encoder." + down.format(0) + ".conv", a, stride=2)
-    h = p.block(h, "encoder." + blocks.format(1, 0), b)
-    h = mid(p.attention(h, "encoder." + attention.format(1, 0)), "encoder")
+    h = p.block(p.conv(x, "encoder.conv_in", a), f"encoder.{down[0]}.{block}.0", a)
+    h = p.conv(F.pad(h, (0, 1, 0, 1)), f"encoder.{down[0]}.downsample.conv", a, stride=2)
+    h = p.block(h, f"encoder.{down[1]}.{block}.0", b)
+    h = mid(p.attention(h, f"encoder.{down[1]}.attn.0"), "encoder")
     h = p.conv(p.conv(p.act(h, "encoder.norm_out"), "encoder.conv_out", 24), "quant_conv", N_Z, 1)
     tokens, z_q = p.nearest(h, normal)
     h = mid(p.conv(p.conv(z_q, "post_quant_conv", 24, 1), "decoder.conv_in", b), "decoder")
-    blocks, attention = up_block
     for j in range(2):
-        h = p.block(h, "decoder." + blocks.format(order(0), j), b)
-        h = p.attention(h, "decoder." + attention.format(order(0), j))
-    h = p.conv(F.interpolate(h, scale_factor=2.0), "decoder." + up.format(order(0)) + ".conv", b)
+        h = p.block(h, f"decoder.{up[0]}.{block}.{j}", b)
+        h = p.attention(h, f"decoder.{up[0]}.attn.{j}")
+    h = p.conv(F.interpolate(h, scale_factor=2.0), f"decoder.{up[0]}.upsample.conv", b)
     for j in range(2):
-        h = p.block(h, "decoder." + blocks.format(order(1), j), a)
+        h = p.block(h, f"decoder.{up[1]}.{block}.{j}", a)
     return p.state, tokens, p.conv(p.act(h, "decoder.norm_out"), "decoder.conv_out", 3)
 
 
 def taming(x):
     state, *found = vqgan(
-        x, ("down.{}.block.{}", "down.{}.attn.{}"), "down.{}.downsample", ("up.{}.block.{}", "up.{}.attn.{}"),
-        "up.{}.upsample", ("mid.block_1", "mid.attn_1", "mid.block_2"), order=lambda i: 1 - i)
+        x, ["down.0", "down.1"], ["up.1", "up.0"], "block", ["mid.block_1", "mid.attn_1", "mid.block_2"])
     losses = {"loss.discriminator.main.0.weight": torch.zeros(3), "loss.logvar": torch.zeros(())}
     return {"state_dict": state | losses, "epoch": 3}, *found
 
 
 def llamagen(x):
-    forms = "conv_blocks.{}.res.{}", "conv_blocks.{}.attn.{}"
-    state, *found = vqgan(x, forms, "conv_blocks.{}.downsample", forms, "conv_blocks.{}.upsample",
-                          ("mid.0", "mid.1", "mid.2"), normal=True)
+    stages = ["conv_blocks.0", "conv_blocks.1"]
+    state, *found = vqgan(x, stages, stages, "res", ["mid.0", "mid.1", "mid.2"], normal=True)
     return {"model": state | {"quantize.codebook_used": torch.zeros(9)}}, *found
 
 
@@ -143,9 +137,9 @@ def published(tmp_path_factory):
     """{family: (file of the published form, images, tokens, images from the tokens)}"""
     folder, x, found = tmp_path_factory.mktemp("published"), images(), {}
     for name, family in FAMILIES.items():
-        raw, tokens, x_hat = family(x)
+        raw, *both = family(x)
         torch.save(raw, folder / f"{name}.pt")
-        found[name] = folder / f"{name}.pt", x, tokens, x_hat
+        found[name] = folder / f"{name}.pt", x, *both
     return found
 
 
@@ -158,16 +152,8 @@ def test_a_published_file_gives_the_published_tokens_and_images(family, publishe
     with torch.no_grad():
         assert torch.equal(model.encode(x), tokens) and len(tokens.unique()) > 4
         torch.testing.assert_close(model.decode(tokens), x_hat, rtol=0, atol=1e-4)
-
-
-def test_images_of_maskgit_are_in_0_to_1_inside_and_ours_outside(published, monkeypatch):
-    path, x, tokens, x_hat = published["maskgit"]
-    model, _ = load_model(path, ("phase1",))
-    for kind in (MaskGITEncoder, MaskGITDecoder):
-        monkeypatch.setattr(kind, "unit", False)
-    with torch.no_grad():
-        assert torch.equal(model.encode((x + 1) / 2), tokens)
-        torch.testing.assert_close(2 * model.decode(tokens) - 1, x_hat, rtol=0, atol=1e-4)
+        model.add_attention()  # of phase 2, which begins with what was there
+        torch.testing.assert_close(model.decode(tokens), x_hat, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("family, sizes, count", [
@@ -199,9 +185,8 @@ def test_files_that_lack_weights_or_have_strange_ones_are_refused(family, publis
             (lambda s: s["decoder.conv_in.bias"].fill_(torch.nan), "decoder.conv_in.bias holds a nan"),
             (lambda s: s.update({"decoder.conv_out.weight": torch.zeros(3, 5, 3, 3)}), "decoder.conv_out")):
         state = {key: value.clone() for key, value in inner.items()}
-        whole = {**raw, "state_dict": state} if "state_dict" in raw else state
-        change(whole.get("state_dict", whole))
-        torch.save(whole, path)
+        change(state)
+        torch.save({**raw, "state_dict": state} if "state_dict" in raw else state, path)
         error = refused(capsys, path)
         assert told in error and str(path) in error
 
@@ -228,27 +213,63 @@ def test_a_published_file_without_images_asks_for_data_and_for_no_preset(publish
 
 
 def test_what_is_no_tokenizer_at_all_is_refused(tmp_path, capsys):
-    path = tmp_path / "x.pt"
-    torch.save({"fc.weight": torch.zeros(3, 3)}, path)
-    assert "not a checkpoint of this project (it holds fc.weight)" in refused(capsys, path)
-    torch.save({"net": {"a.weight": torch.zeros(2)}, "step": 3}, path)
-    assert "it holds net of a.weight, step" in refused(capsys, path)
-    torch.save([1, 2], path)
-    assert "not a checkpoint" in refused(capsys, path)
-    torch.save({"state_dict": os.system}, path)  # Lightning's files hold objects of its own
-    assert "save its state dict alone" in refused(capsys, path)
+    path, tensor = tmp_path / "x.pt", torch.zeros(2)
+    for thing, told in (({"fc.weight": tensor}, "not a checkpoint of this project (it holds fc.weight)"),
+                        ({"net": {"a.weight": tensor}, "step": 3}, "it holds net of a.weight, step"),
+                        ([1, 2], "not a checkpoint"),
+                        ({"state_dict": os.system}, "save its state dict alone")):  # as Lightning's objects
+        torch.save(thing, path)
+        assert told in refused(capsys, path)
+
+
+@pytest.fixture
+def of_32_pixels(monkeypatch):
+    """Published files are for 256; the tiny run leaves the sizes of a tokenizer to them."""
+    monkeypatch.setattr(plumbing.models.as_checkpoint, "__defaults__", (32,))
+    sizes = {key: value for key, value in helpers.TINY.items() if not key.startswith("tokenizer.")}
+    monkeypatch.setattr(helpers, "TINY", sizes)
+
+
+@pytest.mark.parametrize("family", few(FAMILIES, 1))
+def test_phase_2_trains_the_decoder_of_a_public_tokenizer_and_leaves_its_tokens(
+        family, published, of_32_pixels, trained, data, tmp_path):
+    path, x, tokens, _ = published[family]
+    words = "phase2", tmp_path, data / "train", "--val", data / "train", "--tokenizer", path
+    words += "--vgg", trained / "vgg.pt", "--eval-every", 0
+    call(*words, phase2__steps=4, phase2__batch=4)
+    whole = read_checkpoint(tmp_path / "phase2.pt", ("phase2",))
+    os.replace(tmp_path / "phase2.previous.pt", tmp_path / "phase2.pt")  # after two steps
+    call(*words, phase2__steps=4, phase2__batch=4)
+    assert not differing(whole, read_checkpoint(tmp_path / "phase2.pt", ("phase2",)))
+    study("metrics", "--ckpt", tmp_path / "phase2.pt", "--extractor", trained / "vgg.pt", "--lpips", "none",
+          "--references", tmp_path / "references", "--device", "cpu")
+    study("export", tmp_path, "--out", tmp_path / "out")
+    card = (tmp_path / "out/README.md").read_text()
+    assert f"with the fork `{family}`" in card and "| rfd |" in card
+    (begun, _), (model, _) = load_model(path, ("phase1",)), load_model(tmp_path / "out/phase2", ("phase2",))
+    begun.add_attention()
+    assert str(begun.decoder) == str(model.decoder) and latent_hash(begun) == latent_hash(model)
+    assert torch.equal(model.encode(x), tokens)
+    assert all(layer.out.weight.any() for stage in model.decoder.stages for layer in stage.attention)
+
+
+@pytest.mark.parametrize("words, told", [
+    (["--set", "tokenizer.codebook_size=64"], "tokenizer.codebook_size comes from "),
+    (["--set", "image_size=64"], "image_size comes from "),
+    (["--ablation", "+attention2"], "tokenizer.num_attention comes from "),
+    (["--preset", "noattention.demo"], "name a preset without a fork")])
+def test_sizes_and_forks_that_a_public_tokenizer_does_not_take_are_refused(
+        words, told, published, of_32_pixels, data, tmp_path, capsys):
+    error = refusal(capsys, "phase2", tmp_path, data, "--tokenizer", published["taming"][0], *words)
+    assert told in error and "taming.pt" in error and not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_prior_is_trained_on_a_public_tokenizer_and_looked_at(
-        family, published, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(plumbing.models.as_checkpoint, "__defaults__", (32,))  # published ones are for 256
+        family, published, of_32_pixels, data, tmp_path):
     path = published[family][0]
-    words = command("ar", tmp_path, data, "--tokenizer", path, ar__steps=1, ar__batch=2, prior__n_embd=16)
-    train.main(*recipes.options.train_args(words))
-    ckpt = read_checkpoint(tmp_path / "ar.pt", ("ar",))
-    assert ckpt["tokenizer_hash"] == latent_hash(load_model(path, ("phase1",))[0])
+    call("ar", tmp_path, data, "--tokenizer", path, ar__steps=1, ar__batch=2, prior__n_embd=16)
     words = ["view", "--ckpt", tmp_path / "ar.pt", "--tokenizer", path, "--num", 2, "--device", "cpu"]
     visualize.main(recipes.options.visualize_args([*map(str, words)]))
     study("compare", path, "--steps", 2, "--samples", 20, "--data", data, "--out", tmp_path / "compare.json",
@@ -257,5 +278,4 @@ def test_a_prior_is_trained_on_a_public_tokenizer_and_looked_at(
                   ["--ckpt", path, "--reconstruct", "--num", 2, "--data", data, "--out", tmp_path / "x.png"]):
         sample.main(recipes.options.sample_args(list(map(str, words))))
     assert (tmp_path / "view.png").exists() and (tmp_path / "x.png").exists()
-    (row,) = json.loads((tmp_path / "compare.json").read_text())
-    assert (row["codebook_size"], row["num_tokens"], row["layers"]) == (K, 256, "lpips")
+    assert json.loads((tmp_path / "compare.json").read_text())[0]["num_tokens"] == 256
