@@ -211,7 +211,7 @@ def as_checkpoint(fork, sizes, weights, family, image_size=256):
     config["tokenizer"] = sizes
     return dict(format=FORMAT, stage="phase1", step=0, config=config, model=weights, ema=None, train={},
                 model_config=dict(sizes, image_size=image_size), class_names=[], tokenizer_hash=None,
-                fingerprint=None, note=f"weights of {family}", world=1, seconds=0.0, skips=0)
+                fingerprint=None, note=f"from weights of {family}", world=1, seconds=0.0, skips=0)
 
 
 def opened(raw, path):

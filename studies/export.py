@@ -24,7 +24,7 @@ from studies.commands import moved
 from studies.metrics import read_result
 
 LICENCE = "The code is under the MIT licence. The weights come with no licence of their own: whoever hands "
-LICENCE += "them on chooses one, and minds that of the data they were trained on."
+LICENCE += "them on chooses one, and minds those of the data and of the weights that they were made from."
 
 
 class DecoderProgram(nn.Module):
