@@ -74,9 +74,8 @@ def vqgan(x, down, up, block, middle, normal=False):
     p, (a, b) = Published(), CHANNELS
 
     def mid(h, side):
-        for kind, name in zip("bab", middle, strict=True):
-            h = p.block(h, f"{side}.{name}", b) if kind == "b" else p.attention(h, f"{side}.{name}")
-        return h
+        first, attention, last = (f"{side}.{name}" for name in middle)
+        return p.block(p.attention(p.block(h, first, b), attention), last, b)
 
     h = p.block(p.conv(x, "encoder.conv_in", a), f"encoder.{down[0]}.{block}.0", a)
     h = p.conv(F.pad(h, (0, 1, 0, 1)), f"encoder.{down[0]}.downsample.conv", a, stride=2)
