@@ -4,7 +4,6 @@ In training a share of the labels is hidden; in sampling the Transformer is wrap
 u + s (c - u), of the conditional and the null rows of one batch of twice the size.
 """
 
-import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -61,19 +60,15 @@ class Guidance:
     Wrapped = Guided
 
     def generate(self, labels, noise, *args, **sampler):
-        scale = (self.SAMPLER | sampler)["guidance"] if self.config.num_classes else 1
-        with self.guided(scale) if scale != 1 else contextlib.nullcontext():
+        scale, inner = (self.SAMPLER | sampler)["guidance"], self.transformer
+        if scale == 1 or not self.config.num_classes:
             return super().generate(labels, noise, *args, **sampler)
-
-    @contextlib.contextmanager
-    def guided(self, scale):
         if not self.config.class_dropout:
             raise UserError(f"guidance {scale:g}, but the prior was trained without prior.class_dropout and "
                              "has no null class; pass --guidance 1")
-        inner = self.transformer
         self.transformer = self.Wrapped(inner, scale)
         try:
-            yield
+            return super().generate(labels, noise, *args, **sampler)
         finally:
             self.transformer = inner
 

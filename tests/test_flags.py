@@ -137,7 +137,7 @@ COMMANDS = {
     "sample.py --ckpt x.pt": (options.SAMPLE, UNREAD["samples"]),
     "sample.py --ckpt x.pt --reconstruct": (options.SAMPLE, UNREAD["--reconstruct"]),
     **{f"visualize.py {name} --ckpt x.pt": (options.DRAW, UNREAD.get(name, ""))
-       for name in (*FIGURES, "fq_alone", "fq_map")},
+       for name in (*FIGURES, "fq_alone")},
     "studies metrics --ckpt x.pt": (STUDIES["metrics"][1], ""),
     "studies metrics x.json": ("results", ""),
     "studies sweep temperature=1 --ckpt x.pt": (STUDIES["sweep"][1], "temperature"),

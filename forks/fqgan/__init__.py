@@ -45,18 +45,19 @@ PRESETS = {
 }
 
 
-def with_low(**changes):
+def low(changes):
     """These changes at alpha = 0; at full scale LPIPS stays in its place."""
-    changes = {name.replace("__", "."): value for name, value in changes.items()}
     return lambda config: changes if config["phase1"]["layers"] == "lpips" else LOW | changes
 
 
-UNTAUGHT = dict(tokenizer__teacher_widths=[], phase1__teachers=[])
-SINGLE = dict(UNTAUGHT, tokenizer__num_codebooks=1, tokenizer__adapter_layers=0)
+UNTAUGHT = {"tokenizer.teacher_widths": [], "phase1.teachers": []}
+SINGLE = UNTAUGHT | {"tokenizer.num_codebooks": 1, "tokenizer.adapter_layers": 0}
+TOGETHER = {"phase1.disentangle": 0.0}
 
 
 def twice(config):
-    return with_low(**SINGLE, tokenizer__codebook_size=2 * config["tokenizer"]["codebook_size"])(config)
+    size = 2 * config["tokenizer"]["codebook_size"]
+    return low(SINGLE | {"tokenizer.codebook_size": size})(config)
 
 
 NONE = (None,) * 5
@@ -65,27 +66,25 @@ TABLES = {
         title="FQGAN, Table 3: one codebook and two, with which losses; and SeQ-GAN's ideas on top (ours)",
         columns=("rfid", "psnr", "usage", "ar_fid", "nar_fid"),
         scale="ImageNet 256x256, K = 16,384, 10 epochs, Inception FID, 50,000",
-        rows=[Row("single, K codes", "fq-1x", with_low(**SINGLE), (3.71, *NONE[1:])),
+        rows=[Row("single, K codes", "fq-1x", low(SINGLE), (3.71, *NONE[1:])),
               Row("single, 2K codes", "fq-2x", twice, (3.60, None, 0.84, None, None)),
-              Row("dual, neither loss", "fq-none", with_low(**UNTAUGHT, phase1__disentangle=0.0),
-                  (2.00, *NONE[1:])),
-              Row("dual, disentanglement", "fq-dis", with_low(**UNTAUGHT), (1.84, *NONE[1:])),
-              Row("dual, representation", "fq-rep", with_low(phase1__disentangle=0.0), (1.73, *NONE[1:])),
-              Row("dual, both", "fq-both", with_low(), (1.66, *NONE[1:])),
+              Row("dual, neither loss", "fq-none", low(UNTAUGHT | TOGETHER), (2.00, *NONE[1:])),
+              Row("dual, disentanglement", "fq-dis", low(UNTAUGHT), (1.84, *NONE[1:])),
+              Row("dual, representation", "fq-rep", low(TOGETHER), (1.73, *NONE[1:])),
+              Row("dual, both", "fq-both", low({}), (1.66, *NONE[1:])),
               Row("both, alpha = 1", "fq-alpha1", {"phase1.alpha": 1.0}, NONE),
-              Row("both, phase 1 + 2", "fq-both", with_low(), NONE, "phase2")]),
+              Row("both, phase 1 + 2", "fq-both", low({}), NONE, "phase2")]),
     "fq-table4": dict(
         title="FQGAN, Table 4: heads of the AR prior on the dual tokenizer", columns=("ar_fid",),
         scale="ImageNet 256x256, FAR-Large, guidance 1.75, top-k 8192, Inception FID, 50,000",
-        rows=[Row("k linear heads", "head-linear", with_low(prior__head="linear"), (6.90,)),
-              Row("k MLP heads", "head-mlp", with_low(prior__head="mlp"), (8.88,)),
-              Row("AR head", "fq-both", with_low(), (3.74,))]),
+        rows=[Row("k linear heads", "head-linear", low({"prior.head": "linear"}), (6.90,)),
+              Row("k MLP heads", "head-mlp", low({"prior.head": "mlp"}), (8.88,)),
+              Row("AR head", "fq-both", low({}), (3.74,))]),
 }
 TOKENIZER_OF = {"head-linear": "fq-both", "head-mlp": "fq-both"}  # rows that only train a prior of their own
 PROBE = dict(head_layers=1, class_dropout=0.0)  # sizes of the small prior of `python -m studies compare`
 FIGURES = dict(
-    fq_alone="reconstructions from all and from each single sub-codebook, of phase1.pt or phase2.pt",
-    fq_map="codes of a few classes in two dimensions (PCA), of phase1.pt or phase2.pt")
+    fq_alone="reconstructions from all and from each single sub-codebook, of phase1.pt or phase2.pt")
 
 
 def parts():
@@ -96,7 +95,7 @@ def parts():
 
 
 def draw(args, device):
-    """(figure, numbers) of one of FIGURES."""
-    from forks.fqgan import figures
+    """(figure, numbers) of `fq_alone`."""
+    from forks.fqgan.figures import figure_alone
 
-    return dict(fq_alone=figures.figure_alone, fq_map=figures.figure_map)[args.figure](args, device)
+    return figure_alone(args, device)

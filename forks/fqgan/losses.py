@@ -12,12 +12,9 @@ def disentanglement(codes):
     """How alike the codes of different sub-codebooks are: mean over pairs, images and positions of
     (q_a . q_b)^2 with q of unit length (Eq. 7 of FQGAN), in [0, 1]; 0 for orthogonal codes, and for k = 1.
 
-    codes:  list of k straight-through maps (B, n_z, h, w), so that the gradient reaches the encoder's
-            branches and not the codebooks
-    raises: ValueError for widths that differ
+    codes: list of k straight-through maps (B, n_z, h, w): the gradient reaches the encoder's branches and not
+           the codebooks
     """
-    if len({q.shape for q in codes}) > 1:
-        raise ValueError(f"sub-codebooks must have equal widths, got {[q.shape[1] for q in codes]}")
     with torch.autocast(codes[0].device.type, enabled=False):
         units = [F.normalize(q.float(), dim=1) for q in codes]
         pairs = [(a * b).sum(1).square().mean() for a, b in itertools.combinations(units, 2)]
@@ -30,11 +27,7 @@ def representation_loss(features, targets):
 
     features: (B, W) of the student; targets: (B, W) of the frozen teacher; no temperature
     returns:  float32 scalar: ln B for equal similarities, 0 for B = 1
-    raises:   ValueError for widths that differ
     """
-    if features.shape != targets.shape:
-        shapes = tuple(features.shape), tuple(targets.shape)
-        raise ValueError(f"student and teacher differ in shape: {shapes[0]} and {shapes[1]}")
     with full_float32(features):  # similarities near 1 need it
         a, b = F.normalize(features.float(), dim=1), F.normalize(targets.detach().float(), dim=1)
         return F.cross_entropy(a @ b.T, torch.arange(len(a), device=a.device))

@@ -11,7 +11,6 @@ from torch import nn
 
 from forks.guidance import ClassDropout, Guidance, Guided, guide
 from plumbing.checks import check, check_labels
-from plumbing.fast import KVCache
 from prior_ar import GREEDY, ARPrior, Attention, Transformer, sample_logits
 from prior_nar import NARPrior, mask_tokens
 
@@ -22,7 +21,7 @@ class FactorizedConfig:
 
     codebook_size: int
     num_tokens: int
-    num_codebooks: int = 1  # k; above 1 tokens are (B, N, k)
+    num_codebooks: int = 1  # k; tokens are (B, N, k)
     num_classes: int = 0
     n_layer: int = 24
     n_head: int = 16
@@ -35,9 +34,7 @@ class FactorizedConfig:
     def __post_init__(self):
         if self.head not in ("ar", "linear", "mlp"):
             raise ValueError(f"prior.head must be ar, linear or mlp, got {self.head!r}")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
-        if self.n_embd // self.n_head % 4:
+        if self.n_embd % (4 * self.n_head):
             raise ValueError("2-D rotary positions need heads of 4, 8, ... channels, got "
                              f"n_embd {self.n_embd} in {self.n_head} heads")
 
@@ -106,10 +103,7 @@ class FactorizedTransformer(ClassDropout, Transformer):
 
     The "ar" head: for each position the short sequence [x, e_1(s^1), ..., e_{k-1}(s^{k-1})] through causal
     blocks; slot i predicts sub-token i + 1. "linear" and "mlp" predict all sub-tokens from x alone.
-    deviation: positions are rotary over rows and columns, none for the condition; the released code zeroes
-               its queries and keys there. The head's slots are rotated by their number. The article prints
-               415M and 898M, which leave the fusion layer out. The null row of the condition table and, in
-               a masked prior, the [MASK] rows are part of our counts.
+    deviation: docs/fqgan.md, rotary positions and the size of the prior
     """
 
     def __init__(self, config, causal):
@@ -126,8 +120,8 @@ class FactorizedTransformer(ClassDropout, Transformer):
         self.norm = nn.RMSNorm(d, eps=1e-5)
         self.classifiers = nn.ModuleList(nn.Linear(d, K, bias=False) for _ in range(k))
         side, slots = math.isqrt(config.num_tokens), torch.arange(k)[:, None]
-        rows, columns = torch.meshgrid(torch.arange(1, side + 1), torch.arange(1, side + 1), indexing="ij")
-        places = torch.cat([torch.zeros(1, 2), torch.stack([rows, columns], 2).view(-1, 2)])
+        places = torch.cartesian_prod(torch.arange(1, side + 1), torch.arange(1, side + 1))
+        places = torch.cat([torch.zeros(1, 2), places])  # none for the condition
         head_dim = d // config.n_head
         self.register_buffer("angles", rotary_angles(places, head_dim), persistent=False)
         self.register_buffer("head_angles", rotary_angles(slots, head_dim), persistent=False)
@@ -136,8 +130,7 @@ class FactorizedTransformer(ClassDropout, Transformer):
             nn.init.zeros_(classifier.weight)
 
     def embed(self, tokens):
-        """tokens: (B, T) or (B, T, k) int64 -> (B, T, d)."""
-        tokens = tokens if tokens.ndim == 3 else tokens[..., None]
+        """tokens: (B, T, k) int64 -> (B, T, d)."""
         parts = zip(self.token_tables, tokens.unbind(2), strict=True)
         fused = self.fuse(torch.cat([table(part) for table, part in parts], dim=2))
         return fused.to(self.fuse.weight.dtype)  # float32 under autocast, as the condition is
@@ -153,34 +146,29 @@ class FactorizedTransformer(ClassDropout, Transformer):
         x = self.head_mlps[i](x) if self.head_mlps else x
         return self.classifiers[i](self.norm(x))
 
-    def logits(self, x, targets=None):
-        """x: (B, T, d) of `hidden`; targets: (B, T, k), the true sub-tokens -> (B, T, k, K), without k if 1.
+    def slots(self, x, tokens):
+        """x: (M, d) of `hidden`; tokens: the first T - 1 sub-tokens of each position, (M,) each
+        -> (M, T, d), of which slot i has seen x and the tokens before i, with another head x alone."""
+        if self.config.head != "ar":
+            return x[:, None].expand(-1, len(tokens) + 1, -1)
+        before = zip(self.token_tables, tokens, strict=False)
+        h = torch.stack([x, *(table(part) for table, part in before)], dim=1)
+        for block in self.head_blocks:
+            h = block(h, None, self.head_angles[: h.shape[1]])
+        return h
 
-        Slot i of the "ar" head sees the sub-tokens before i of its own position; other heads see none.
-        """
-        k = len(self.classifiers)
-        if targets is None and self.config.head == "ar" and k > 1:
-            raise ValueError('head="ar" needs the true tokens: pass targets')
-        slots = [x] * k
-        if self.config.head == "ar":
-            tables = zip(self.token_tables[: k - 1], range(k - 1), strict=True)
-            h = torch.stack([x] + [table(targets[..., i]) for table, i in tables], dim=2).flatten(0, 1)
-            for block in self.head_blocks:  # (B * T, k, d)
-                h = block(h, None, self.head_angles)
-            slots = h.unflatten(0, x.shape[:2]).unbind(2)
-        found = [self.classify(i, slot) for i, slot in enumerate(slots)]
-        return torch.stack(found, dim=2) if k > 1 else found[0]
+    def logits(self, x, targets):
+        """x: (B, T, d) of `hidden`; targets: (B, T, k), the true sub-tokens -> (B, T, k, K)."""
+        slots = self.slots(x.flatten(0, 1), targets.flatten(0, 1).unbind(1)[:-1]).unbind(1)
+        found = torch.stack([self.classify(i, slot) for i, slot in enumerate(slots)], dim=1)
+        return found.unflatten(0, x.shape[:2])
 
     def draw(self, x, pick):
-        """x: (M, d); pick(i, logits) draws the sub-token i of each row -> tokens (M, k), or (M,) if k = 1."""
-        caches, drawn, h = [KVCache(len(self.classifiers)) for _ in self.head_blocks], [], x[:, None]
-        for i in range(len(self.classifiers)):
-            if self.config.head == "ar":
-                h = x[:, None] if i == 0 else self.token_tables[i - 1](drawn[-1])[:, None]  # (M, 1, d)
-                for block, cache in zip(self.head_blocks, caches, strict=True):
-                    h = block(h, cache, self.head_angles[i : i + 1])
-            drawn.append(pick(i, self.classify(i, h)[:, 0]))
-        return torch.stack(drawn, dim=1) if len(drawn) > 1 else drawn[0]
+        """x: (M, d); pick(i, logits) draws the sub-token i of each row -> tokens (M, k)."""
+        drawn = []
+        for i in range(self.config.num_codebooks):
+            drawn.append(pick(i, self.classify(i, self.slots(x, drawn)[:, -1])))
+        return torch.stack(drawn, dim=1)
 
 
 class GuidedFactorized(Guided):
@@ -200,15 +188,14 @@ class Factorized(Guidance):
 
     def __init__(self, config):
         super().__init__(config)
-        if config.num_codebooks > 1:
-            self.token_shape = (config.num_tokens, config.num_codebooks)  # (N, k)
+        self.token_shape = (config.num_tokens, config.num_codebooks)  # (N, k)
 
 
 class FactorizedAR(Factorized, ARPrior):
     SAMPLER = ARPrior.SAMPLER | {"guidance": 1.0}
 
     def forward(self, tokens, labels=None):
-        """(B, N, k) int64 -> (B, N, k, K); without k if it is 1."""
+        """(B, N, k) int64 -> (B, N, k, K)."""
         check("tokens", tokens, self.token_shape, torch.int64)
         check_labels(labels, len(tokens), self.config.num_classes)
         return self.transformer.logits(self.transformer(tokens[:, :-1], labels), tokens)
@@ -217,12 +204,12 @@ class FactorizedAR(Factorized, ARPrior):
     def predict(self, tokens, labels=None):
         """As ARPrior's: s' (B, N, k), and the means over k of nats and hits, (B, N)."""
         logits = self(tokens, labels).float()
-        tokens_pred, shape = logits.argmax(-1), (*tokens.shape[:2], -1)
-        nats = F.cross_entropy(logits.flatten(0, -2), tokens.flatten(), reduction="none").view(shape)
-        return tokens_pred, nats.mean(2), (tokens_pred == tokens).float().view(shape).mean(2)
+        tokens_pred = logits.argmax(-1)
+        nats = F.cross_entropy(logits.flatten(0, 2), tokens.flatten(), reduction="none").view_as(tokens)
+        return tokens_pred, nats.mean(2), (tokens_pred == tokens).float().mean(2)
 
     def draw(self, x, noise, sampler):  # (B, d), (B, k) -> (B, k)
-        noise, settings = noise.view(len(noise), -1), [sampler[name] for name in ARPrior.SAMPLER]
+        settings = [sampler[name] for name in ARPrior.SAMPLER]
         return self.transformer.draw(x, lambda i, logits: sample_logits(logits, noise[:, i], *settings))
 
 
@@ -234,18 +221,16 @@ class FactorizedNAR(Factorized, NARPrior):
 
     def inputs(self, tokens, noise):
         """(B, N, k) -> the hidden and, for the head, the true tokens (B, N, 2k); loss_mask (B, N, k)."""
-        if tokens.ndim == 2:
-            return super().inputs(tokens, noise)
         _, mask = mask_tokens(tokens[..., 0], self.mask_id, noise)
         mask = mask[..., None].expand_as(tokens)
         return torch.cat([tokens.masked_fill(mask, self.mask_id), tokens], dim=2), mask
 
     def forward(self, inputs, labels=None):
-        """inputs: (B, N, 2k) of `inputs`, or (B, N) if k = 1 -> logits (B, N, k, K) or (B, N, K)."""
-        shape = self.token_shape if inputs.ndim == 2 else (self.token_shape[0], 2 * self.config.num_codebooks)
-        check("inputs", inputs, shape, torch.int64)
+        """inputs: (B, N, 2k) of `inputs` -> logits (B, N, k, K)."""
+        N, k = self.token_shape
+        check("inputs", inputs, (N, 2 * k), torch.int64)
         check_labels(labels, len(inputs), self.config.num_classes)
-        hidden, targets = (inputs, None) if inputs.ndim == 2 else inputs.chunk(2, dim=2)
+        hidden, targets = inputs.chunk(2, dim=2)
         return self.transformer.logits(self.transformer(hidden, labels)[:, 1:], targets)
 
     def noise_shape(self, sampler):
@@ -264,6 +249,5 @@ class FactorizedNAR(Factorized, NARPrior):
 
         return self.transformer.draw(x, pick), sum(log_probs) / self.config.num_codebooks
 
-    def holes(self, tokens):
-        hidden = super().holes(tokens)
-        return hidden if tokens.ndim == 2 else hidden.any(dim=2)
+    def holes(self, tokens):  # (B, N, k) -> (B, N)
+        return super().holes(tokens).any(dim=2)

@@ -1,19 +1,22 @@
-"""FQGAN's teachers: frozen networks image -> (B, width), and where their weights come from."""
+"""FQGAN's teachers: frozen networks image -> (B, width). CLIP's and DINOv2's are those of timm (optional)."""
 
 import itertools
-import math
 import zipfile
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.models import VisionTransformer
 
-from plumbing.errors import as_user_error, one_line
+from plumbing.errors import UserError, as_user_error, one_line
 from plumbing.files import check_digest, load_torch
 from plumbing.processes import fetched
 from plumbing.stages import vgg_sizes
+
+TEACHERS = {  # name -> (timm's name, width)
+    "clip-vit-l-14": ("vit_large_patch14_clip_quickgelu_224.openai", 1024),
+    "clip-vit-b-16": ("vit_base_patch16_clip_quickgelu_224.openai", 768),
+    "dinov2-vit-s-14": ("vit_small_patch14_dinov2.lvd142m", 384)}
 
 
 class Teacher(nn.Module):
@@ -47,77 +50,52 @@ class VGGTeacher(nn.Module):
         return self.vgg(x, ["relu5_3"])["relu5_3"].float().mean((2, 3))
 
 
-def vision_transformer(state):
-    """DINOv2's network for 224x224 pixels as torchvision's; it gives the normalised class token, (B, width).
-
-    state:  state dict of DINOv2's files, which fixes width, depth and patches; heads have 64 channels
-    raises: KeyError or RuntimeError for other names or shapes
-    LayerScale is multiplied into the layers before it, and the positions are interpolated here, once.
-    """
-    state, (count, width) = dict(state), state["pos_embed"].shape[1:]
-    del state["mask_token"]
-    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-    patch, side = state["patch_embed.proj.weight"].shape[2], math.isqrt(count - 1)
-    for i, (scale, layer) in itertools.product(range(depth), (("ls1", "attn.proj"), ("ls2", "mlp.fc2"))):
-        gamma, scaled = state.pop(f"blocks.{i}.{scale}.gamma"), f"blocks.{i}.{layer}"
-        state[f"{scaled}.weight"] = state[f"{scaled}.weight"] * gamma[:, None]
-        state[f"{scaled}.bias"] = state[f"{scaled}.bias"] * gamma
-    first, grid = state["pos_embed"].split([1, count - 1], 1)
-    grid = F.interpolate(grid.unflatten(1, (side, side)).permute(0, 3, 1, 2), mode="bicubic",
-                         scale_factor=(224 // patch + 0.1) / side)  # the published models' 0.1
-    state["pos_embed"] = torch.cat([first, grid.flatten(2).transpose(1, 2)], 1)
-    for theirs, torchvision in DINO_NAMES.items():
-        state = {name.replace(theirs, torchvision): value for name, value in state.items()}
-    network = VisionTransformer(224, patch, depth, width // 64, width, 4 * width)
-    network.heads = nn.Identity()
-    network.load_state_dict(state, strict=True)
-    return network
-
-
-DINO_NAMES = {  # in this order: what the last one finds is the norm at the end
-    "patch_embed.proj": "conv_proj", "cls_token": "class_token", "pos_embed": "encoder.pos_embedding",
-    "blocks.": "encoder.layers.encoder_layer_", "norm1": "ln_1", "norm2": "ln_2", "mlp.fc1": "mlp.0",
-    "mlp.fc2": "mlp.3", "attn.qkv.": "self_attention.in_proj_", "attn.proj": "self_attention.out_proj",
-    "norm.": "encoder.ln."}
-DINO_URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth"
-TEACHERS = {"clip-vit-l-14": 1024, "clip-vit-b-16": 768, "dinov2-vit-s-14": 384}  # name -> width
-
-
-def is_torchscript(path):
-    return zipfile.is_zipfile(path) and any("constants.pkl" in n for n in zipfile.ZipFile(path).namelist())
-
-
 def load_teacher(source):
-    """FQGAN's teachers: the class token of CLIP's last layer before the final norm (width 1024 or 768), or of
-    DINOv2-S after it (384).
+    """FQGAN's teachers: the class token of CLIP's last layer before the final norm, or of DINOv2-S after it.
 
-    source:  one of TEACHERS, downloaded once (CLIP's hash is checked, DINOv2 publishes none); or a local
-             file of theirs, CLIP's TorchScript archive or DINOv2's state dict (see `check_digest`)
-    raises:  ValueError for a file that is damaged or foreign; RuntimeError for one that is not there, and
-             where a download fails
+    source:  one of TEACHERS, which timm fetches from Hugging Face; or a local file of theirs as published:
+             CLIP's TorchScript archive or DINOv2's state dict (see `check_digest`)
+    raises:  UserError without timm; ValueError for a file that is damaged or foreign; RuntimeError for one
+             that is not there, and where a download fails
     """
     try:
+        import timm
+    except ImportError:
+        raise UserError(f"teacher {source} needs a package: pip install timm") from None
+    try:
+        name, given = source, {}
         if source not in TEACHERS:
-            check_digest(source)
-        if source == "dinov2-vit-s-14":
-            state = torch.hub.load_state_dict_from_url(DINO_URL, map_location="cpu", weights_only=True)
-        elif source in TEACHERS or is_torchscript(source):
-            from torch_fidelity.feature_extractor_clip import FeatureExtractorCLIP
-
-            name, file = (source, None) if source in TEACHERS else ("clip-vit-l-14", str(source))
-            visual = FeatureExtractorCLIP(name, ["clip"], feature_extractor_weights_path=file).model.visual
-            width, visual.ln_post, visual.proj = visual.ln_post.normalized_shape[0], nn.Identity(), None
-            return Teacher(visual, width, (0.48145466, 0.4578275, 0.40821073),
-                           (0.26862954, 0.26130258, 0.27577711))
-        else:
-            state = load_torch(source)
-        return Teacher(vision_transformer(state), state["cls_token"].shape[2], (0.485, 0.456, 0.406),
-                       (0.229, 0.224, 0.225))
+            given = dict(state_dict=read(source))
+            name = whose(given["state_dict"])
+        network = timm.create_model(
+            TEACHERS[name][0], pretrained=True, pretrained_cfg_overlay=given, img_size=224)
     except OSError as error:
         raise RuntimeError(f"teacher {source} could not be fetched ({one_line(error)}); fetch its file "
                            "elsewhere and name it in teachers") from None
     except Exception as error:  # a file of something else
         raise ValueError(f"teacher {source} cannot be read: {one_line(error)}") from None
+    network.reset_classifier(0)  # CLIP's projection
+    if name.startswith("clip"):
+        network.norm = nn.Identity()
+    return Teacher(network, TEACHERS[name][1], network.pretrained_cfg["mean"], network.pretrained_cfg["std"])
+
+
+def read(path):
+    """The state dict of a published file."""
+    check_digest(path)
+    if zipfile.is_zipfile(path) and any("constants.pkl" in name for name in zipfile.ZipFile(path).namelist()):
+        return torch.jit.load(path, map_location="cpu").state_dict()
+    return load_torch(path)
+
+
+def whose(state):
+    """The name of the teacher that has a class token of this width.  raises: ValueError if none has"""
+    tokens = state.get("visual.class_embedding"), state.get("cls_token")  # (W,) of CLIP, (1, 1, W) of DINOv2
+    widths = [token.shape[-1] for token in tokens if token is not None]
+    for name, (_, width) in TEACHERS.items():
+        if width in widths:
+            return name
+    raise ValueError(f"no network of {', '.join(TEACHERS)}")
 
 
 def chosen(config):
@@ -135,10 +113,12 @@ def chosen(config):
 def check_teachers(config):
     """raises: ValueError where the teachers of a preset do not fit its tokenizer"""
     for name, width in chosen(config):
-        if name not in ("vgg", *TEACHERS) and not Path(str(name)).is_file():
+        if name == "vgg":
+            check_width(name, 8 * vgg_sizes(config)["width"], width)
+        elif name in TEACHERS:
+            check_width(name, TEACHERS[name][1], width)
+        elif not Path(str(name)).is_file():
             raise ValueError(f"teacher {name}: no such file, and not one of vgg, {', '.join(TEACHERS)}")
-        own = 8 * vgg_sizes(config)["width"] if name == "vgg" else TEACHERS.get(name, width)
-        check_width(name, own, width)
 
 
 def check_width(name, has, width):

@@ -1,6 +1,5 @@
 """FQGAN's tokenizer: VQGAN's trunk, then k branches, each with its own sub-codebook (arXiv 2411.16681)."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -17,23 +16,18 @@ TEMPERATURE = 0.01  # of the softmax over codes
 
 @dataclass
 class FactorizedConfig(TokenizerConfig):
-    """raises: ValueError for widths that do not fit"""
+    """raises: ValueError for another number of widths than of codebooks"""
 
-    num_codebooks: int = 1  # k sub-codebooks; above 1 tokens are (B, N, k)
-    adapter_layers: int = 0  # Transformer blocks before each sub-codebook (FQGAN: 6)
+    num_codebooks: int = 1  # k sub-codebooks; tokens are (B, N, k)
+    adapter_layers: int = 0  # Transformer blocks of 8 heads before each sub-codebook (FQGAN: 6)
     teacher_widths: tuple = ()  # of the representation loss, one for each sub-codebook; 0: no teacher
 
     def __post_init__(self):
         super().__post_init__()
         self.teacher_widths = tuple(self.teacher_widths)
-        if self.num_codebooks < 1:
-            raise ValueError(f"num_codebooks must be at least 1, got {self.num_codebooks}")
         if len(self.teacher_widths) not in (0, self.num_codebooks):
             raise ValueError(f"{self.num_codebooks} codebooks need as many teacher_widths (0: no teacher), "
                              f"got {len(self.teacher_widths)}")
-        odd = [w for w in (*self.teacher_widths, self.adapter_layers and self.widths[-1]) if w % 8]
-        if odd:
-            raise ValueError(f"adapters and students have 8 heads, so a width of {odd[0]} must be a multiple")
 
 
 class PositionTransformer(nn.Module):
@@ -126,8 +120,7 @@ class FactorizedQuantizer(nn.Module):
     """k independent quantizers on k parts of the channels; tokens get a last axis of size k.
 
     `forward` returns the sums of the losses over the codebooks, and the lists `codes` (straight-through, a
-    map for each branch) and `features` (of the branches with a teacher) for the two further losses. Tokens
-    of a single codebook are (B, h, w), as VectorQuantizer's.
+    map for each branch) and `features` (of the branches with a teacher) for the two further losses.
     """
 
     READS = ("entropy_set",)
@@ -139,33 +132,27 @@ class FactorizedQuantizer(nn.Module):
         widths = config.teacher_widths or (0,) * config.num_codebooks
         self.heads = nn.ModuleList(FeatureHead(config, width) if width else nn.Identity() for width in widths)
 
-    def quantize(self, z_hat):  # (B, k * n_z, h, w) -> (B, h, w, k) int64
-        parts = zip(self.parts, z_hat.chunk(len(self.parts), 1), strict=True)
-        return self.join([part.quantize(z) for part, z in parts])
+    def split(self, z_hat):  # (B, k * n_z, h, w) -> k pairs of a quantizer and its (B, n_z, h, w)
+        return zip(self.parts, z_hat.chunk(len(self.parts), 1), strict=True)
 
-    def join(self, indices):
-        return torch.stack(indices, -1) if len(indices) > 1 else indices[0]
+    def quantize(self, z_hat):  # (B, k * n_z, h, w) -> (B, h, w, k) int64
+        return torch.stack([part.quantize(z) for part, z in self.split(z_hat)], -1)
 
     def lookup(self, indices):  # (B, h, w, k) -> (B, k * n_z, h, w)
-        indices = indices.unbind(-1) if len(self.parts) > 1 else [indices]
-        parts = zip(self.parts, indices, strict=True)
+        parts = zip(self.parts, indices.unbind(-1), strict=True)
         return torch.cat([part.lookup(index) for part, index in parts], 1)
 
     def forward(self, z_hat):
         for i, part in enumerate(self.parts):
             part.global_probs = None if self.global_probs is None else self.global_probs[i]
-        z_parts = z_hat.chunk(len(self.parts), 1)
-        found = [part(z) for part, z in zip(self.parts, z_parts, strict=True)]
-        codes, indices, losses = zip(*found, strict=True)
+        codes, indices, losses = zip(*[part(z) for part, z in self.split(z_hat)], strict=True)
         sums = {name: sum(loss[name] for loss in losses) for name in losses[0]}
         heads = zip(self.heads, codes, strict=True)
-        sums["codes"] = list(codes)
-        sums["features"] = [head(c) for head, c in heads if isinstance(head, FeatureHead)]
-        return torch.cat(codes, 1), self.join(list(indices)), sums
+        sums |= dict(codes=codes, features=[head(c) for head, c in heads if isinstance(head, FeatureHead)])
+        return torch.cat(codes, 1), torch.stack(indices, -1), sums
 
     def probs(self, z_hat):
-        z_parts = z_hat.chunk(len(self.parts), 1)
-        return torch.stack([part.probs(z) for part, z in zip(self.parts, z_parts, strict=True)])
+        return torch.stack([part.probs(z) for part, z in self.split(z_hat)])
 
 
 class FactorizedDecoder(VQGANDecoder):
@@ -185,10 +172,7 @@ class FactorizedTokenizer(VQTokenizer):
     def __init__(self, config):
         super().__init__(config)
         self.teachers = []  # a plain list: neither saved nor hashed
-        used = dict(loss_disentangle=config.num_codebooks > 1, loss_represent=any(config.teacher_widths))
-        self.WEIGHTS = {name: weight for name, weight in self.WEIGHTS.items() if used[name]}
-        if config.num_codebooks > 1:
-            self.token_shape = (self.grid_size**2, config.num_codebooks)  # (N, k)
+        self.token_shape = (self.grid_size**2, config.num_codebooks)  # (N, k)
 
     def prepare(self, run):
         self.teachers = [] if self.frozen else load_teachers(run)
@@ -196,28 +180,21 @@ class FactorizedTokenizer(VQTokenizer):
     def forward(self, x):
         """As VQTokenizer's, with `loss_disentangle` and `loss_represent`, the sum over teachers."""
         x_hat, tokens, losses = super().forward(x)
-        codes, features = losses.pop("codes", []), losses.pop("features", [])
-        if len(codes) > 1:
-            losses["loss_disentangle"] = disentanglement(codes)
-        if self.teachers:
-            pairs = zip(features, self.teachers, strict=True)
-            losses["loss_represent"] = sum(representation_loss(one, teacher(x)) for one, teacher in pairs)
-        elif features:  # not prepared: the students stay in the graph
-            losses["loss_represent"] = sum(0 * student.sum() for student in features)
+        if losses:
+            features = losses.pop("features")
+            losses["loss_disentangle"] = disentanglement(losses.pop("codes"))
+            pairs = zip(features, self.teachers, strict=False)  # without teachers before `prepare`
+            terms = [representation_loss(one, teacher(x)) for one, teacher in pairs]
+            terms = terms or [0 * one.sum() for one in features]  # the students stay in the graph
+            losses["loss_represent"] = sum(terms, torch.zeros((), device=x.device))
         return x_hat, tokens, losses
 
     @torch.no_grad()
     def code_maps(self, tokens):
         """Tokens (B, N, k) -> the codes of each sub-codebook, k maps (B, n_z, h, w)."""
-        side = math.isqrt(tokens.shape[1])
-        return self.quantizer.lookup(tokens.unflatten(1, (side, side))).chunk(self.config.num_codebooks, 1)
-
-    @torch.no_grad()
-    def decode_alone(self, tokens, i):
-        """Images from sub-codebook i alone; the codes of the others are zeros."""
-        maps = enumerate(self.code_maps(tokens))
-        return self.decoder(torch.cat([codes if j == i else torch.zeros_like(codes) for j, codes in maps], 1))
+        grid = tokens.unflatten(1, (self.grid_size, self.grid_size))
+        return self.quantizer.lookup(grid).chunk(self.config.num_codebooks, 1)
 
     def numbers(self, tokens):
         """What a summary prints besides, {name: (B,)}."""
-        return dict(cos_between_codebooks=mean_cosine(self.code_maps(tokens))) if tokens.ndim > 2 else {}
+        return dict(cos_between_codebooks=mean_cosine(self.code_maps(tokens))) if tokens.shape[2] > 1 else {}
