@@ -4,23 +4,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from forks.fqgan.tokenizer import UnitQuantizer, vector_entropy
+from forks.fqgan.tokenizer import SureQuantizer
 from plumbing.processes import full_float32
 from recipes.small import of_fork
-from tokenizer import VectorQuantizer, VQTokenizer, average_probs
+from tokenizer import VQTokenizer
 
 
-class LookupFreeQuantizer(nn.Module):
+class LookupFreeQuantizer(SureQuantizer):
     """The sign of each channel is one bit of the token, that of channel i, from 0 on, the bit 2^i. No code is
     stored. The entropy is over all 2^n_z; the article's groups of bits, for K = 2^18, are left out.
     """
 
-    READS, global_probs = ("entropy_set",), None
-    usage_loss = VectorQuantizer.usage_loss
-    softmax_distances = UnitQuantizer.softmax_distances  # at the published temperature
-
     def __init__(self, config):
-        super().__init__()
+        nn.Module.__init__(self)
         self.config = config
         if config.codebook_size != 2**config.codebook_dim:
             raise ValueError(f"LFQ has 2^{config.codebook_dim} codes, not {config.codebook_size}")
@@ -36,17 +32,12 @@ class LookupFreeQuantizer(nn.Module):
         codes = self.lookup(torch.arange(2 ** len(self.powers), device=z_hat.device).view(1, 1, -1))
         return -2 * z_hat.float().movedim(1, -1).flatten(0, 2) @ codes[0, :, 0]
 
-    def probs(self, z_hat):  # of one micro-batch, (K,)
-        with torch.no_grad(), full_float32(z_hat):
-            return average_probs(self.softmax_distances(self.distances(z_hat), None))
-
     def forward(self, z_hat):
         with full_float32(z_hat):
             z, indices = z_hat.float(), self.quantize(z_hat)
             z_q, distances = self.lookup(indices), self.distances(z_hat)
-            losses = {"loss_commit": F.mse_loss(z, z_q),  # and even over all codes, sure of each vector's:
-                      "loss_entropy": self.usage_loss(distances, None, len(z))
-                      + vector_entropy(self.softmax_distances(distances, None))}
+            losses = dict(loss_commit=F.mse_loss(z, z_q),
+                          loss_entropy=self.usage_loss(distances, None, len(z)))
         return z + (z_q - z).detach(), indices, losses
 
 

@@ -15,11 +15,6 @@ class PerturbConfig(TokenizerConfig):
     perturb_images: float = 0.1  # beta: int(beta B) images of a batch of B, but at least one (ours)
     perturb_near: int = 8  # delta, annealed there, not here (ours): of how many codes nearest to the latent
 
-    def __post_init__(self):
-        super().__post_init__()
-        if not (0 <= self.perturb_rate <= 1 and 0 <= self.perturb_images <= 1 and self.perturb_near >= 1):
-            raise ValueError("perturb_rate, perturb_images are shares from 0 to 1, perturb_near at least 1")
-
 
 class PerturbedQuantizer(KMeansQuantizer):
     """In training the decoder sees swapped codes; tokens and latent losses are those of the image."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from plumbing.compiling import FixedCache, compile_network, compile_sampling
+from plumbing.compiling import compile_network, compile_sampling
 from plumbing.fast import KVCache
 from prior_ar import ARPrior, Block, PriorConfig, Transformer, sample_logits, top_p_filter
 from prior_nar import NARPrior
@@ -36,15 +36,13 @@ def count(module):
     return sum(p.numel() for p in module.parameters())
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("sizes, expected", [
-    (dict(), 171_096_832), (dict(num_classes=1000), 171_864_832),
-    (dict(num_classes=1000, n_embd=1024), 304_650_240)])
-def test_parameter_totals_are_exact_and_round_to_the_printed_ones(sizes, expected, causal):
+@pytest.mark.parametrize("sizes, expected, printed", [
+    (dict(), 171_096_832, 171), (dict(num_classes=1000), 171_864_832, 172),
+    (dict(num_classes=1000, n_embd=1024), 304_650_240, 305)])
+def test_parameter_totals_are_exact_and_round_to_the_printed_ones(sizes, expected, printed):
     with torch.device("meta"):
-        model = Transformer(PriorConfig(**sizes), causal)
-    assert count(model) == expected
-    assert round(count(model) / 1e6) in (171, 172, 305)
+        model = Transformer(PriorConfig(**sizes), causal=True)
+    assert count(model) == expected and round(expected / 1e6) == printed
 
 
 def test_a_block_is_a_pre_norm_transformer_layer_with_exact_gelu():
@@ -85,14 +83,15 @@ def test_initial_weights_are_normal_002_with_zero_biases():
             assert 0.018 < parameter.std().item() < 0.022, name
 
 
-@pytest.mark.parametrize("changed", [0, 4, 10])
+@pytest.mark.parametrize("changed", [0, 4, 10, 11])
 def test_a_token_changes_no_output_up_to_its_own_and_changes_a_later_one(changed):
     prior, tokens = tiny_prior(sharpen=5.0), random_tokens(2)
     other = tokens.clone()
     other[:, changed] = (other[:, changed] + 1) % 32
     before, after = prior(tokens), prior(other)
     assert torch.equal(before[:, : changed + 1], after[:, : changed + 1])
-    assert not torch.allclose(before[:, changed + 1 :], after[:, changed + 1 :])
+    later = (before != after)[:, changed + 1 :].any()
+    assert later == (changed < 11)  # the last token is a target only
 
 
 def test_first_output_depends_on_the_condition_only():
@@ -104,13 +103,6 @@ def test_first_output_depends_on_the_condition_only():
     assert not torch.allclose(first[0], prior(random_tokens(1))[0, 0])  # the null condition has its own row
 
 
-def test_the_last_token_is_a_target_only():
-    prior, tokens = tiny_prior(), random_tokens(2)
-    other = tokens.clone()
-    other[:, -1] = (other[:, -1] + 1) % 32
-    assert torch.equal(prior(tokens), prior(other))
-
-
 def test_loss_is_the_mean_negative_log_probability_of_all_n_positions():
     prior, tokens = tiny_prior(sharpen=5.0), random_tokens(3)
     logits = prior(tokens)
@@ -120,12 +112,8 @@ def test_loss_is_the_mean_negative_log_probability_of_all_n_positions():
     assert loss.ndim == accuracy.ndim == 0 and loss.dtype == torch.float32
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert accuracy.item() == pytest.approx((logits.argmax(2) == tokens).float().mean().item())
-
-
-def test_loss_is_float32_for_bfloat16_logits():
-    prior, tokens = tiny_prior(), random_tokens(2)
-    logits = prior(tokens).bfloat16()
-    assert torch.equal(prior.loss(logits, tokens)[0], prior.loss(logits.float(), tokens)[0])
+    rounded = logits.bfloat16()
+    assert torch.equal(prior.loss(rounded, tokens)[0], prior.loss(rounded.float(), tokens)[0])
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
@@ -141,17 +129,6 @@ def test_cached_equals_uncached_greedy_decoding_twice_in_a_row(batch_size):
         assert torch.equal(prior.generate(labels, noise, temperature=0), uncached)
 
 
-def test_cached_logits_reproduce_the_full_forward_at_every_position():
-    prior, tokens = tiny_prior(sharpen=5.0), random_tokens(3)
-    model, labels = prior.transformer, torch.tensor([2, 0, 1])
-    caches = [KVCache(12) for _ in model.blocks]
-    steps = [model.hidden(model.embed_condition(labels, 3), 0, caches)]
-    for i in range(1, 12):
-        steps.append(model.hidden(model.token_table(tokens[:, i - 1 : i]), i, caches))
-    found = model.logits(torch.cat(steps, dim=1))
-    torch.testing.assert_close(found, prior(tokens, labels), rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_query_sees_every_cached_key_and_nothing_of_what_is_not_filled(dtype):
     torch.manual_seed(0)
@@ -162,18 +139,6 @@ def test_a_query_sees_every_cached_key_and_nothing_of_what_is_not_filled(dtype):
         torch.testing.assert_close(found, F.scaled_dot_product_attention(*exact).to(dtype))
     with pytest.raises(ValueError, match="KVCache"):  # more positions than it holds
         cache.attend(*(t[:, :, :1] for t in (q, k, v)))
-
-
-def test_a_query_sees_of_a_fixed_cache_what_was_written_and_nothing_an_earlier_image_left():
-    position, config = torch.zeros(1, dtype=torch.int64), PriorConfig(n_head=2, n_embd=12)
-    cache = FixedCache(position, 3, 8, config, torch.float32)
-    for image in range(2):
-        q, k, v = torch.randn(3, 3, 2, 8, 6, generator=torch.Generator().manual_seed(image))
-        for i in range(8):
-            position.fill_(i)
-            found = cache.attend(*(t[:, :, i : i + 1] for t in (q, k, v)))
-            exact = q[:, :, i : i + 1], k[:, :, : i + 1], v[:, :, : i + 1]
-            torch.testing.assert_close(found, F.scaled_dot_product_attention(*exact))
 
 
 @pytest.fixture
@@ -255,18 +220,6 @@ def test_noise_changes_the_sample_and_only_from_its_own_position_on():
     assert torch.equal(a[:, :6], b[:, :6]) and a[0, 6] != b[0, 6]
 
 
-def test_special_ids_are_never_sampled_however_strong_their_rows():
-    prior = tiny_prior()
-    with torch.no_grad():
-        prior.transformer.norm.bias.fill_(1.0)
-        prior.transformer.token_table.weight[32] = 100.0  # [MASK] would win by far
-        prior.transformer.condition_table.weight.fill_(100.0)
-    assert prior(random_tokens(2)).shape == (2, 12, 32)
-    for temperature in (0, 1.0, 100.0):
-        tokens = prior.generate(None, uniforms(16, 12), temperature=temperature)
-        assert tokens.dtype == torch.int64 and 0 <= tokens.min() and tokens.max() < 32
-
-
 def test_head_is_tied_to_the_code_rows_plus_a_bias():
     prior = tiny_prior(n_layer=0)
     model = prior.transformer
@@ -276,12 +229,6 @@ def test_head_is_tied_to_the_code_rows_plus_a_bias():
         hidden = model.norm(x + model.position_table.weight[:5])
         expected = hidden @ model.token_table.weight[:32].T + model.head_bias
         torch.testing.assert_close(model.logits(model.hidden(x)), expected)
-
-
-def test_bfloat16_weights_generate_valid_tokens():
-    prior = tiny_prior().bfloat16()
-    tokens = prior.generate(None, uniforms(2, 12), top_p=0.9)
-    assert tokens.shape == (2, 12) and tokens.max() < 32
 
 
 @pytest.mark.parametrize("p, kept", [(0.92, 3), (0.5, 1), (0.0, 1), (1e-6, 1), (0.51, 2), (0.96, 4), (1, 4)])
@@ -301,20 +248,13 @@ def test_draws_follow_the_inverse_cdf_over_descending_probabilities():
     logits = torch.tensor([0.15, 0.5, 0.05, 0.3]).log()
     u = torch.tensor([0.0, 0.49, 0.51, 0.79, 0.81, 0.94, 0.96, 1 - 2**-24])
     assert sample_logits(logits.repeat(8, 1), u).tolist() == [1, 1, 3, 3, 0, 0, 2, 2]
-
-
-def test_u_on_a_boundary_draws_the_next_code():
     assert sample_logits(torch.zeros(2, 2), torch.tensor([0.5, 0.5 - 2**-24])).tolist() == [1, 0]
 
 
-def test_temperature_zero_is_argmax_and_a_small_one_tends_to_it():
+def test_temperature_divides_the_logits_and_zero_is_argmax():
     logits, u = torch.randn(64, 20, generator=torch.Generator().manual_seed(0)), uniforms(64)
     assert torch.equal(sample_logits(logits, u, temperature=0), logits.argmax(1))
     assert torch.equal(sample_logits(logits, u, temperature=1e-4), logits.argmax(1))
-
-
-def test_temperature_divides_the_logits():
-    logits, u = torch.randn(64, 20, generator=torch.Generator().manual_seed(0)), uniforms(64)
     assert torch.equal(sample_logits(logits, u, temperature=2.0), sample_logits(logits / 2, u))
 
 
@@ -338,33 +278,23 @@ def test_a_code_of_probability_zero_is_never_drawn():
     assert set(sample_logits(logits, torch.tensor([0.0, 0.9, 1 - 2**-24])).tolist()) <= {7, 1000}
 
 
-@pytest.mark.parametrize(
-    "labels, noise",
-    [
-        (torch.tensor([0, 3]), torch.zeros(2, 12)),
-        (torch.tensor([-1, 0]), torch.zeros(2, 12)),
-        (torch.tensor([0]), torch.zeros(2, 12)),
-        (torch.tensor([0.0, 1.0]), torch.zeros(2, 12)),
-        (None, torch.zeros(2, 11)),
-        (None, torch.ones(2, 12)),
-    ],
-)
+@pytest.mark.parametrize("labels, noise", [
+    ([0, 3], (2, 12)), ([-1, 0], (2, 12)), ([0], (2, 12)), ([0.0, 1.0], (2, 12)), (None, (2, 11))])
 def test_generate_rejects_bad_labels_and_noise(labels, noise):
-    with pytest.raises(ValueError):
-        tiny_prior().generate(labels, noise)
+    for u in (torch.zeros(noise), torch.ones(2, 12)):  # 1 is never right
+        with pytest.raises(ValueError):
+            tiny_prior().generate(labels and torch.tensor(labels), u)
 
 
-@pytest.mark.parametrize("name", ["temperatur", "use_cache", "nar_steps"])
-def test_generate_rejects_settings_that_it_does_not_read(name):
-    with pytest.raises(TypeError, match=f"no setting '{name}', it has temperature, top_k, top_p"):
-        tiny_prior().generate(None, torch.zeros(2, 12), **{name: 0})
+def test_generate_rejects_settings_that_it_does_not_read():
+    with pytest.raises(TypeError, match="no setting 'nar_steps', it has temperature, top_k, top_p"):
+        tiny_prior().generate(None, torch.zeros(2, 12), nar_steps=0)
 
 
 def test_forward_rejects_wrong_shapes_and_labels_without_classes():
-    with pytest.raises(ValueError, match="tokens"):
-        tiny_prior()(random_tokens(2)[:, :5])
-    with pytest.raises(ValueError, match="tokens"):
-        tiny_prior()(random_tokens(2).float())
+    for tokens in (random_tokens(2)[:, :5], random_tokens(2).float()):
+        with pytest.raises(ValueError, match="tokens"):
+            tiny_prior()(tokens)
     with pytest.raises(ValueError, match="unconditional"):
         tiny_prior(num_classes=0)(random_tokens(2), torch.tensor([0, 0]))
 

@@ -8,7 +8,7 @@ import test_prior_ar
 import torch
 from test_prior_ar import random_tokens, uniforms
 
-from prior_ar import sample_logits
+from prior_ar import ARPrior, sample_logits
 from prior_nar import NARPrior, decode_counts, mask_schedule, mask_tokens
 
 MASK = 32
@@ -49,11 +49,6 @@ def test_masking_hides_the_positions_of_lowest_noise():
     assert mask_tokens(random_tokens(1, 4), MASK, noise)[1].tolist() == [[False, True, False, False]]
 
 
-def test_mask_tokens_rejects_noise_of_the_wrong_shape():
-    with pytest.raises(ValueError, match="noise"):
-        mask_tokens(random_tokens(2), MASK, uniforms(2, 12))
-
-
 def test_decode_schedule_of_256_tokens_in_12_steps():
     counts = decode_counts(256, 12)
     assert counts == [253, 247, 236, 221, 203, 181, 155, 128, 97, 66, 33, 0]
@@ -71,12 +66,13 @@ def test_every_schedule_fixes_at_least_one_token_per_step_and_ends_at_zero():
 
 
 @pytest.mark.parametrize("changed", [0, 5, 11])
-def test_every_output_may_change_with_any_token(changed):
+def test_every_output_may_change_with_any_token_and_with_the_label(changed):
     prior, tokens = tiny_prior(sharpen=5.0), random_tokens(1)
     other = tokens.clone()
     other[:, changed] = MASK
-    difference = (prior(tokens) - prior(other)).abs().amax(dim=2)
-    assert (difference > 1e-5).all()
+    assert ((prior(tokens) - prior(other)).abs().amax(dim=2) > 1e-5).all()
+    label = torch.tensor([0])
+    assert ((prior(tokens, label) - prior(tokens, label + 1)).abs().amax(dim=2) > 1e-5).all()
 
 
 def test_output_i_belongs_to_token_i():
@@ -85,12 +81,6 @@ def test_output_i_belongs_to_token_i():
     other[0, 4] = MASK
     changed = (prior(tokens) != prior(other)).any(dim=2)[0]
     assert changed.nonzero().flatten().tolist() == [4]
-
-
-def test_labels_change_the_logits():
-    prior, tokens = tiny_prior(sharpen=5.0), random_tokens(1)
-    assert not torch.allclose(prior(tokens, torch.tensor([0])), prior(tokens, torch.tensor([1])))
-    assert not torch.allclose(prior(tokens, torch.tensor([0])), prior(tokens))
 
 
 def test_loss_ignores_visible_tokens():
@@ -132,7 +122,7 @@ def test_each_round_fixes_the_scheduled_number_and_no_hole_is_left(steps, space)
 
 
 @pytest.mark.parametrize("space", ["prob", "log"])
-@pytest.mark.parametrize("token_temperature, choice_temperature", [(0.6, 0.45), (1.7, 4.5)])
+@pytest.mark.parametrize("token_temperature, choice_temperature", [(0.6, 0.45), (1.7, 4.5), (1.0, 0)])
 def test_decoding_is_the_loop_of_maskgit_written_out(space, token_temperature, choice_temperature):
     prior, noise, labels = tiny_prior(sharpen=5.0), uniforms(3, 5, 2, 12), torch.tensor([0, 2, 1])
     tokens, rounds = torch.full((3, 12), MASK), torch.full((3, 12), -1)
@@ -183,73 +173,46 @@ def test_given_tokens_survive_in_rows_with_different_numbers_of_holes():
         assert torch.equal(alone[0], tokens[row])
 
 
-def test_choice_temperature_zero_makes_the_choice_noise_irrelevant():
-    prior, noise = tiny_prior(sharpen=5.0), uniforms(4, 5, 2, 12)
-    other = noise.clone()
-    other[:, :, 1] = uniforms(4, 5, 12, seed=1)
-    other[:, :, 1, ::3] = 0.0  # the bound of the range must not become an infinity
-    greedy = [prior.generate(None, n, choice_temperature=0.0, return_steps=True) for n in (noise, other)]
-    assert torch.equal(greedy[0][0], greedy[1][0]) and torch.equal(greedy[0][1], greedy[1][1])
-    noisy = [prior.generate(None, n, choice_temperature=0.45, return_steps=True)[1] for n in (noise, other)]
-    assert not torch.equal(noisy[0], noisy[1])
-
-
-def test_without_noise_the_surest_candidates_are_fixed_first():
-    prior, noise = tiny_prior(sharpen=5.0), uniforms(2, 3, 2, 12)
-    _, fixed_at = prior.generate(
-        None, noise, token_temperature=0, choice_temperature=0.0, return_steps=True)
-    probs = prior(torch.full((2, 12), MASK)).softmax(2).amax(2)
-    for row in range(2):
-        assert probs[row][fixed_at[row] == 0].min() >= probs[row][fixed_at[row] > 0].max()
-
-
 def test_one_step_at_token_temperature_zero_is_argmax():
     prior = tiny_prior(sharpen=5.0)
     expected = prior(torch.full((2, 12), MASK)).argmax(2)
     assert torch.equal(prior.generate(None, uniforms(2, 1, 2, 12), token_temperature=0), expected)
 
 
-def test_special_ids_are_never_sampled_however_strong_their_rows():
-    prior = tiny_prior()
+@pytest.mark.parametrize("kind", [ARPrior, NARPrior])
+def test_special_ids_are_never_sampled_however_strong_their_rows(kind):
+    prior = test_prior_ar.tiny_prior(kind)
     with torch.no_grad():
         prior.transformer.norm.bias.fill_(1.0)
-        prior.transformer.token_table.weight[MASK] = 100.0
+        prior.transformer.token_table.weight[MASK] = 100.0  # [MASK] would win by far
+        prior.transformer.condition_table.weight.fill_(100.0)
     assert prior(random_tokens(2)).shape == (2, 12, 32)
-    assert prior.generate(None, uniforms(16, 4, 2, 12), token_temperature=100.0).max() < MASK
+    for temperature in (0, 1.0, 100.0):
+        name = "temperature" if kind is ARPrior else "token_temperature"
+        tokens = prior.generate(None, test_prior_ar.noise_of(prior, 16), **{name: temperature})
+        assert tokens.dtype == torch.int64 and 0 <= tokens.min() and tokens.max() < MASK
 
 
-def test_bfloat16_weights_and_noise_at_its_bounds_give_valid_tokens():
-    noise = torch.zeros(1, 4, 2, 12)
+@pytest.mark.parametrize("kind", [ARPrior, NARPrior])
+def test_bfloat16_weights_and_noise_at_its_bounds_give_valid_tokens(kind):
+    prior = test_prior_ar.tiny_prior(kind).bfloat16()
+    noise = torch.zeros_like(test_prior_ar.noise_of(prior, 1))
     noise[..., ::2] = 1 - 2**-24
-    tokens = tiny_prior().bfloat16().generate(None, noise)
+    tokens = prior.generate(None, noise)
     assert tokens.shape == (1, 12) and tokens.max() < MASK
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        dict(nar_steps=5),  # of which the noise has 4
-        dict(noise=torch.zeros(2)),
-        dict(noise=torch.zeros(2, 0, 2, 12)),
-        dict(noise=torch.zeros(2, 4, 2, 11)),
-        dict(noise=torch.ones(2, 4, 2, 12)),
-        dict(noise=torch.zeros(2, 13, 2, 12)),  # more rounds than tokens
-        dict(confidence_space="logit"),
-        dict(tokens=torch.full((2, 12), 33)),
-        dict(tokens=torch.zeros(1, 12, dtype=torch.int64)),
-        dict(labels=torch.tensor([0, 3])),
-    ],
-)
+@pytest.mark.parametrize("settings", [
+    dict(nar_steps=5),  # of which the noise has 4
+    dict(noise=torch.zeros(2, 0, 2, 12)), dict(noise=torch.zeros(2, 4, 2, 11)),
+    dict(noise=torch.ones(2, 4, 2, 12)),
+    dict(noise=torch.zeros(2, 13, 2, 12)),  # more rounds than tokens
+    dict(confidence_space="logit"), dict(labels=torch.tensor([0, 3])),
+    dict(tokens=torch.full((2, 12), 33)), dict(tokens=torch.zeros(1, 12, dtype=torch.int64))])
 def test_generate_rejects_bad_settings(settings):
     settings = {"labels": None, "noise": torch.zeros(2, 4, 2, 12), **settings}
     with pytest.raises(ValueError):
         tiny_prior().generate(**settings)
-
-
-@pytest.mark.parametrize("name", ["steps", "temperature", "top_p"])
-def test_generate_rejects_settings_that_it_does_not_read(name):
-    with pytest.raises(TypeError, match=f"no setting '{name}', it has nar_steps"):
-        tiny_prior().generate(None, torch.zeros(2, 4, 2, 12), **{name: 1})
 
 
 def test_a_tiny_prior_overfits_four_sequences():

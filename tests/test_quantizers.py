@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from helpers import few
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import forks
@@ -70,17 +71,12 @@ def test_the_gradient_passes_the_rounding_of_fsq_as_that_of_the_bound():
     torch.testing.assert_close(found, z.grad)
 
 
-def test_the_most_levels_of_fsq_reach_both_ends_and_more_are_refused():
+def test_the_most_levels_of_fsq_reach_both_ends_and_levels_that_do_not_fit_are_refused():
     """An index outside [0, K), from a bound that rounds to a level too many."""
     q = quantizer(FSQTokenizer, levels=[1000, 999], codebook_dim=2, codebook_size=999_000)
     far = torch.tensor([-50.0, 50.0]).view(2, 1, 1, 1).expand(2, 2, 1, 1)
     assert q.quantize(far).flatten().tolist() == [0, 998_999]
-    with pytest.raises(ValueError, match="3 to 1000"):
-        FSQTokenizer.Config(codebook_size=1001, codebook_dim=1, levels=[1001])
-
-
-def test_levels_that_do_not_fit_the_codebook_are_refused():
-    for levels in ([4, 6], [2, 32], [4, 4, 4]):  # of two levels, the upper one is hardly ever reached
+    for levels in ([1001], [4, 6], [2, 32], [4, 4, 4]):  # of two levels, the upper one is hardly ever reached
         with pytest.raises(ValueError, match="codebook_dim levels, 3 to 1000"):
             FSQTokenizer.Config(codebook_size=64, codebook_dim=2, levels=levels)
 
@@ -111,14 +107,10 @@ def test_the_rotation_takes_the_latent_to_its_code_and_its_gradient_keeps_the_an
     z.grad = None
     rotate(z, 3 * z.detach()).backward(upstream)  # in the same direction nothing turns
     torch.testing.assert_close(z.grad, 3 * upstream)
-
-
-def test_the_quantizer_sends_the_rotated_gradient_back():
     q, z, upstream = quantizer(RotationTokenizer), latents(), torch.randn(3, 8, 4, 4)
     q(z)[0].backward(upstream)
-    code, found = q.lookup(q.quantize(z)), z.grad
-    cos = torch.cosine_similarity
-    torch.testing.assert_close(cos(found, z.detach()), cos(upstream, code), rtol=0, atol=1e-5)
+    code = q.lookup(q.quantize(z))
+    torch.testing.assert_close(cos(z.grad, z.detach()), cos(upstream, code), rtol=0, atol=1e-5)
 
 
 def test_the_gradient_of_ibq_reaches_the_encoder_from_the_first_step():
@@ -228,7 +220,7 @@ def test_every_setting_of_a_quantizer_changes_it_or_is_refused(name):
             assert not found or found != plain, (codebook, key)
 
 
-@pytest.mark.parametrize("name", ["none", "noattention", "frozen", "vqgan", "maskgit", "fqgan"])
+@pytest.mark.parametrize("name", few(["none", "vqgan", "maskgit", "frozen", "fqgan"], 0, 1))
 def test_every_setting_of_the_networks_changes_them_or_is_refused(name):
     assert CHANGES.keys() == {field.name for field in dataclasses.fields(TokenizerConfig)}
     shapes = []

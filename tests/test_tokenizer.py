@@ -64,37 +64,30 @@ def brute_force_indices(z_hat, codes):
 # Sizes ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "changes, expected, printed",
-    [
-        (dict(), 54_532_867, 54.5),
-        (dict(num_attention=1), 57_948_419, 57.9),
-        (dict(num_attention=2), 61_363_971, 61.4),
-        (dict(decoder_extra_blocks=2), 69_878_531, 69.9),  # the paper prints 70.0, which stays unexplained
-        (dict(bias=True), 54_547_203, 54.5),
-        (dict(bias=True, num_attention=1), 57_970_435, 58.0),
-        (dict(bias=True, num_attention=2), 61_393_667, 61.4),
-        (dict(bias=True, decoder_extra_blocks=2), 69_897_987, 69.9),
-        (dict(bias=True, latent_kernel=3), 56_644_355, 56.6),
-        (dict(codebook="fn", codebook_dim=32, codebook_size=8192), 54_303_267, 54.3),
-        (dict(codebook="plain"), 54_532_867, 54.5),
-        (dict(codebook="kmeans"), 54_532_867, 54.5),  # the reservoir is a buffer
-    ],
-)
+@pytest.mark.parametrize("changes, expected, printed", [
+    (dict(), 54_532_867, 54.5), (dict(num_attention=1), 57_948_419, 57.9),
+    (dict(num_attention=2), 61_363_971, 61.4),
+    (dict(decoder_extra_blocks=2), 69_878_531, 69.9),  # the paper prints 70.0, which stays unexplained
+    (dict(bias=True, num_attention=2), 61_393_667, 61.4),
+    (dict(bias=True, latent_kernel=3), 56_644_355, 56.6),
+    (dict(codebook="fn", codebook_dim=32, codebook_size=8192), 54_303_267, 54.3),
+    (dict(codebook="kmeans"), 54_532_867, 54.5)])  # the reservoir is a buffer
 def test_parameter_totals_are_exact(changes, expected, printed):
     with torch.device("meta"):
         model = VQTokenizer(TokenizerConfig(**changes))
-    assert count(model) == expected
-    assert round(count(model) / 1e6, 1) == printed
+    assert count(model) == expected and round(expected / 1e6, 1) == printed
 
 
-def test_parameters_of_encoder_decoder_and_codebook_are_exact():
+def test_parameters_and_shapes_of_encoder_decoder_and_codebook_are_exact():
     with torch.device("meta"):
-        model = VQTokenizer(TokenizerConfig())
+        model, x = VQTokenizer(TokenizerConfig()), torch.empty(2, 3, 256, 256)
         second = VQTokenizer(TokenizerConfig(num_attention=1))
+        z_hat = model.encoder(x)
+        assert z_hat.shape == (2, 256, 16, 16) and model.decoder(z_hat).shape == x.shape
     assert count(model.encoder) == count(second.encoder) == 27_135_872
     assert count(model.quantizer) == count(second.quantizer) == 262_144
     assert (count(model.decoder), count(second.decoder)) == (27_134_851, 30_550_403)
+    assert (model.grid_size, model.codebook_size, model.config.downsample) == (16, 1024, 16)
 
 
 @pytest.mark.parametrize("width, expected", [(128, 131_840), (256, 525_824), (512, 2_100_224)])
@@ -128,21 +121,12 @@ def test_group_norm_has_at_most_32_groups_of_at_least_4_channels(channels, group
     assert group_norm(channels).num_groups == groups
 
 
-# Shapes ---------------------------------------------------------------------------------------------------
-
-
-def test_the_full_size_maps_256_pixels_to_16_by_16_tokens_and_back():
-    with torch.device("meta"):
-        model, x = VQTokenizer(TokenizerConfig()), torch.empty(2, 3, 256, 256)
-        z_hat = model.encoder(x)
-        assert z_hat.shape == (2, 256, 16, 16)
-        assert model.decoder(z_hat).shape == x.shape
-    assert (model.grid_size, model.codebook_size, model.config.downsample) == (16, 1024, 16)
+# Shapes --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("codebook", CODEBOOKS)
-@pytest.mark.parametrize("height, width", [(16, 16), (4, 4), (20, 20), (32, 32), (8, 24)])
-def test_tokens_and_images_have_the_shapes_of_any_divisible_resolution(codebook, height, width):
+@pytest.mark.parametrize("height, width", [(4, 4), (20, 20), (8, 24)])
+def test_tokens_of_any_divisible_resolution_decode_to_the_reconstruction(codebook, height, width):
     model = tiny_tokenizer(codebook=codebook)
     x = images(2, 32)[:, :, :height, :width]
     x_hat, tokens, _ = model(x)
@@ -151,7 +135,8 @@ def test_tokens_and_images_have_the_shapes_of_any_divisible_resolution(codebook,
     assert 0 <= tokens.min() and tokens.max() < model.codebook_size
     assert torch.equal(model.encode(x), tokens)
     if height == width:
-        assert model.decode(tokens).shape == x.shape
+        assert torch.equal(model.decode(tokens), x_hat)
+    assert tokens.unique().numel() > 3 or height == 4  # a constant map would prove nothing
 
 
 def test_tokens_are_in_raster_order():
@@ -170,14 +155,6 @@ def test_forward_and_encode_give_the_same_tokens_for_either_distance():
         assert torch.equal(quantizer(z_hat)[1], quantizer.quantize(z_hat)), distance
 
 
-@pytest.mark.parametrize("codebook", CODEBOOKS)
-def test_decode_of_encode_is_the_reconstruction_of_forward_bit_for_bit(codebook):
-    model, x = tiny_tokenizer(codebook=codebook), images(3)
-    x_hat, tokens, _ = model(x)
-    assert tokens.unique().numel() > 3  # a constant map would prove nothing
-    assert torch.equal(model.decode(model.encode(x)), x_hat)
-
-
 def test_encoding_has_no_gradient_and_decoding_reaches_the_codebook():
     model = tiny_tokenizer()
     tokens = model.encode(images(2).requires_grad_())
@@ -190,32 +167,15 @@ def test_encoding_has_no_gradient_and_decoding_reaches_the_codebook():
 # Wrong inputs ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 18, 16), (1, 3, 16, 18), (1, 1, 16, 16), (3, 16, 16)])
-def test_images_of_wrong_shape_are_refused(shape):
+def test_images_and_tokens_of_wrong_shape_are_refused():
     model = tiny_tokenizer()
-    for call in (model, model.encode):
-        with pytest.raises(ValueError, match="divisible by 4"):
-            call(torch.zeros(shape))
-
-
-def test_a_side_not_divisible_by_f_is_refused_with_the_nearest_sides():
-    with pytest.raises(ValueError, match="nearest sides are 96 and 112"):
-        TokenizerConfig(image_size=100)
-
-
-@pytest.mark.parametrize("shape", [(1, 15), (2, 4, 4), (2, 1, 16), (16,)])
-def test_tokens_that_form_no_square_grid_are_refused(shape):
-    with pytest.raises(ValueError, match="square"):
-        tiny_tokenizer().decode(torch.zeros(shape, dtype=torch.int64))
-
-
-def test_unknown_codebook_distance_and_set_are_refused():
-    with pytest.raises(ValueError, match="'plain', 'entropy', 'fn', 'kmeans'"):
-        TokenizerConfig(codebook="vq")
-    with pytest.raises(ValueError, match="squared"):
-        TokenizerConfig(distance="cosine")
-    with pytest.raises(ValueError, match="'batch', 'image'"):
-        TokenizerConfig(entropy_set="epoch")
+    for shape in ((1, 3, 18, 16), (1, 3, 16, 18), (1, 1, 16, 16), (3, 16, 16)):
+        for call in (model, model.encode):
+            with pytest.raises(ValueError, match="divisible by 4"):
+                call(torch.zeros(shape))
+    for shape in ((1, 15), (2, 4, 4), (2, 1, 16), (16,)):
+        with pytest.raises(ValueError, match="square"):
+            model.decode(torch.zeros(shape, dtype=torch.int64))
 
 
 def test_attention_on_a_map_that_its_blocks_do_not_tile_is_refused():
@@ -230,17 +190,13 @@ def test_attention_on_a_map_that_its_blocks_do_not_tile_is_refused():
         BlockAttention(8, 6, "regional")
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        (dict(channel_mult=()), "no width"),
-        (dict(base_width=0), "no width"),
-        (dict(latent_kernel=2), r"\(1, 3\)"),
-        (dict(codebook="kmeans", kmeans_every=0), "kmeans_every must be at least 1"),
-        (dict(codebook="kmeans", kmeans_warmup=9, kmeans_last=8), "there would be no K-means"),
-        (dict(codebook_size=20_000, warm_start=2), "16,384 vectors"),
-    ],
-)
+@pytest.mark.parametrize("changes, message", [
+    (dict(image_size=100, channel_mult=(1, 1, 1, 1, 1)), "nearest sides are 96 and 112"),
+    (dict(codebook="vq"), "'plain', 'entropy', 'fn', 'kmeans'"), (dict(channel_mult=()), "no width"),
+    (dict(latent_kernel=2), r"\(1, 3\)"),
+    (dict(codebook="kmeans", kmeans_every=0), "kmeans_every must be at least 1"),
+    (dict(codebook="kmeans", kmeans_warmup=9, kmeans_last=8), "there would be no K-means"),
+    (dict(codebook_size=20_000, warm_start=2), "16,384 vectors")])
 def test_sizes_that_make_no_tokenizer_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         VQTokenizer(TokenizerConfig(**{**TINY, **changes}))
@@ -265,15 +221,6 @@ def test_distances_are_the_euclidean_ones_squared_up_to_a_constant_of_each_row()
     torch.testing.assert_close(squared, true.square())
     quantizer = VectorQuantizer(TokenizerConfig(**TINY, distance="l2"))
     torch.testing.assert_close(quantizer.softmax_distances(code_distances(z, codes), z), true)
-
-
-def test_a_code_returns_its_own_index_and_costs_nothing():
-    quantizer = tiny_quantizer(codebook="plain")
-    indices = torch.arange(16).view(1, 4, 4)
-    z_st, found, losses = quantizer(quantizer.lookup(indices).detach())
-    assert torch.equal(found, indices)
-    assert torch.equal(z_st, quantizer.lookup(indices))
-    assert losses["loss_codebook"] == losses["loss_commit"] == 0
 
 
 @pytest.mark.parametrize("codebook", ["plain", "entropy", "kmeans"])
@@ -312,16 +259,6 @@ def test_only_the_codebook_of_sec_3_4_has_an_entropy_term(codebook):
     assert set(losses) == expected
     assert all(value.dtype == torch.float32 and value.ndim == 0 for value in losses.values())
     assert (mean_probs(model, [x, x]) is not None) == has_entropy
-
-
-def test_without_the_entropy_term_losses_and_gradients_are_those_of_plain_vq():
-    gradients = []
-    for codebook in ("plain", "entropy"):
-        model, x = tiny_tokenizer(codebook=codebook), images(2)
-        x_hat, _, losses = model(x)
-        ((x - x_hat).abs().mean() + losses["loss_codebook"] + 0.25 * losses["loss_commit"]).backward()
-        gradients.append([p.grad for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_uniform_initial_codes_lie_within_one_over_k():
@@ -470,12 +407,10 @@ def test_kmeans_centres_are_the_means_of_the_points_nearest_to_them():
 
 
 def test_kmeans_depends_on_its_seed_only_and_survives_fewer_distinct_points_than_centres():
-    x = normal(60, 3)
-    torch.manual_seed(1)
-    first = kmeans(x, 5, seed=7)
+    first = kmeans(normal(60, 3), 5, seed=7)
     torch.manual_seed(2)
-    assert torch.equal(kmeans(x, 5, seed=7), first)
-    assert not torch.equal(kmeans(x, 5, seed=8), first)
+    again, other = (kmeans(normal(60, 3), 5, seed=seed) for seed in (7, 8))
+    assert torch.equal(again, first) and not torch.equal(other, first)
     assert kmeans(torch.ones(9, 3), 4, seed=0).eq(1).all()
 
 
@@ -511,31 +446,22 @@ def test_start_step_names_the_codebook_exactly_when_it_was_overwritten():
     assert (quantizer.reservoir_keys == -1).all()  # nothing is collected after the last re-estimation
 
 
-@pytest.mark.parametrize("codebook", ["plain", "entropy", "fn"])
-def test_without_kmeans_start_step_does_nothing_and_there_is_no_reservoir(codebook):
-    model = tiny_tokenizer(codebook=codebook)
+def test_without_kmeans_start_step_does_nothing_and_there_is_no_reservoir():
+    model = tiny_tokenizer(codebook="entropy")
     assert not any(model.start_step(step) for step in range(5))
     assert type(model.quantizer) is VectorQuantizer
     assert set(model.quantizer.state_dict()) == {"codebook.weight"}
 
 
-def test_reestimation_is_skipped_while_the_reservoir_holds_fewer_than_k_vectors():
-    quantizer = tiny_quantizer(codebook="kmeans", kmeans_warmup=1, kmeans_every=1, kmeans_last=2).train()
+def test_reestimation_waits_for_k_vectors_and_empties_the_reservoir():
+    quantizer = tiny_quantizer(codebook="kmeans", kmeans_warmup=1, kmeans_every=1, kmeans_last=9).train()
     before = quantizer.codebook.weight.clone()
     quantizer.start_step(0)
     quantizer(normal(1, 4, 3, 5))  # 15 of the 16
     assert not overwrites(quantizer, 1)
     assert torch.equal(quantizer.codebook.weight, before)
     quantizer(normal(1, 4, 1, 1, seed=1))  # kept: the skipped ones still count
-    assert overwrites(quantizer, 2)
-
-
-def test_reestimation_empties_the_reservoir():
-    quantizer = tiny_quantizer(codebook="kmeans", kmeans_warmup=1, kmeans_every=1, kmeans_last=9).train()
-    quantizer.start_step(0)
-    quantizer(normal(2, 4, 4, 4))
-    assert overwrites(quantizer, 1)
-    assert not overwrites(quantizer, 2)
+    assert overwrites(quantizer, 2) and not overwrites(quantizer, 3)
 
 
 def test_quantizing_in_parts_gives_the_same_tokens(monkeypatch):
@@ -580,6 +506,7 @@ def test_while_warming_up_the_decoder_gets_the_encoder_output_and_the_losses_are
     assert torch.equal(model(x)[0], model.decode(tokens))  # evaluation quantizes
 
 
+@pytest.mark.slow
 def test_a_compiled_tokenizer_gives_what_the_module_gives_while_codes_are_bypassed_and_after(monkeypatch):
     # compiled as a whole, the random keys of the warm start break its graph and bf16 then raises
     def compile(module):
@@ -694,13 +621,6 @@ def test_new_attention_units_are_the_identity():
     x = normal(2, 8, 16, 16, dtype=torch.float64)
     assert torch.equal(unit(num=2, zero=True)(x), x)
     assert not torch.allclose(unit()(x), x)
-
-
-def test_a_cyclic_shift_by_the_block_side_commutes_with_the_unit():
-    layers, x = unit(), normal(2, 8, 16, 16, dtype=torch.float64)
-    shifted = layers(x.roll((4, -8), (2, 3)))
-    torch.testing.assert_close(shifted, layers(x).roll((4, -8), (2, 3)))
-    assert not torch.allclose(layers(x.roll(1, 2)), layers(x).roll(1, 2))  # windows have borders
 
 
 def test_images_of_a_batch_do_not_mix():

@@ -9,7 +9,10 @@ from torch import nn
 from forks.fqgan.losses import disentanglement, mean_cosine, representation_loss
 from forks.fqgan.teachers import check_teachers, load_teachers
 from forks.vqgan import VQGANDecoder, VQGANEncoder, VQGANTokenizer
-from tokenizer import TokenizerConfig, VQTokenizer, VectorQuantizer, group_norm
+from plumbing.processes import full_float32
+from tokenizer import (
+    TokenizerConfig, VQTokenizer, VectorQuantizer, average_probs, code_distances, group_norm,
+)
 
 TEMPERATURE = 0.01  # of the softmax over codes
 
@@ -92,9 +95,30 @@ class BranchedEncoder(nn.Module):
         return torch.cat([branch(h) for branch in self.branches], 1)
 
 
-class UnitQuantizer(VectorQuantizer):
-    """One sub-codebook: vectors and codes of unit length, and mean H(P_i) - H(mean P_i) as entropy term: sure
-    about each vector, even over all of them (as MaskGIT and LlamaGen; up to the constant ln K)."""
+class SureQuantizer(VectorQuantizer):
+    """The entropy term is mean H(P_i) - H(mean P_i), up to the constant ln K: sure of each vector, even over
+    all of them (as MaskGIT and LlamaGen). Also that of the forks lfq and ibq."""
+
+    READS = ("entropy_set",)
+
+    def distances(self, z_hat):  # (B, n_z, h, w) -> (M, K), up to a constant of each row
+        return code_distances(self.flatten(z_hat), self.codes)
+
+    def softmax_distances(self, distances, z):
+        return distances / TEMPERATURE
+
+    def usage_loss(self, distances, z, batch):
+        log_probs = F.log_softmax(-self.softmax_distances(distances, z), -1)
+        return super().usage_loss(distances, z, batch) - (log_probs.exp() * log_probs).sum(-1).mean()
+
+    @torch.no_grad()
+    def probs(self, z_hat):
+        with full_float32(z_hat):
+            return average_probs(self.softmax_distances(self.distances(z_hat), None))
+
+
+class UnitQuantizer(SureQuantizer):
+    """One sub-codebook: vectors and codes of unit length."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -102,18 +126,6 @@ class UnitQuantizer(VectorQuantizer):
 
     def normalize(self, x):
         return F.normalize(x, dim=-1)
-
-    def softmax_distances(self, distances, z):
-        return distances / TEMPERATURE
-
-    def usage_loss(self, distances, z, batch):
-        return super().usage_loss(distances, z, batch) + vector_entropy(self.softmax_distances(distances, z))
-
-
-def vector_entropy(distances):
-    """The mean over vectors of H(softmax_k(-D)): (M, K) -> scalar in nats."""
-    log_probs = F.log_softmax(-distances, -1)
-    return -(log_probs.exp() * log_probs).sum(-1).mean()
 
 
 class FactorizedQuantizer(nn.Module):
