@@ -9,7 +9,6 @@ import types
 from urllib.error import URLError
 
 import pytest
-import timm
 import torch
 import forks.fqgan.figures
 import forks.fqgan.teachers
@@ -200,12 +199,15 @@ def test_an_adapter_gets_positions_in_raster_order_and_gives_them_back_so():
 
 
 @pytest.fixture
-def shallow(monkeypatch):
-    """timm's networks of the published widths, but of two layers."""
+def timm(monkeypatch):
+    """timm, whose networks have the published widths and two layers. Optional: .ci/run installs it."""
+    import timm
+
     monkeypatch.setattr(timm, "create_model", functools.partial(timm.create_model, depth=2))
+    return timm
 
 
-def dino_file(path):
+def dino_file(path, timm):
     """A random network in the format of DINOv2's files, for images of 518 pixels."""
     torch.manual_seed(0)
     network = timm.create_model("vit_small_patch14_dinov2", img_size=518)
@@ -241,7 +243,7 @@ def clip_file(path):
     return visual.eval()
 
 
-def test_clip_s_class_token_before_the_last_norm_is_read_from_its_archive(tmp_path, shallow):
+def test_clip_s_class_token_before_the_last_norm_is_read_from_its_archive(tmp_path, timm):
     reference = clip_file(tmp_path / "clip.pt")
     teacher, pixels = load_teacher(str(tmp_path / "clip.pt")), torch.randn(2, 3, 224, 224)
     assert teacher.width == 768 and not any(p.requires_grad for p in teacher.parameters())
@@ -250,8 +252,8 @@ def test_clip_s_class_token_before_the_last_norm_is_read_from_its_archive(tmp_pa
     assert teacher.mean.flatten().tolist() == pytest.approx([0.48145466, 0.4578275, 0.40821073])
 
 
-def test_dino_s_class_token_is_read_from_its_own_file_format_and_a_missing_weight_is_named(tmp_path, shallow):
-    dino_file(tmp_path / "dino.pth")
+def test_dino_s_class_token_is_read_from_its_own_file_format_and_a_missing_weight_is_named(tmp_path, timm):
+    dino_file(tmp_path / "dino.pth", timm)
     teacher, x = load_teacher(str(tmp_path / "dino.pth")), torch.rand(2, 3, 32, 32) * 2 - 1
     assert teacher.width == 384 and teacher(x).shape == (2, 384) and not teacher(x).requires_grad
     state = torch.load(tmp_path / "dino.pth")
@@ -272,7 +274,7 @@ def test_a_teacher_sees_pixels_from_0_to_1_less_its_mean_over_its_deviation():
 
 
 def test_a_teacher_s_file_of_the_wrong_hash_or_kind_is_refused_and_a_failed_download_named(
-        tmp_path, monkeypatch):
+        tmp_path, monkeypatch, timm):
     torch.save({"cls_token": torch.zeros(1, 1, 100)}, tmp_path / "other.pth")
     (tmp_path / "dino-0badc0de.pth").write_text("another content")
     (tmp_path / "text.pt").write_text("no network")
@@ -292,7 +294,7 @@ def test_a_teacher_s_file_of_the_wrong_hash_or_kind_is_refused_and_a_failed_down
         load_teacher("dinov2-vit-s-14")
 
 
-def test_the_names_of_the_teachers_are_those_of_timm_and_their_widths():
+def test_the_names_of_the_teachers_are_those_of_timm_and_their_widths(timm):
     for name, width in TEACHERS.values():
         with torch.device("meta"):
             network = timm.create_model(name, img_size=224)
@@ -317,12 +319,13 @@ def some_tokens(batch=4, k=2):
     return torch.randint(0, 16, (batch, 9, k), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("preset, total, block", [
-    ("fqgan-dual", 417_104_896, 12_847_104), ("fqgan-large", 901_195_520, 20_318_720)])
-def test_far_s_sizes_are_the_article_s(preset, total, block):
+@pytest.mark.parametrize("preset, k, total, block", [
+    ("fqgan-dual", 2, 417_104_896, 12_847_104), ("fqgan-triple", 3, 451_707_904, 12_847_104),
+    ("fqgan-large", 2, 901_195_520, 20_318_720)])
+def test_far_s_sizes_are_the_article_s(preset, k, total, block):
     sizes = recipes.options.find_preset(preset)["prior"]
     with torch.device("meta"):
-        prior = FactorizedAR(PriorConfig(16_384, 256, 2, 1000, **sizes))
+        prior = FactorizedAR(PriorConfig(16_384, 256, k, 1000, **sizes))
     assert count(prior) == total and count(prior.transformer.blocks[0]) == block
 
 

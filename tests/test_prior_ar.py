@@ -161,6 +161,7 @@ def graphs(monkeypatch):
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 def test_one_graph_draws_every_position_of_every_batch_and_writes_only_what_stays_in_place(graphs):
     # both are what a CUDA graph asks for
     prior, labels = tiny_prior(sharpen=5.0), torch.tensor([0, 1, 2, 0])
@@ -176,6 +177,7 @@ def test_one_graph_draws_every_position_of_every_batch_and_writes_only_what_stay
     assert sum(shape == (4, 2, 12, 16) for shape, fixed in graphs[0] if fixed) == 2 * 2  # keys and values
 
 
+@pytest.mark.slow
 def test_compiled_blocks_of_a_prior_share_one_graph(graphs):
     prior, tokens = tiny_prior(n_layer=5).train(), random_tokens(2)
     expected = prior(tokens)

@@ -215,6 +215,7 @@ def test_generate_rejects_bad_settings(settings):
         tiny_prior().generate(**settings)
 
 
+@pytest.mark.slow
 def test_a_tiny_prior_overfits_four_sequences():
     prior, tokens, labels = tiny_prior(num_classes=4).train(), random_tokens(4), torch.arange(4)
     optimizer = torch.optim.AdamW(prior.parameters(), lr=3e-3)

@@ -421,17 +421,6 @@ def overwrites(quantizer, step):
     return bool(named)
 
 
-def test_reestimation_on_k_distinct_vectors_gives_error_zero_and_usage_one():
-    quantizer = tiny_quantizer(codebook="kmeans", kmeans_warmup=1, kmeans_every=1, kmeans_last=1).train()
-    z_hat = torch.stack(torch.meshgrid(*[torch.tensor([-1.0, 1.0])] * 4, indexing="ij")).reshape(1, 4, 4, 4)
-    quantizer.start_step(0)
-    quantizer(z_hat)
-    assert overwrites(quantizer, 1)
-    z_st, indices, losses = quantizer(z_hat)
-    assert torch.equal(z_st, z_hat) and losses["loss_codebook"] == 0
-    assert codebook_usage(torch.bincount(indices.flatten(), minlength=16)) == (1, pytest.approx(16))
-
-
 def test_start_step_names_the_codebook_exactly_when_it_was_overwritten():
     quantizer = tiny_quantizer(codebook="kmeans", kmeans_warmup=2, kmeans_every=3, kmeans_last=9).train()
     overwritten, bypassed = [], []
@@ -606,26 +595,6 @@ def test_one_window_over_the_whole_map_is_full_attention(kind, block):
     scores = torch.einsum("bhdn,bhdm->bhnm", q.flatten(3), k.flatten(3)) / 4**0.5
     expected = torch.einsum("bhnm,bhdm->bhdn", scores.softmax(3), v.flatten(3)).view(2, 3, 4, 8, 8)
     torch.testing.assert_close(windowed_attention(q, k, v, block, kind), expected)
-
-
-def unit(num=1, zero=False):
-    torch.manual_seed(0)
-    layers = attention_units(8, 16, num).double()
-    if not zero:
-        for parameter in layers.parameters():
-            torch.nn.init.normal_(parameter)
-    return layers
-
-
-def test_new_attention_units_are_the_identity():
-    x = normal(2, 8, 16, 16, dtype=torch.float64)
-    assert torch.equal(unit(num=2, zero=True)(x), x)
-    assert not torch.allclose(unit()(x), x)
-
-
-def test_images_of_a_batch_do_not_mix():
-    layers, x = unit(), normal(3, 8, 16, 16, dtype=torch.float64)
-    torch.testing.assert_close(layers(x)[1:2], layers(x[1:2]))
 
 
 # Second phase ---------------------------------------------------------------------------------------------
