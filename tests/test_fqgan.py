@@ -215,32 +215,25 @@ def dino_file(path, timm):
     torch.save({name: torch.randn(tensor.shape) * 0.1 for name, tensor in state.items()}, path)
 
 
+class Archive(CLIPVisual):
+    """A network of CLIP, which in its files has a scale besides."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.logit_scale = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        return self.visual(x)
+
+
 def clip_file(path):
-    """A random network in the format of CLIP's files, a TorchScript archive with more than the images' half;
-    and what torch-fidelity computes of it, (B, 3, 224, 224) -> (B, 768) before the last norm."""
-
-    class Archive(nn.Module):
-        def __init__(self, visual):
-            super().__init__()
-            self.logit_scale = nn.Parameter(torch.zeros(()))
-            for name, value in visual.state_dict().items():
-                *modules, last = f"visual.{name}".split(".")
-                place = self
-                for module in modules:
-                    if not hasattr(place, module):
-                        setattr(place, module, nn.Module())
-                    place = getattr(place, module)
-                place.register_buffer(last, value.half())  # as published
-
-        def forward(self, x):
-            return x
-
+    """A random network in the format of CLIP's files, a TorchScript archive; and what torch-fidelity computes
+    of it, (B, 3, 224, 224) -> (B, 768) before the last norm."""
     torch.manual_seed(0)
-    visual = CLIPVisual(512, 224, 2, 768, 16).visual
-    torch.jit.save(torch.jit.script(Archive(visual)), path)
-    visual.load_state_dict({name: value.half().float() for name, value in visual.state_dict().items()})
-    visual.ln_post, visual.proj = nn.Identity(), None
-    return visual.eval()
+    network = Archive(512, 224, 2, 768, 16).eval()
+    torch.jit.save(torch.jit.trace(network, torch.zeros(1, 3, 224, 224), check_trace=False), path)
+    network.visual.ln_post, network.visual.proj = nn.Identity(), None
+    return network.visual
 
 
 def test_clip_s_class_token_before_the_last_norm_is_read_from_its_archive(tmp_path, timm):
