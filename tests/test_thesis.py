@@ -15,8 +15,10 @@ from forks.align import AlignedTokenizer
 from forks.crt import CausalPredictor, CRTTokenizer
 from forks.frozen import FrozenTokenizer
 from forks.perturb import PerturbTokenizer
+from forks.phase3 import PostTrainedTokenizer
 from perceptual import VGGTaps
 from plumbing.codes import nearest_others
+from plumbing.errors import UserError
 from plumbing.files import read_checkpoint
 from plumbing.models import load_model
 from plumbing.preflight import check_tokenizer_values
@@ -164,7 +166,8 @@ def test_the_vgg_of_the_alignment_is_neither_trained_nor_saved_and_its_loss_is_f
 
 OWN = {"frozen": ["tokenizer.codebook_dim=32"], "align": ["tokenizer.feature_width=32"],
        "lfq": ["tokenizer.codebook_dim=5"], "fsq": ["tokenizer.codebook_dim=3", "tokenizer.codebook_size=64"]}
-FORKS = ["lfq", "fsq", "simvq", "rotation", "ibq", "perturb", "crt", "align", "frozen", "noattention"]
+FORKS = ["lfq", "fsq", "simvq", "rotation", "ibq", "perturb", "crt", "align", "frozen", "noattention",
+         "phase3"]
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +176,8 @@ def runs(trained, data, tmp_path_factory):
     @functools.cache
     def made_by(fork):
         out = earlier(trained, tmp_path_factory.mktemp(fork), "phase1")
-        for stage in ("phase1", "phase2", "ar"):
+        order = recipes.options.find_preset(f"{fork}.demo").get("stages", recipes.options.STAGES)
+        for stage in [stage for stage in order if stage not in ("vgg", "nar")]:
             words = command(stage, out, data, "--preset", f"{fork}.demo")
             more = [f"--set={item}" for item in (f"{stage}.steps=2", *OWN.get(fork, []))]
             train.main(*recipes.options.train_args([*words, *more]))
@@ -205,6 +209,56 @@ def test_the_tokens_of_frozen_are_those_of_the_vgg(runs):
     fresh = tokenizer(FrozenTokenizer).named_parameters()
     trained = {name.split(".")[0] for name, p in fresh if p.requires_grad}
     assert trained == {"quantizer", "decoder"}
+
+
+@pytest.mark.slow
+def test_the_prior_of_phase_3_draws_the_share_that_is_not_kept(runs):
+    out = runs("phase3")
+    assert (out / "ar.pt").stat().st_mtime < (out / "phase2.pt").stat().st_mtime
+    prior, vgg = load_model(out / "ar.pt", ("ar",))[0], load_model(out / "vgg.pt", ("vgg",))[0]
+    model = load_model(out / "phase1.pt", ("phase1",))[0].freeze_latent_space().train()
+    assert isinstance(model, PostTrainedTokenizer)
+    model.helpers = [(prior, vgg)]
+    x = images(64)
+    tokens = model.encode(x)
+    model.config.keep = 1.0
+    assert torch.equal(model.draw(x, tokens), tokens)
+    model.config.keep = 0.25
+    kept = (model.draw(x, tokens) == tokens).float().mean().item()
+    assert 0.25 < kept < 0.5  # the prior draws the true token now and then
+    model.config.keep = 0.0
+    torch.manual_seed(0)
+    drawn = model.draw(x, tokens)
+    other = tokens.clone()
+    other[:, 9:] = (other[:, 9:] + 1) % 32
+    torch.manual_seed(0)
+    assert torch.equal(model.draw(x, other)[:, :10], drawn[:, :10])  # given the true tokens before
+    x_hat, given, losses = model(x)
+    assert torch.equal(given, tokens) and losses == {}
+    assert torch.equal(model.eval()(x)[0], model.decode(tokens))  # and measured on the true tokens
+
+
+def test_phase_3_wants_its_prior_first(data, tmp_path, capsys):
+    model = tokenizer(PostTrainedTokenizer).freeze_latent_space()
+    with pytest.raises(UserError, match="train --stage ar first"):
+        model.prepare(types.SimpleNamespace(out=tmp_path))
+
+
+@pytest.mark.slow
+def test_phase_3_refuses_a_prior_of_other_tokens_and_a_vgg_of_other_classes(runs):
+    out = runs("phase3")
+    model = load_model(out / "phase2.pt", ("phase2",))[0].freeze_latent_space()
+    prior, _ = load_model(out / "ar.pt", ("ar",))
+    run = types.SimpleNamespace(out=out, device="cpu", vgg=small_vgg())
+    model.prepare(run)
+    assert prior.config.num_classes == 10 and len(model.helpers) == 1
+    run.vgg = VGGTaps(build_vgg16(4, 9, 16, skip_pools=1))
+    with pytest.raises(UserError, match="has other classes than"):
+        model.prepare(run)
+    with torch.no_grad():
+        model.quantizer.codebook.weight[0] += 1
+    with pytest.raises(UserError, match="tokens of another tokenizer"):
+        model.prepare(run)
 
 
 @pytest.mark.parametrize("fork, item, told", [
