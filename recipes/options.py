@@ -2,7 +2,6 @@
 once. Presets are those of paper.py and small.py, and of the forks as NAME or FORK.NAME."""
 
 import json
-import shlex
 import sys
 
 import forks
@@ -11,7 +10,7 @@ from plumbing.paths import expanded
 from recipes import paper
 from recipes.ablations import TABLES, expand_ablation
 from recipes.flags import PRESETS, STAGES, new_parser, read, unread
-from recipes.values import KINDS, check_values
+from recipes.values import KINDS, check_values, hint
 
 FIGURES = dict(
     view="input, reconstruction, prediction and hits of one or several ar.pt (Fig. 3)",
@@ -33,9 +32,9 @@ UNREAD = {  # flags that a stage, a kind of picture or a figure does not read
     **dict.fromkeys((*STAGES[1:], "all"), "arch"),
     "samples": "data", "--reconstruct": SAMPLING.replace(".sample", ""),
     **dict.fromkeys(("fig7a", "fig9"), "data"), "fig8": "tokenizer", "fig10": "tokenizer data num"}
-OLD = dict(  # flags that sample.py had, by the study that has them now
-    sweep="--sweep", edit="--edit --box --mask --onto",
-    metrics="--metrics --predict --perturb --extractor --second --lpips --references --reference")
+MOVED = {  # what sample.py and visualize.py once did, and the study that does it now
+    "--metrics": "metrics", "--sweep": "sweep", "--edit": "edit", "claims": "arena", "forks": "arena",
+    **{name: name for name in (*TABLES, "metrics", "balance", "compare", "report")}}
 
 
 def begin(script):
@@ -55,8 +54,9 @@ def find_preset(name):
     """raises: ValueError if neither recipes nor forks have it"""
     preset = PRESETS.get(name) or forks.preset(name)
     if preset is None:
-        raise ValueError(f"--preset {name}: not one of {', '.join(PRESETS)}, nor of the forks "
-                         f"{', '.join(forks.names())} (as FORK.NAME)")
+        own = [f"{fork}.{one}" for fork in forks.names() for one in forks.shown(fork, ["PRESETS"])]
+        there = f"there are {', '.join(PRESETS)}, and FORK.NAME of {', '.join(forks.names())}"
+        raise ValueError(f"there is no preset {name}; {hint(name, [*PRESETS, 'demo-fq', *own], there)}")
     return preset
 
 
@@ -86,38 +86,42 @@ def refuse(parser, args, use):
 
 
 def put(config, item):
-    """One --set SECTION.KEY=VALUE into the configuration."""
+    """One --set SECTION.KEY=VALUE into the configuration.  raises: ValueError"""
     place, _, text = item.partition("=")
-    *section, key = place.split(".")
-    target = config[section[0]] if section and isinstance(config.get(section[0]), dict) else config
-    known = key in target or section == ["tokenizer"]
-    wrong = not known or key == "fork" or isinstance(target.get(key), dict)  # a section as a whole
-    if not text or len(section) > 1 or (section and target is config) or wrong:
-        raise ValueError(f"--set {item}: expected SECTION.KEY=VALUE with a key of the preset")
+    section, _, key = place.rpartition(".")
+    places = {key: config for key, value in config.items() if not isinstance(value, dict) and key != "fork"}
+    for name in (name for name, value in config.items() if isinstance(value, dict)):
+        places |= {f"{name}.{key}": config[name] for key in config[name]}
+    if section == "tokenizer":  # whose fields its own class checks
+        places[place] = config["tokenizer"]
+    if not text or place not in places:
+        raise ValueError(f"--set {item}: expected SECTION.KEY=VALUE with a key of the preset; "
+                         f"{hint(place, places, '--explain prints them')}")
     try:
         value = json.loads(text)
     except json.JSONDecodeError:
         value = text
-    old = target.get(key)
+    old = places[place].get(key)
     if old is not None and type(value) is not type(old) and (type(old), type(value)) != (float, int):
         raise ValueError(f"--set {item}: expected {KINDS.get(type(old), 'one value of this section')}")
     if key in ("data", "val") and not isinstance(value, str):
         raise ValueError(f"--set {item}: expected a word")
-    target[key] = expanded(value) if key in ("data", "val", "vgg", "teachers") else value
+    places[place][key] = expanded(value) if key in ("data", "val", "vgg", "teachers") else value
 
 
 def refuse_ignored(config, preset):
     """raises: ValueError for a value that was changed and that nothing reads"""
-    unread = [("phase2", name, "phase 2 trains on fixed tokens, without the losses of phase 1")
-              for name in ("beta", "gamma")]
+    unread = dict.fromkeys(("phase2.beta", "phase2.gamma"),
+                           "phase 2 trains on fixed tokens, without the losses of phase 1")
     if config["discriminator"]["kind"] == "patch":
-        unread += [("discriminator", name, "PatchGAN has its own widths")
-                   for name in ("channel_multiplier", "max_width")]
-    if config["phase1"].get("gamma") != preset["phase1"].get("gamma") and not has_entropy(config):
-        unread.append(("phase1", "gamma", "this codebook has no entropy term"))
-    for section, name, why in unread:
-        if config[section].get(name) != preset[section].get(name):
-            raise ValueError(f"{section}.{name} changes nothing: {why}; leave it out")
+        unread |= dict.fromkeys(("discriminator.channel_multiplier", "discriminator.max_width"),
+                                "PatchGAN has its own widths")
+    if not has_entropy(config):
+        unread["phase1.gamma"] = "this codebook has no entropy term"
+    for place, why in unread.items():
+        section, key = place.split(".")
+        if config[section].get(key) != preset[section].get(key):
+            raise ValueError(f"{place} changes nothing: {why}; leave it out")
 
 
 def has_entropy(config):
@@ -158,8 +162,8 @@ def build_config(args):
     refuse_ignored(config, preset)
     guided = config["conditional"] and config["sample"].get("guidance", 1) != 1
     if guided and not config["prior"].get("class_dropout"):
-        raise ValueError("sample.guidance needs a prior that knows the null class: --set "
-                         "prior.class_dropout=0.1 too")
+        raise ValueError("sample.guidance needs priors that know the null class, as those of --preset "
+                         "guidance.demo do")
     check_values(config, str)
     for section, values in config.items():
         if isinstance(values, dict):
@@ -171,23 +175,17 @@ def sample_args(words=None):
     """Command line of sample.py."""
     parser = new_parser(about(), SAMPLE)
     words = sys.argv[1:] if words is None else [*words]
-    flags = {word.partition("=")[0] for word in words}
-    for study, old in OLD.items():
-        if flags & {*old.split()}:
-            moved(parser, "sample.py", study, words, ("--metrics", "--sweep", "--edit"))
+    refuse_moved(parser, [word for word in words if word.startswith("--")])
     args = read(parser, words)
     refuse(parser, args, "--reconstruct" if args.reconstruct else "samples")
     return args
 
 
-def moved(parser, script, study, words, dropped):
+def refuse_moved(parser, words):
     """Ends a command that is spelled as before the studies had a door of their own."""
-    kept = []
     for word in words:
-        name, _, value = word.partition("=")
-        kept += [word] if name not in dropped else [value] if value else []
-    parser.error(f"{script} no longer does this; the command is now: python -m studies "
-                 f"{shlex.join([study, *kept])}")
+        if study := MOVED.get(word.partition("=")[0]):
+            parser.error(f"{word} is no longer here; the command is now: python -m studies {study}")
 
 
 def visualize_args(words=None):
@@ -197,18 +195,11 @@ def visualize_args(words=None):
     lines = [about() or "", "figures:", *lines, f"    and those of forks: {', '.join(own)}"]
     parser = new_parser("\n".join(lines), DRAW)
     words = sys.argv[1:] if words is None else [*words]
-    if words and words[0] not in {*FIGURES, *own}:
-        tables = [name for fork in forks.names() for name in forks.shown(fork, ["TABLES"])]
-        for word in words:
-            if word in (*TABLES, *tables, "metrics", "balance", "compare", "report"):
-                moved(parser, "visualize.py", word, [w for w in words if w != word], ["--ckpt"])
-            if word in ("claims", "forks", "positions"):
-                parser.error(f"visualize.py {word} is gone: its results are in docs/results.md, and several "
-                             "tokenizers at one budget are compared by: python -m studies arena")
+    refuse_moved(parser, words[:1])
     args = read(parser, words)
     if args.figure not in {*FIGURES, *own}:
         parser.error(f"no figure {args.figure!r}; there are {', '.join([*FIGURES, *own])}")
-    args.fork = None if args.figure in FIGURES else own[args.figure]
+    args.fork = own.get(args.figure)
     if not args.ckpt:
         text = FIGURES.get(args.figure) or forks.load(args.fork).FIGURES[args.figure]
         parser.error(f"{args.figure} needs --ckpt: {text}")

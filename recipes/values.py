@@ -1,5 +1,7 @@
 """Which values a flag or a key of a preset may have, wherever its name occurs."""
 
+import difflib
+
 from recipes.ablations import LAYERS
 
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word", list: "a list"}
@@ -39,3 +41,9 @@ def check_values(values, name):
         if key == "betas" and not (len(value) == 2 and all(
                 isinstance(beta, int | float) and 0 <= beta < 1 for beta in value)):
             raise ValueError(f"{name(key)} must be two numbers from 0 to below 1, got {value}")
+
+
+def hint(word, words, otherwise=""):
+    """What to write in the place of a word that is none of `words`."""
+    close = difflib.get_close_matches(word, words, 1)
+    return f"did you mean {close[0]}?" if close else otherwise or f"there are {', '.join(words)}"

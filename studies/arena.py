@@ -131,11 +131,10 @@ def commit():
 
 def machine():
     """Processor, threads of a command, and torch."""
-    cpu = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
-    return dict(cpu=cpu, threads=1, torch=torch.__version__)
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text().splitlines() if about.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return dict(cpu=(names or [platform.processor()])[0], threads=1, torch=torch.__version__)
 
 
 def append(path, row):

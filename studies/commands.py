@@ -4,7 +4,6 @@ A study is a line here: what answers it (module.function, which takes the namesp
 recipes/flags.py that it reads, and what it is.
 """
 
-import difflib
 import importlib
 import sys
 
@@ -12,7 +11,7 @@ import forks
 from recipes.ablations import TABLES
 from recipes.flags import SAMPLER, new_parser, read, unread
 from recipes.options import NAR, SAMPLING, find_preset
-from recipes.values import check_values
+from recipes.values import check_values, hint
 
 USAGE = "python -m studies NAME [...]; its flags: python -m studies NAME --help"
 FEATURES = "extractor references reference"
@@ -30,13 +29,13 @@ STUDIES = dict(
              "A probe of tokenizers on the same images: bits per image of a small prior, PSNR, stability."),
     balance=("balance.balance", "ckpt.balance images vgg.balance num out device",
              "Sizes and gradients of the perceptual loss's layers beside L1's."),
-    arena=("arena.arena", "run pilot rows seeds data workers.arena samples.arena out.arena device",
+    arena=("arena.arena", "run pilot rows seeds data workers.rows samples out.rows device",
            "The paper's claims and the field's cheap numbers, decided on the same rows."),
     report=("report.report", "folder num images out watch device", "One HTML page of the folder of a run."),
-    export=("export.export", "folder.export out.export decoder half",
+    export=("export.export", "folder out.export half",
             "Hands a run on: config.json, model.safetensors and a card."),
     watch=("watch.watch", "folder to every once", "Shows a run in TensorBoard or Weights & Biases."))
-TABLE = "preset data run stages samples nproc workers extractor.table set out.table device"
+TABLE = "preset data run stages samples nproc workers extractor.table set out.rows device"
 
 
 def studies():
@@ -59,9 +58,7 @@ def study_args(words=None):
         sys.exit(0)
     name, *words = words
     if name not in found:
-        close = difflib.get_close_matches(name, found, 1)
-        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(found)}"
-        new_parser("", "").error(f"no study {name!r}; {hint}")
+        new_parser("", "").error(f"no study {name!r}; {hint(name, found)}")
     answer, keys, line, fork = found[name]
     parser = new_parser(line, keys, f"python -m studies {name}")
     args = read(parser, words)
@@ -112,7 +109,7 @@ def swept(args):
     name, _, values = args.sweep.partition("=")
     name = name.replace("-", "_").removeprefix("nar_").replace("steps", "nar_steps")
     if name not in SAMPLER:
-        raise ValueError(f"{args.sweep}: {name} is no setting of a sampler; there are {', '.join(SAMPLER)}")
+        raise ValueError(f"{args.sweep}: {name} is no setting of a sampler; {hint(name, SAMPLER)}")
     if found := unread(args, name):
         raise ValueError(f"{found} is what is swept; leave it out")
     try:
@@ -130,8 +127,3 @@ def main(args):
     with one_line_errors():
         module, function = args.answer.split(".")
         getattr(importlib.import_module(f"studies.{module}"), function)(args)
-
-
-def moved(name):
-    """What `python -m studies.export` was is `python -m studies export` now."""
-    new_parser("", "").error(f"the command is now: python -m studies {name}")

@@ -9,7 +9,6 @@ import os
 import shlex
 import subprocess
 import sys
-import tempfile
 import time
 
 from plumbing.errors import ROOT, UserError
@@ -47,14 +46,15 @@ def finished(path, words):
             return False
         section = "classifier" if ckpt["stage"] in ("vgg", "resnet") else ckpt["stage"]
         return ckpt["step"] >= ckpt["config"][section]["steps"]
-    sources = [words[i + 1] for i, word in enumerate(words) if word in ("--ckpt", "--tokenizer", "compare")]
+    told = dict(zip(words, words[1:], strict=False))  # {flag: its value}, and what is compared
+    sources = [told[word] for word in ("--ckpt", "--tokenizer", "compare") if word in told]
     if not all(os.path.exists(p) and os.stat(p).st_mtime < path.stat().st_mtime for p in sources):
         return False
-    if "compare" in words:
+    if "compare" in told:
         return True
-    num, result = int(words[words.index("--num") + 1]) if "--num" in words else None, read_result(path)
-    alike = result["extractor"] == words[words.index("--extractor") + 1]
-    return alike and num in (None, result["num_images"])
+    result = read_result(path)
+    alike = result["extractor"] == told["--extractor"]
+    return alike and told.get("--num", str(result["num_images"])) == str(result["num_images"])
 
 
 def missing(rows):
@@ -78,7 +78,7 @@ class Command:
 
     def __init__(self, path, words, nproc=1, threads=0):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.start, self.log, self.errors = time.time(), path.with_name("log.txt"), tempfile.TemporaryFile()
+        self.start, self.log = time.time(), path.with_name("log.txt")
         launch = [sys.executable]
         if nproc > 1:
             launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
@@ -86,23 +86,19 @@ class Command:
             words = [os.path.join(ROOT, words[0]), *words[1:]]
         places = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")]))
         more = dict(PYTHONPATH=places) | (dict(OMP_NUM_THREADS=str(threads)) if threads else {})
-        with open(self.log, "a", encoding="utf-8") as log:
-            self.child = subprocess.Popen([*launch, *words], stdout=log, stderr=self.errors,
-                                          env=os.environ | more)
+        with open(self.log, "ab") as log:
+            self.before = log.tell()
+            self.child = subprocess.Popen([*launch, *words], stdout=log, stderr=log, env=os.environ | more)
 
     def ended(self, wait=False):
         """None while it runs, then "", or why it failed."""
         code = self.child.wait() if wait else self.child.poll()
-        if code is None:
-            return None
-        self.errors.seek(0)
-        text = self.errors.read().decode("utf-8", "backslashreplace")
-        self.errors.close()
-        with open(self.log, "a", encoding="utf-8") as log:
-            log.write(text)
-        lines = text.strip().splitlines() or ["no message"]
-        lines = [line for line in lines if line.startswith("error: ")][-1:] or lines[-1:]
-        return f"ended with {code}: {lines[0].removeprefix('error: ')}" if code else ""
+        if not code:
+            return None if code is None else ""
+        lines = self.log.read_bytes()[self.before :].decode("utf-8", "backslashreplace").split("\n")
+        lines = [line for line in lines if line.strip()] or ["no message"]
+        told = [line for line in lines if line.startswith("error: ")] or lines
+        return f"ended with {code}: {told[-1].removeprefix('error: ')}"
 
 
 def run(rows, nproc=1, workers=1, threads=0, after=None):
@@ -113,60 +109,46 @@ def run(rows, nproc=1, workers=1, threads=0, after=None):
     after: called with the label of each row whose files are all there
     returns: [what failed];  raises: UserError after Ctrl-C
     """
-    rows, spent, failed, begin = missing(rows), {}, [], time.time()
+    rows, begin, failed, at_work = missing(rows), time.time(), [], {}
     waiting, busy, done = list(range(len(rows))), {}, set()
+    count, made = sum(len(commands) for _, commands, _ in rows), []
 
-    def go_on(i, place):
-        """The next command of a row, or its end."""
-        label, commands, _ = rows[i]
-        if place == len(commands):
-            done.add(i)
-            try:
-                if after:
-                    after(label)
-            except UserError as error:
-                failed.append(f"{label}: {error}")
-                print0(f"{label} failed ({error}); the next row goes on")
-            return
-        path, words = commands[place]
-        print0(f"\n{label}: {shown(words, nproc)}")
-        busy[i] = place, Command(path, words, nproc, threads)
-
-    def left():
-        """In words: how many commands wait, and for how long by those of their kind that were timed."""
-        places = dict.fromkeys(waiting, 0) | {i: place for i, (place, _) in busy.items()}
-        kinds = [path.stem for i, place in places.items() for path, _ in rows[i][1][place:]]
-        known = [sum(spent[kind]) / len(spent[kind]) for kind in kinds if kind in spent]
-        return (f"{len(kinds)} commands left, about {sum(known) / min(workers, len(rows)) / 60:.0f} minutes"
-                + f" and {len(kinds) - len(known)} of kinds not yet timed" * (len(kinds) > len(known)))
+    def steps(label, commands):
+        """A row: yields as long as a command is at work."""
+        for path, words in commands:
+            print0(f"\n{label}: {shown(words, nproc)}")
+            at_work[label] = command = Command(path, words, nproc, threads)
+            while (why := command.ended()) is None:
+                yield
+            del at_work[label]
+            if why:
+                raise UserError(f"{path.name} was not made, its command {why}")
+            made.append(path)
+            minutes = (time.time() - begin) / 60 / len(made) * (count - len(made))
+            print0(f"{label}, {path.name}: {time.time() - command.start:.0f} s; {len(made)} of {count} done, "
+                   f"about {minutes:.0f} minutes left")
+        if after:
+            after(label)
 
     try:
         while waiting or busy:
-            for i in [i for i in waiting if rows[i][2] <= done]:
-                if len(busy) < workers:
-                    waiting.remove(i)
-                    go_on(i, 0)
-            for i, (place, command) in list(busy.items()):
-                if (why := command.ended()) is None:
-                    continue
+            for i in [i for i in waiting if rows[i][2] <= done][: workers - len(busy)]:
+                waiting.remove(i)
+                busy[i] = steps(*rows[i][:2])
+            for i, row in list(busy.items()):
+                try:
+                    if next(row, "ended") is None:
+                        continue
+                except UserError as error:
+                    failed.append(f"{rows[i][0]}: {error}")
+                    print0(f"{failed[-1]}; the next row goes on")
                 del busy[i]
-                label, commands, _ = rows[i]
-                path, words = commands[place]
-                if why:
-                    done.add(i)
-                    failed.append(f"{label}: {path.name} was not made, its command {why}")
-                    print0(f"{label} failed ({why}); the next row goes on")
-                    continue
-                seconds = time.time() - command.start
-                spent.setdefault(path.stem, []).append(seconds)
-                go_on(i, place + 1)
-                print0(f"{label}, {path.name}: {seconds:.0f} s; {left()}")
-            if busy:
-                time.sleep(0.05)
+                done.add(i)
+            time.sleep(0.05 if busy else 0)
     except KeyboardInterrupt:
         raise UserError("stopped; the same command with --run goes on from there", code=130) from None
     finally:  # they save first
-        for _, command in busy.values():
+        for command in at_work.values():
             command.ended(wait=True)
     print0(f"\n{time.time() - begin:.0f} s" + "".join(f"\nfailed: {line}" for line in failed))
     return failed

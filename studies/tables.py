@@ -22,32 +22,30 @@ from studies.metrics import HOW, read_result
 from studies.rows import measure, missing, run, seconds_of, shown
 
 
-def refuse_unlike(results):
+def refuse_unlike(first, other):
     """Numbers that were measured in different ways do not belong into one column.
 
-    results: {name: result};  raises: UserError that names the first difference
+    first, other: (name, result);  raises: UserError that names the first difference
     """
-    first, *others = results
-    for other in others:
-        both = all("lpips" in results[name]["results"] for name in (first, other))
-        for key in (*HOW, *["lpips"] * both):
-            a, b = results[first][key], results[other][key]
-            if a != b:
-                raise UserError(f"{first} and {other} cannot share a column: {key} is {a} in the one and {b} "
-                                "in the other; measure both alike")
+    (one, a), (two, b) = first, other
+    both = "lpips" in a["results"] and "lpips" in b["results"]
+    for key in (*HOW, *["lpips"] * both):
+        if a[key] != b[key]:
+            raise UserError(f"{one} and {two} cannot share a column: {key} is {a[key]} in the one and "
+                            f"{b[key]} in the other; measure both alike")
 
 
 def compare_metrics(args):
     """A table of results, one line each."""
-    results = {str(path): read_result(path) for path in args.files}
-    refuse_unlike(results)
-    names = [n for n, v in next(iter(results.values()))["results"].items() if isinstance(v, float)]
-    how = next(iter(results.values()))
+    results = [(str(path), read_result(path)) for path in args.files]
+    for other in results[1:]:
+        refuse_unlike(results[0], other)
+    how = results[0][1]
+    names = [name for name, value in how["results"].items() if isinstance(value, float)]
     print0(f"{how['protocol']}, {how['num_images']:,} images, {how['image_size']} pixels, features of "
            f"{how['extractor']} ({how['extractor_hash']}), reference {how['reference_hash']}\n")
-    lines = [["", *names]]
-    lines += [[path, *(number(r["results"].get(name)) for name in names)] for path, r in results.items()]
-    print_table(lines)
+    print_table([["", *names], *(
+        [path, *(number(result["results"].get(name)) for name in names)] for path, result in results)])
 
 
 def table(args):
@@ -90,8 +88,8 @@ class Table:
         self.root = args.out or Path("runs") / f"{args.preset}-tables"
         preset = find_preset(args.preset)
         self.small, self.fork = preset["vgg"] == "own", preset["fork"]  # small ones train both classifiers
-        self.samples = args.samples or (50_000 if not self.small else 2000 if preset["data"] == "shapes"
-                                        else 10_000)
+        drawn = 2000 if preset["data"] == "shapes" else 10_000 if self.small else 50_000
+        self.samples = args.samples or drawn
         self.stages = args.stages.split(",")
         self.device = ["--device", args.device] if args.device != "auto" else []
         self.settings = dict(preset=args.preset, data=args.data, set=args.set)
@@ -163,49 +161,50 @@ class Table:
         save_text(json.dumps(self.settings), self.root / "settings.json")
         return run(self.rows(), self.args.nproc)
 
+    def measured(self, row):
+        """One row for the JSON, and {stage: result}, as far as they are there."""
+        commands, files = self.row(row.name, row.decoder)
+        results = {stage: read_result(path) for stage, path in files.items() if path.exists()}
+        ours = {}
+        for stage, result in results.items():
+            prefix = "" if stage == "phase1" else f"{stage}_"
+            ours |= {prefix + k: v for k, v in result["results"].items() if isinstance(v, float)}
+        there = [path for path, _ in commands if path.exists()]
+        return dict(
+            label=row.label, ablation=row.name, ours=ours,
+            steps={path.stem: header(path)["step"] for path in there if path.suffix == ".pt"},
+            paper=dict(zip(self.table["columns"], row.paper, strict=True)),
+            seconds=round(sum(map(seconds_of, there))),
+            files={stage: str(path) for stage, path in files.items()},
+            commands=[shown(words, self.args.nproc) for _, words in commands]), results
+
     def show(self):
         """Prints the table, the paper's numbers beside ours; writes it as text and JSON."""
-        columns, rows, how = self.table["columns"], [], {}
+        columns, rows, first = self.table["columns"], [], {}
         names = {c: plain(c, feature_layer(self.extractor)) for c in columns}  # ours
-        for label, ablation, paper, decoder in (
-                (row.label, row.name, row.paper, row.decoder) for row in self.table["rows"]):
-            commands, files = self.row(ablation, decoder)
-            results = {stage: read_result(path) for stage, path in files.items() if path.exists()}
-            ours = {}
+        for row in self.table["rows"]:
+            found, results = self.measured(row)
+            rows.append(found)
             for stage, result in results.items():
-                prefix = "" if stage == "phase1" else f"{stage}_"
-                ours |= {prefix + k: v for k, v in result["results"].items() if isinstance(v, float)}
-                how.setdefault(stage, {})[f"{label} ({stage})"] = result
-            seconds = [seconds_of(path) for path, _ in commands if path.exists()]
-            made = [path for path, _ in commands if path.suffix == ".pt" and path.exists()]
-            steps = {path.stem: header(path)["step"] for path in made}
-            rows.append(dict(
-                label=label, ablation=ablation, steps=steps, ours=ours,
-                paper=dict(zip(columns, paper, strict=True)), seconds=round(sum(seconds)),
-                files={stage: str(path) for stage, path in files.items()},
-                commands=[shown(words, self.args.nproc) for _, words in commands]))
-        for results in how.values():
-            refuse_unlike(results)
-        first = {stage: next(iter(results.values())) for stage, results in how.items()}
-        extra = {"table5": ["perplexity"]}.get(self.name, []) + ["ar_class_accuracy", "nar_class_accuracy"]
-        extra = [name for name in extra if any(name in row["ours"] for row in rows)]
+                named = f"{row.label} ({stage})", result
+                refuse_unlike(first.setdefault(stage, named), named)
+        first = {stage: result for stage, (_, result) in first.items()}
+        extra = ["perplexity"] * (self.name == "table5") + ["ar_class_accuracy", "nar_class_accuracy"]
+        ours = [*names.values(), *(name for name in extra if any(name in row["ours"] for row in rows))]
         steps = ", ".join(f"{stage} {step:,}" for stage, step in rows[0]["steps"].items())
         measured = "; ".join(f"{stage}: {result['protocol']}, {result['num_images']:,} images, features of "
-                         f"{result['extractor']}" for stage, result in first.items())
+                             f"{result['extractor']}" for stage, result in first.items())
         print0(f"\n{self.table['title']}\npaper: {self.table['scale']}\nours: preset {self.args.preset}, "
                f"steps {steps or 'none yet'}; {measured or 'nothing measured yet'}\n")
-        ours_shown = (*names.values(), *extra)
-        lines = [["", *(f"paper: {c}" for c in columns), *(f"ours: {c}" for c in ours_shown)]]
-        for row in rows:
-            lines.append([row["label"], *(number(row["paper"][c]) for c in columns),
-                          *(number(row["ours"].get(c)) for c in ours_shown)])
-        text = print_table(lines)
-        sets = "".join(f" --set {item}" for item in self.args.set)
-        more = [key for key in ("data", "stages", "samples", "extractor") if getattr(self.args, key)]
-        more = "".join(f" --{key} {getattr(self.args, key)}" for key in more)
+        text = print_table([["", *(f"paper: {c}" for c in columns), *(f"ours: {c}" for c in ours)], *(
+            [row["label"], *(number(row["paper"][c]) for c in columns),
+             *(number(row["ours"].get(c)) for c in ours)] for row in rows)])
+        words = [word for item in self.args.set for word in ("--set", item)]
+        for key in ("data", "stages", "samples", "extractor"):
+            words += [f"--{key}", str(getattr(self.args, key))] * bool(getattr(self.args, key))
         about = dict(
             title=self.table["title"], preset=self.args.preset, paper_scale=self.table["scale"],
-            command=f"python -m studies {self.name} --preset {self.args.preset}{sets}{more} --run",
+            command=shown(["-m", "studies", self.name, "--preset", self.args.preset, *words, "--run"]),
             how={stage: {key: result[key] for key in ("extractor", *HOW)} for stage, result in first.items()},
             threads=torch.get_num_threads(), torch=torch.__version__, rows=rows)
         self.root.mkdir(parents=True, exist_ok=True)
@@ -215,28 +214,23 @@ class Table:
             draw_alpha(rows, first["phase1"]["extractor"], names, self.root / "fig5b_curves.png")
         for label, commands, _ in missing(self.rows()):
             if commands:
-                print0(f"\nmissing for {label}:")
-            for _, words in commands:
-                print0(f"  {shown(words, self.args.nproc)}")
+                print0("\n".join([f"\nmissing for {label}:", *(
+                    f"  {shown(words, self.args.nproc)}" for _, words in commands)]))
         print0(f"\nwrote {self.root / self.name}.json and .md")
 
 
 def draw_alpha(rows, extractor, names, path):
     """Fig. 5b: distances of reconstructions and of both priors' samples over alpha; ours alone."""
     alphas = [float(row["ablation"].removeprefix("alpha=")) for row in rows]
-    fig = new_figure(5, 3.4)
-    left = fig.subplots()
-    right = left.twinx()
-    left.plot(alphas, [row["ours"][names["rfid"]] for row in rows], "ko-", label="reconstructions")
-    for key, style, label in (("ar_fid", "C0s--", "AR samples"), ("nar_fid", "C1^:", "NAR samples")):
-        right.plot(alphas, [row["ours"].get(names[key], math.nan) for row in rows], style, label=label)
-    left.set(xlabel="α", ylabel="Fréchet distance, reconstructions")
-    right.set_ylabel("Fréchet distance, samples")
-    lines = left.get_lines() + right.get_lines()
-    left.legend(lines, [line.get_label() for line in lines], fontsize=7)
+    fig = new_figure(7, 3)
+    left, right = fig.subplots(1, 2)
+    for axis, key, style in ((left, "rfid", "ko-"), (right, "ar_fid", "C0s--"), (right, "nar_fid", "C1^:")):
+        axis.plot(alphas, [row["ours"].get(names[key], math.nan) for row in rows], style)
+    left.set(xlabel="α", ylabel="Fréchet distance", title="reconstructions")
+    right.set(xlabel="α", title="samples")
+    right.legend(["AR", "NAR"], fontsize=7)
     fig.suptitle(f"features of {extractor}", fontsize=7)
-    numbers = [dict(alpha=a, **row["ours"]) for a, row in zip(alphas, rows, strict=True)]
-    save_figure(fig, path, numbers)
+    save_figure(fig, path, [dict(alpha=a, **row["ours"]) for a, row in zip(alphas, rows, strict=True)])
 
 
 def placed(settings):

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from plumbing.data import FolderData, images_of
+from plumbing.data import images_of
 from plumbing.errors import UserError
 from plumbing.fast import in_slices
 from plumbing.files import writable
@@ -56,7 +56,7 @@ def write_tokens(args, tokenizer, ckpt, device):
     out = args.out or args.ckpt.with_name(f"tokens_{args.ckpt.stem}.safetensors")
     on_rank0(lambda: read_tokens(out) if os.path.exists(out) else writable(out, suffix=".safetensors"))
     data = images_of(args.ckpt, ckpt["config"], args.data)[1]
-    K, times = tokenizer.codebook_size, data.times() if isinstance(data, FolderData) else []
+    K = tokenizer.codebook_size
     about = dict(tokenizer=latent_hash(tokenizer), codebook_size=K, image_size=data.image_size,
                  class_names=data.class_names, data=data.fingerprint, note=ckpt["note"])
 
@@ -69,7 +69,7 @@ def write_tokens(args, tokenizer, ckpt, device):
                 labels=torch.tensor([data.label(i) for i in indices]),
                 files=torch.tensor([data.readable(i) for i in indices]))  # where one cannot be read, the next
 
-    parts = out.with_name(f".{out.stem}.{mix(sorted(about.items()), times, args.batch):016x}")
+    parts = out.with_name(f".{out.stem}.{mix(sorted(about.items()), args.batch):016x}")
     rows = collect(chunks, parts, "tokens", len(data))
 
     def finish():
@@ -92,14 +92,12 @@ def write_images(args, tokenizer, ckpt, device):
     """
     tokens, about = read_tokens(args.decode)
     if about["tokenizer"] != latent_hash(tokenizer):
-        raise UserError(f"{args.decode} holds tokens of the tokenizer {about['tokenizer']}, and {args.ckpt} "
-                        f"is {latent_hash(tokenizer)}; pass the right one with --ckpt")
-    N, K = tokenizer.token_shape, tokenizer.codebook_size
-    fits = tokens.shape[1:] == N and len(tokens) and not tokens.is_floating_point()
-    if not fits or not 0 <= (whole := tokens.long()).min() <= whole.max() < K:
-        raise UserError(f"{args.decode} holds {tokens.dtype} of shape {tuple(tokens.shape)}, and this "
-                        f"tokenizer decodes whole numbers from 0 to {K - 1} of shape (images, "
-                        f"{', '.join(map(str, N))})")
+        raise UserError(f"{args.decode} holds tokens of another tokenizer; pass the right one with --ckpt")
+    shape, K, whole = tokenizer.token_shape, tokenizer.codebook_size, tokens.long()
+    fits = tokens.shape[1:] == shape and len(tokens) and not tokens.is_floating_point()
+    if not fits or whole.min() < 0 or whole.max() >= K:
+        raise UserError(f"{args.decode} holds {tokens.dtype} of shape {tuple(tokens.shape)}; this tokenizer "
+                        f"decodes whole numbers from 0 to {K - 1} of shape (images, *{tuple(shape)})")
     out = args.out or args.decode.with_name(f"{args.decode.stem}_images")
     on_rank0(lambda: writable(out / "info.json"))
     info = dict(made_from="tokens", tokenizer=about["tokenizer"], decoder=weights_hash(tokenizer),

@@ -33,17 +33,22 @@ class Gap:
 
 def gap(rows, a, b, key):
     """Key of configuration `a` minus that of `b` over the seeds that both have; None below two seeds."""
-    from scipy.stats import t
-
     values = {name: {row["seed"]: row[key] for row in rows
                      if row["configuration"] == name and row.get(key) is not None} for name in (a, b)}
     seeds = sorted(values[a].keys() & values[b].keys())
     if len(seeds) < 2:
         return None
-    differences = np.array([values[a][seed] - values[b][seed] for seed in seeds])
-    half = t.ppf(0.975, len(seeds) - 1) * differences.std(ddof=1) / math.sqrt(len(seeds))
-    mean, base = differences.mean(), np.mean([values[b][seed] for seed in seeds])
-    return Gap(float(mean), float(mean - half), float(mean + half), len(seeds), float(base))
+    mean, half = mean_and_half([values[a][seed] - values[b][seed] for seed in seeds])
+    base = float(np.mean([values[b][seed] for seed in seeds]))
+    return Gap(mean, mean - half, mean + half, len(seeds), base)
+
+
+def mean_and_half(values):
+    """Mean of numbers, at least two, and half the width of its 95 % interval by Student's t."""
+    from scipy.stats import t
+
+    half = t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
+    return float(np.mean(values)), float(half)
 
 
 def of_samples(b, a):
@@ -150,17 +155,6 @@ COLUMNS = dict(fd_b="AR FD (B)", fd_a="AR FD (A)", rfd_b="rFD (B)", rfd_a="rFD (
                ar_last_fifth="nats, last fifth", seconds="seconds")
 
 
-def mean_and_half(values):
-    """Mean of the seeds and half the width of its 95 % interval, in words."""
-    from scipy.stats import t
-
-    values = [value for value in values if value is not None]
-    if len(values) < 2:
-        return number(values[0] if values else None)
-    half = t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
-    return f"{np.mean(values):.4g} ± {half:.2g}"
-
-
 def by_configuration(rows):
     found = {name: [row for row in rows if row["configuration"] == name] for name in CONFIGURATIONS}
     return {name: same for name, same in found.items() if same}
@@ -170,8 +164,10 @@ def show(rows, path):
     """Prints the tables, the verdicts and the rank correlations, and draws the figure to `path`."""
     lines = [["", "seeds", *COLUMNS.values()]]
     for name, same in by_configuration(rows).items():
-        numbers = [mean_and_half(row.get(key) for row in same) for key in COLUMNS]
-        lines.append([name, str(len(same)), *numbers])
+        values = [[row[key] for row in same if row.get(key) is not None] for key in COLUMNS]
+        lines.append([name, str(len(same)), *(
+            "{:.4g} ± {:.2g}".format(*mean_and_half(some)) if len(some) > 1 else number(*some or [None])
+            for some in values)])
     print0(f"{len(rows)} rows of {len(ORDER)}; means over seeds ± half of the 95 % interval (NAR0, NAR1: of "
            "the masked prior)\n")
     print_table(lines)

@@ -5,15 +5,13 @@ with exit code 0. What a command reads is looked up in the source of the functio
 """
 
 import ast
-import shlex
 
 import pytest
 from helpers import refused
 from test_house import FILES, TREES
 
-import forks
 from recipes import options
-from recipes.flags import FLAGS, SAMPLER
+from recipes.flags import FLAGS, SAMPLER, spelled
 from recipes.options import FIGURES, TRAIN, UNREAD, train_args
 from studies.commands import STUDIES, TABLE, study_args
 from studies.metrics import UNREAD as NOT_MEASURED
@@ -67,62 +65,41 @@ def read_by(*entries, without=()):
     return found
 
 
-def spelled(key):
-    return FLAGS[key].get("names") or ["--" + key.partition(".")[0].replace("_", "-")]
-
-
 def names(keys):
     """Keys of FLAGS as names in the namespace."""
     return {FLAGS[key].get("dest") or spelled(key)[0].strip("-").replace("-", "_") for key in keys.split()}
 
 
+def reads(keys, left_out, *entries, without=()):
+    """keys: of FLAGS;  left_out: names among them that `entries` must not read, as they are refused"""
+    return pytest.param(keys, left_out, entries, without, id=f"{entries[-1]}-{without}")
+
+
 DRAWN = {  # the function that draws each figure
     **dict.fromkeys(("view", "fig1b", "fig4", "fig5a", "fig11"), "figure_views"), "fig3": "figure_example",
     **dict.fromkeys(("fig7a", "fig9"), "figure_phases"), "fig8": "figure_stability", "fig10": "figure_losses"}
-PROTOCOLS = {
+PROTOCOLS = {  # what does not run in each
     "rfid-val": ("measure_samples", "measure_view"), "pfid-val": ("measure_samples", "measure_view"),
     "view-val": ("measure_samples", "measure_reconstructions"),
     "gfid-train": ("measure_view", "measure_reconstructions")}
+ENTRIES = [
+    reads(TRAIN, "", "recipes.options.train_args", "train.main"),
+    *(reads(options.SAMPLE, UNREAD[mode], "recipes.options.sample_args", "sample.main", without=[other])
+      for mode, other in (("samples", "reconstruct"), ("--reconstruct", "sample"))),
+    *(reads(options.DRAW, UNREAD.get(name, ""), "visualize.main", f"visualize.{function}", without=["draw"])
+      for name, function in DRAWN.items()),
+    *(reads(options.DRAW.removeprefix("figure "), "", "visualize.main", f"forks.fqgan.figures.figure_{name}",
+            without=["draw"]) for name in ("alone", "map")),
+    *(reads(keys, "", "studies.tables.compare_metrics", "studies.commands.swept", f"studies.{answer}")
+      for answer, keys, _ in (*STUDIES.values(), ("tables.table", TABLE, ""))),
+    *(reads(STUDIES["metrics"][1].removeprefix("results"), NOT_MEASURED[name], "studies.metrics.metrics",
+            without=PROTOCOLS[name]) for name in PROTOCOLS)]
 
 
-def test_train_reads_each_of_its_flags():
-    assert names(TRAIN) <= read_by("train.main", "recipes.options.train_args")
-
-
-@pytest.mark.parametrize("mode, other", [("samples", "reconstruct"), ("--reconstruct", "sample")])
-def test_sample_reads_each_flag_that_it_takes_for_samples_and_for_reconstructions(mode, other):
-    found = read_by("sample.main", "recipes.options.sample_args", without=[other])
-    assert names(options.SAMPLE) - {*UNREAD[mode].split()} <= found
-    assert not found & {*UNREAD[mode].split()}
-
-
-@pytest.mark.parametrize("figure", FIGURES)
-def test_a_figure_reads_each_flag_that_it_takes(figure):
-    found = read_by("visualize.main", f"visualize.{DRAWN[figure]}", without=["draw"])
-    assert names(options.DRAW) - {*UNREAD.get(figure, "").split()} <= found
-    assert not found & {*UNREAD.get(figure, "").split()}
-
-
-def test_a_figure_of_a_fork_reads_or_refuses_each_flag():
-    for figure in forks.load("fqgan").FIGURES:
-        name = figure.replace("fq_", "figure_")
-        found = read_by("visualize.main", f"forks.fqgan.figures.{name}", without=["draw"])
-        assert names(options.DRAW) <= found | {"figure"}
-
-
-@pytest.mark.parametrize("name", [*STUDIES, "table1"])
-def test_a_study_reads_each_of_its_flags(name):
-    answer, keys = STUDIES[name][:2] if name in STUDIES else ("tables.table", TABLE)
-    entries = [f"studies.{answer}", *["studies.tables.compare_metrics"] * (name == "metrics")]
-    entries += ["studies.commands.swept"] * (name == "sweep")
-    assert names(keys) <= read_by(*entries)
-
-
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_a_protocol_reads_each_flag_that_it_takes(protocol):
-    found, left_out = read_by("studies.metrics.metrics", without=PROTOCOLS[protocol]), NOT_MEASURED[protocol]
-    assert names(STUDIES["metrics"][1]) - {*left_out.split()} - {"files"} <= found
-    assert not found & {*left_out.split()}
+@pytest.mark.parametrize("keys, left_out, entries, without", ENTRIES)
+def test_a_command_reads_each_flag_that_it_takes_and_none_that_it_refuses(keys, left_out, entries, without):
+    found = read_by(*entries, without=without)
+    assert names(keys) - {*left_out.split()} <= found and not found & {*left_out.split()}
 
 
 # What is refused ------------------------------------------------------------------------------------------
@@ -181,49 +158,33 @@ def test_every_flag_is_in_the_list_of_a_command_or_refused_with_exit_code_2(comm
     assert taken == {name for name in wanted if name[0] == "-"}
 
 
-@pytest.mark.parametrize("words", [
-    "sample.py --reconstruct --classes star --top-p 0.3 --tokenizer nowhere.pt --ckpt phase1.pt",
-    "visualize.py fig8 --run --preset no-such-preset --ckpt phase1.pt"])
-def test_what_once_ended_with_0_is_refused(words, capsys):
-    with pytest.raises(SystemExit) as stop:
-        parse(words.split())
-    assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: ")
-
-
 # Old spellings, names -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("old, new", [
-    ("sample.py --ckpt a.pt --metrics --num 9", "metrics --ckpt a.pt --num 9"),
-    ("sample.py --ckpt a.pt --metrics --predict", "metrics --ckpt a.pt --predict"),
-    ("sample.py --ckpt a.pt --metrics --sweep top-p=0.5,1", "sweep --ckpt a.pt top-p=0.5,1"),
-    ("sample.py --ckpt a.pt --sweep=steps=4 --metrics", "sweep --ckpt a.pt steps=4"),
-    ("sample.py --ckpt n.pt --edit 'a b.png' --box 1,2,3,4", "edit --ckpt n.pt 'a b.png' --box 1,2,3,4"),
-    ("visualize.py table1 --preset demo --run", "table1 --preset demo --run"),
-    ("visualize.py fq-table3 --preset demo-fq", "fq-table3 --preset demo-fq"),
-    ("visualize.py fig5b --run", "fig5b --run"),
-    ("visualize.py metrics a.json b.json", "metrics a.json b.json"),
-    ("visualize.py balance --ckpt a.pt b.pt --num 3", "balance a.pt b.pt --num 3"),
-    ("visualize.py compare a.pt --steps 3", "compare a.pt --steps 3"),
-    ("visualize.py report runs/demo --watch", "report runs/demo --watch")])
-def test_an_old_spelling_ends_with_the_command_of_today_which_parses(old, new, capsys):
-    error = refused(capsys, parse, shlex.split(old))
-    assert error.endswith(f"the command is now: python -m studies {new}\n")
-    assert study_args(shlex.split(new)).figure == new.split()[0]
+    ("sample.py --ckpt a.pt --metrics --num 9", "metrics"),
+    ("sample.py --ckpt a.pt --sweep=steps=4 --metrics", "sweep"),
+    ("sample.py --ckpt n.pt --edit x.png --box 1,2,3,4", "edit"),
+    ("visualize.py table1 --preset demo --run", "table1"), ("visualize.py fig5b --run", "fig5b"),
+    ("visualize.py metrics a.json b.json", "metrics"), ("visualize.py compare a.pt --steps 3", "compare"),
+    ("visualize.py claims --run", "arena"), ("visualize.py forks", "arena")])
+def test_an_old_spelling_ends_with_the_command_of_today(old, new, capsys):
+    assert f"the command is now: python -m studies {new}\n" in refused(capsys, parse, old.split())
+    assert new in {*STUDIES, *options.TABLES}
 
 
-@pytest.mark.parametrize("name", ["claims", "forks", "positions"])
-def test_what_is_gone_says_where_its_results_are(name, capsys):
-    error = refused(capsys, parse, ["visualize.py", name, "--run"])
-    assert "docs/results.md" in error and "python -m studies arena" in error
-
-
-def test_a_wrong_name_or_flag_is_answered_with_the_nearest_one(capsys):
-    for words, told in (("studies tabel1", "did you mean table1?"), ("studies forks", "there are metrics"),
-                        ("studies edit x.png --ckpt x --bax 1", "did you mean --box?"),
-                        ("sample.py --ckpt x --topp 1", "did you mean --top-p?"),
-                        ("studies metrics", "needs --ckpt FILE"), ("visualize.py fig12 --ckpt x", "fig11")):
-        assert told in refused(capsys, parse, words.split())
+@pytest.mark.parametrize("words, told", [
+    ("studies tabel1", "did you mean table1?"), ("studies zzz", "there are metrics"),
+    ("studies edit x.png --ckpt x --bax 1", "did you mean --box?"), ("studies metrics", "needs --ckpt FILE"),
+    ("sample.py --ckpt x --topp 1", "did you mean --top-p?"), ("visualize.py fig12 --ckpt x", "fig11"),
+    ("studies sweep top_q=1 --ckpt x", "did you mean top_"),
+    ("train.py --stage ar --preset demoo", "did you mean demo?"),
+    ("train.py --stage ar --preset fsq.dem", "did you mean fsq.demo?"),
+    ("train.py --stage ar --preset zzz", "there are imagenet"),
+    ("train.py --stage ar --set phase1.stepz=3", "did you mean phase1.steps?"),
+    ("train.py --stage ar --set zzz=3", "--explain prints them")])
+def test_a_wrong_word_is_answered_with_the_nearest_one(words, told, capsys):
+    assert told in refused(capsys, parse, words.split())
 
 
 def test_the_studies_are_listed_with_a_line_each(capsys):

@@ -85,7 +85,7 @@ def test_a_row_that_fails_is_reported_and_the_others_go_on(command, tmp_path, ca
     assert failed == "bad: a was not made, its command ended with 1: out of luck" and done == ["good"]
     assert not (tmp_path / "out" / "b").exists() and (tmp_path / "out" / "c").exists()
     out = capsys.readouterr().out
-    assert "bad failed" in out and f"failed: {failed}" in out and "0 commands left" in out
+    assert "; the next row goes on" in out and f"\nfailed: {failed}" in out and "2 of 3" not in out
     assert "many lines\nerror: out of luck" in (tmp_path / "out" / "log.txt").read_text()
 
 
