@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 import tokenize
-from pathlib import Path
 
 import pytest
 from helpers import ROOT, few
@@ -257,27 +256,6 @@ def test_the_scripts_start_without_the_compiler():
     assert done.stdout.strip() == "False", done.stderr  # it takes as long to import as all the rest of torch
 
 
-NO_IMPORTS = """
-import sys, torch, train
-from recipes.options import STAGES, find_preset
-
-class Finder:
-    def find_spec(name, path, target=None):
-        if name.split(".")[0] in ("torchvision", "forks") and torch.empty(0).is_meta:
-            sys.exit(f"{name} is imported while the meta device is set")
-
-sys.meta_path.insert(0, Finder)
-train.build_on_meta(find_preset("demo-fq"), STAGES)
-"""
-
-
-@pytest.mark.slow
-def test_nothing_is_imported_while_the_meta_device_is_set():
-    """With PyTorch 2.6 and 2.8 torch._dynamo cannot be, and no command that builds a VGG started."""
-    done = subprocess.run([sys.executable, "-c", NO_IMPORTS], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 def test_text_is_written_in_an_encoding_that_no_locale_decides():
     """By `save_text`, or with an encoding that is named: names and Greek letters stand in what is written."""
     left = []
@@ -289,8 +267,3 @@ def test_text_is_written_in_an_encoding_that_no_locale_decides():
             if text and "utf-8" not in words + [getattr(key.value, "value", None) for key in call.keywords]:
                 left.append(f"{name}:{call.lineno}")
     assert not left
-
-
-def test_every_folder_is_told_in_the_readme():
-    text = Path(ROOT / "README.md").read_text()
-    assert all(f"`{folder}/`" in text for folder in (*FOLDERS, "docs"))
