@@ -33,7 +33,7 @@ from plumbing.images import make_sheet
 from plumbing.models import load_model, load_tokenizer_of
 from plumbing.processes import on_rank0, one_line_errors, print0, setup_device
 from plumbing.slices import gather_images, image_chunks, reconstructions
-from recipes.flags import SAMPLER, flag
+from recipes.flags import OFFERED, SAMPLER, flag
 
 
 def sample_settings(args, config, prior):
@@ -43,10 +43,10 @@ def sample_settings(args, config, prior):
     """
     given = {key: value for key, value in vars(args).items()
              if key in (*SAMPLER, "confidence_space") and value is not None}
-    strange = [flag(key) for key in given if key not in prior.SAMPLER]
+    strange = [key for key in given if key not in prior.SAMPLER]
     if strange:
-        raise UserError(f"{strange[0]} does nothing for {type(prior).__name__}, which reads "
-                        f"{', '.join(map(flag, prior.SAMPLER))}")
+        raise UserError(f"{flag(strange[0])} does nothing for {type(prior).__name__}, which reads "
+                        f"{', '.join(map(flag, prior.SAMPLER))}{OFFERED.get(strange[0], '')}")
     return {key: given.get(key, config["sample"].get(key, own)) for key, own in prior.SAMPLER.items()}
 
 

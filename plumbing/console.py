@@ -4,8 +4,12 @@ Without torch, so that --help answers at once.
 """
 
 import atexit
+import contextlib
+import json
 import os
 import sys
+import time
+from pathlib import Path
 
 
 class Steady:
@@ -58,3 +62,13 @@ def settle():
             stream.flush()
         except (OSError, ValueError, AttributeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+
+
+def print_error(message):
+    """The line that a command ends with. torchrun prints thirty lines of its own after it, and at their end
+    what it finds in this file: the line again."""
+    print(f"error: {message}", file=sys.stderr)
+    if place := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        about = dict(message=f"error: {message}", timestamp=int(time.time()))
+        with contextlib.suppress(OSError):
+            Path(place).write_text(json.dumps(about), "utf-8")

@@ -178,8 +178,8 @@ def check_labels(run, stage):
     if run.train.class_names:
         return
     if stage in ("vgg", "resnet"):
-        raise UserError(
-            "--stage vgg needs labels: one sub-folder per class. Or pass --vgg FILE for other weights")
+        raise UserError("--stage vgg needs labels, one sub-folder per class; for images without classes pass "
+                        "--vgg imagenet --set conditional=false")
     if stage in ("ar", "nar") and run.config["conditional"]:
         raise UserError("this preset's priors are class-conditional and the data has no class sub-folders; "
                         "sort the images into folders or pass --set conditional=false")

@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.nn.functional import all_reduce  # with a gradient
 from tqdm import tqdm
 
+from plumbing.console import print_error
 from plumbing.errors import UserError, of_fork, print_traceback, warn
 from plumbing.fast import keep_freed_memory
 
@@ -94,7 +95,7 @@ def one_line_errors():
         yield
         barrier()
     except torch.OutOfMemoryError:
-        print("error: out of GPU memory; pass a smaller --batch (visualize.py: --num)", file=sys.stderr)
+        print_error("out of GPU memory; pass a smaller --batch (visualize.py: --num)")
         sys.exit(1)
     except Exception as error:
         place = "" if isinstance(error, UserError) else of_fork(error)
@@ -102,7 +103,7 @@ def one_line_errors():
             raise
         print_traceback()
         if speaks() or not getattr(error, "shared", False):
-            print(f"error: {place or error}", file=sys.stderr)
+            print_error(place or error)
         sys.exit(error.code if isinstance(error, UserError) else 1)
     finally:
         if dist.is_initialized():

@@ -7,6 +7,7 @@ elsewhere. Nothing here imports torch: --help and a wrong flag answer at once.
 import argparse
 
 import forks
+from plumbing.console import print_error
 from plumbing.paths import as_path, expanded
 from recipes import paper, small
 from recipes.ablations import TABLES
@@ -14,6 +15,7 @@ from recipes.values import check_values, hint
 
 STAGES = ("vgg", "phase1", "phase2", "ar", "nar")
 PRESETS = paper.PRESETS | small.PRESETS
+OFFERED = {"guidance": "; --preset guidance.demo trains priors that do"}  # where a setting is read
 SAMPLER = dict(  # settings of a sampler that are numbers: type
     temperature=float, top_k=int, top_p=float, nar_steps=int, token_temperature=float,
     choice_temperature=float, guidance=float)
@@ -151,7 +153,7 @@ def new_parser(text, keys, prog=None):
     """A parser of some of FLAGS. text: what --help prints above them;  keys: of FLAGS, separated by blanks"""
     parser = argparse.ArgumentParser(prog=prog, description=text, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"error: {message}\n")
+    parser.error = lambda message: parser.exit(print_error(message) or 2)
     for key in keys.split():
         parser.add_argument(*spelled(key), **{k: v for k, v in FLAGS[key].items() if k != "names"})
     return parser

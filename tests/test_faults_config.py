@@ -9,6 +9,7 @@ import types
 
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 import plumbing.errors
 import plumbing.preflight
@@ -377,3 +378,12 @@ def test_more_processes_than_gpus_are_told_by_the_process_that_has_none(monkeypa
     with pytest.raises(SystemExit) as stop, plumbing.processes.one_line_errors():
         plumbing.processes.setup_device("cuda")
     assert stop.value.code == 2 and "more processes than the 1 visible GPUs" in capsys.readouterr().err
+
+
+def test_the_line_of_an_error_is_the_cause_that_torchrun_prints_last(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    error = refused(capsys, train_words, "--stage", "ar", "--preset", "demoo")
+    file = tmp_path / "error.json"
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(file))
+    assert failure.message == error.strip() == "error: there is no preset demoo; did you mean demo?"
+    assert refusal(capsys, "vgg", tmp_path / "out", "nowhere").strip() in file.read_text()

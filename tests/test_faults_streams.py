@@ -70,14 +70,6 @@ def test_compile_without_a_compiler_is_refused_in_one_line_before_anything_is_ma
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("script", few(["train.py", "sample.py", "visualize.py", "-m studies table1"], 0))
-def test_variables_that_the_progress_bar_cannot_read_are_refused_by_name(script):
-    done = shell(f"{PYTHON} {script} --help", TQDM_MININTERVAL="soon")
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: ") and "TQDM_MININTERVAL" in done.stderr
-    assert done.stderr.count("\n") == 1
-
-
 @pytest.mark.slow
 def test_stages_after_phase_1_build_on_it_and_not_on_the_tokenizer_it_started_from(trained, data, tmp_path):
     """As preset lsun-cat runs: --stage all --tokenizer FILE (Table 9: from an ImageNet phase 1)."""
