@@ -230,31 +230,29 @@ def test_one_wrong_value_of_any_section_is_refused_before_anything_is_written(
         assert named in refused(capsys, train_words, "--preset", preset, "--explain", *wrong)
 
 
-def test_the_refusal_of_a_side_names_the_discriminator_that_takes_it_and_the_floor(data, tmp_path, capsys):
-    error = refusal(capsys, "all", tmp_path / "out", data, image_size=96)
-    assert "discriminator.kind=patch" in error and "from 32 on" in error
-    config = {**recipes.options.PRESETS["demo"], "image_size": 96, "discriminator": dict(kind="patch")}
-    assert plumbing.preflight.build_on_meta(config, recipes.options.STAGES)["disc"].layers
+LSUN = ["--preset", "lsun-cat", "--vgg", "own", "--data", "shapes"]
+FQ = ["--preset", "demo-fq", "--set", "tokenizer.teacher_widths=[0, 48]"]
+LATER = [  # stage, images, further words, what the line names
+    ("all", "flat", ["--vgg", "random"], "no class sub-folders"), ("all", "flat", [], "--vgg imagenet"),
+    ("phase1", "flat", [], "needs labels"), ("all", "data", LSUN, "pass --tokenizer FILE"),
+    ("all", "data", ["--set", "image_size=96"], "discriminator.kind=patch"),
+    ("phase1", "data", FQ, "teacher vgg gives 32 features, not the 48"),
+    ("phase2", "data", [], "run --stage phase1 first"),
+    ("all", "data", ["--tokenizer", "phase1.pt", "--set", "tokenizer.codebook_size=64"], "size mismatch"),
+    ("all", "data", ["--tokenizer", "none.pt"], "no checkpoint"),
+    ("all", "data", ["--tokenizer", "vgg.pt"], "of stage 'vgg'"),
+    ("all", "data", ["--set", "classifier.batch=6"], "6 cannot be split over 4 processes; use 4 or 8"),
+    ("all", "data", ["--set", "nar.batch=6"], "6 cannot be split over 4 processes; use 4 or 8")]
 
 
-@pytest.mark.parametrize("more, named", [(["--vgg", "random"], "no class sub-folders"), ([], "needs labels")])
-def test_images_without_classes_are_refused_before_the_first_step(more, named, flat, tmp_path, capsys):
-    assert named in refusal(capsys, "all", tmp_path / "out", flat, *more)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_preset_that_needs_initial_weights_is_refused_before_the_vgg_is_trained(tmp_path, capsys):
-    words = ["--preset", "lsun-cat", "--stage", "all", "--vgg", "own", "--data", "shapes"]
-    error = refused(capsys, train_words, *words, "--device", "cpu", "--out", tmp_path / "out")
-    assert "pass --tokenizer FILE" in error and not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("section", ["classifier", "nar"])
-def test_a_batch_that_the_processes_cannot_share_is_refused_at_any_stage(
-        section, data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(plumbing.preflight, "world", lambda: 4)
-    error = refusal(capsys, "all", tmp_path / "out", data, **{f"{section}.batch": 6})
-    assert "batch 6 cannot be split over 4 processes; use 4 or 8" in error
+@pytest.mark.parametrize("stage, images, more, named", LATER)
+def test_what_a_later_stage_would_refuse_is_refused_before_the_first_one(
+        stage, images, more, named, trained, data, flat, tmp_path, monkeypatch, capsys):
+    if "processes" in named:
+        monkeypatch.setattr(plumbing.preflight, "world", lambda: 4)
+    words = command(stage, tmp_path / "out", flat if images == "flat" else data)
+    words += [str(trained / word) if word.endswith(".pt") else word for word in more]
+    assert named in refused(capsys, train_words, *words)
     assert not (tmp_path / "out").exists()
 
 
@@ -282,27 +280,7 @@ def test_a_checkpoint_of_a_later_stage_with_other_images_is_refused_before_the_f
     assert contents(tmp_path / "out") == before
 
 
-def test_initial_weights_that_do_not_fit_are_refused_before_the_vgg_is_trained(
-        trained, data, tmp_path, capsys):
-    out, given = tmp_path / "out", ["--tokenizer", trained / "phase1.pt"]
-    assert "size mismatch" in refusal(capsys, "all", out, data, *given, **{"tokenizer.codebook_size": 64})
-    assert "no checkpoint" in refusal(capsys, "all", out, data, "--tokenizer", tmp_path / "none.pt")
-    assert "of stage 'vgg'" in refusal(capsys, "all", out, data, "--tokenizer", trained / "vgg.pt")
-    assert not out.exists()
-
-
-def test_a_phase_whose_vgg_is_missing_is_refused_before_that_is_trained(data, flat, tmp_path, capsys):
-    fq = {"tokenizer.teacher_widths": [0, 48], "prior.n_head": 2, "prior.n_embd": 32}
-    words = command("phase1", tmp_path / "out", data, "--preset", "demo-fq", **fq)
-    error = refused(capsys, train_words, *words)
-    assert "teacher vgg gives 32 features, not the 48" in error
-    assert "needs labels" in refusal(capsys, "phase1", tmp_path / "out", flat)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_phase_2_without_its_phase_1_is_refused_before_the_vgg_is_trained(trained, data, tmp_path, capsys):
-    assert "run --stage phase1 first" in refusal(capsys, "phase2", tmp_path / "out", data)
-    assert not (tmp_path / "out").exists()
+def test_a_phase_2_of_another_phase_1_is_refused_before_the_vgg_is_trained(trained, data, tmp_path, capsys):
     out = earlier(trained, tmp_path / "out", "phase2")
     (out / "vgg.pt").unlink()
     before = contents(out)
