@@ -19,7 +19,7 @@ from plumbing.processes import print0
 from recipes.arena import CHOSEN, CONFIGURATIONS, FIRST, ORDER, PILOT_SEED, PRESET, RECIPES, SAMPLES
 from studies.distances import plain_names
 from studies.metrics import read_result
-from studies.rows import compare, finished, measure, run, seconds_of, shown
+from studies.rows import compare, finished, measure, passed, run, seconds_of, shown
 from studies.tables import number, print_table
 from studies.verdicts import show
 
@@ -33,28 +33,27 @@ class Arena:
 
     def __init__(self, args):
         self.args, self.root = args, args.out or Path("runs") / "arena"
-        self.device = ["--device", args.device] if args.device != "auto" else []
 
     def train(self, stage, folder, words, seed, fork=""):
         """(file that it makes, command)"""
-        data = ["--data", self.args.data] if self.args.data else []
         preset = f"{fork}.{PRESET}" if fork else PRESET
         return folder / f"{stage}.pt", [
-            "train.py", "--stage", stage, "--preset", preset, *data, *self.device, *words.split(), "--vgg",
-            str(VGG), "--precision", "fp32", "--seed", str(seed), "--out", str(folder)]
+            "train.py", "--stage", stage, "--preset", preset, *passed(self.args, "data", "device"),
+            *words.split(), "--vgg", str(VGG), "--precision", "fp32", "--seed", str(seed),
+            "--out", str(folder)]
 
     def measures(self, name, folder, ckpt, *words, by="ab"):
         """What measures a checkpoint by both classifiers, or by one of them."""
         more = ("--num", self.args.samples or SAMPLES) if ckpt.stem in ("ar", "nar") else ("--lpips", "none")
+        words = [*more, "--batch", 100, *passed(self.args, "device"), *words]
         return [measure(ckpt, EXTRACTORS[letter], self.root / "references",
-                        folder / f"metrics_{name}_{letter}.json", *more, "--batch", 100, *self.device, *words)
-                for letter in by]
+                        folder / f"metrics_{name}_{letter}.json", *words) for letter in by]
 
     def row(self, name, seed):
         """(folder, its commands, those of the row that it builds on), a command being (file, words)."""
         c = CONFIGURATIONS[name]
-        folder = self.root / f"{name.replace('/', '-')},seed={seed}"
-        base, words = [], c.words
+        folder, base, words = self.root / f"{name.replace('/', '-')},seed={seed}", [], c.words
+        tokenizer, prior = folder / "phase1.pt", folder / "ar.pt"
         if c.of:
             first, made, _ = self.row(c.of, seed)
             base = [command for command in made if command[0].name in ("phase1.pt", "ar.pt")]
@@ -62,16 +61,14 @@ class Arena:
         if "phase2" in c.stages:
             folder = folder.with_name(f"{folder.name},{CHOSEN}")
             words += f" {RECIPES[CHOSEN]}"
-        tokenizer, prior = folder / f"{c.stages[0]}.pt", folder / f"{c.stages[-1]}.pt"
-        if "phase2" in c.stages:
-            prior = first / "ar.pt"
+            tokenizer, prior = folder / "phase2.pt", first / "ar.pt"
         if "nar" in c.stages:
-            tokenizer, base = first / "phase1.pt", base[:1]
+            tokenizer, prior, base = first / "phase1.pt", folder / "nar.pt", base[:1]
         commands = [self.train(stage, folder, words, seed, c.fork) for stage in c.stages]
         if not c.of:
             commands += self.measures("pfd", folder, tokenizer, "--perturb", by="b")
             commands += self.measures("ifd", folder, tokenizer, "--interpolate", by="b")
-            commands.append(compare(tokenizer, folder / "compare.json", *self.device))
+            commands.append(compare(tokenizer, folder / "compare.json", *passed(self.args, "device")))
         if "nar" not in c.stages:
             commands += self.measures("rec", folder, tokenizer)
         commands += self.measures("samples", folder, prior, "--tokenizer", tokenizer)

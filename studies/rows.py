@@ -28,6 +28,13 @@ def compare(ckpt, out, *words):
     return out, ["-m", "studies", "compare", str(ckpt), *map(str, words), "--out", str(out)]
 
 
+def passed(args, *keys):
+    """The words of flags that were given a value."""
+    values = {key: getattr(args, key) for key in keys}
+    return [word for key, value in values.items() if value and value != "auto"
+            for word in (f"--{key}", str(value))]
+
+
 def shown(words, nproc=1):
     """A command as one would type it."""
     many = f"torchrun --standalone --nproc_per_node={nproc}"

@@ -19,7 +19,7 @@ from recipes.options import STAGES, find_preset, train_args
 from studies.distances import plain
 from studies.extractors import feature_layer
 from studies.metrics import HOW, read_result
-from studies.rows import measure, missing, run, seconds_of, shown
+from studies.rows import measure, missing, passed, run, seconds_of, shown
 
 
 def refuse_unlike(first, other):
@@ -91,7 +91,7 @@ class Table:
         drawn = 2000 if preset["data"] == "shapes" else 10_000 if self.small else 50_000
         self.samples = args.samples or drawn
         self.stages = args.stages.split(",")
-        self.device = ["--device", args.device] if args.device != "auto" else []
+        self.sets = [word for item in args.set for word in ("--set", item)]
         self.settings = dict(preset=args.preset, data=args.data, set=args.set)
         self.config = train_args(self.train("phase1", self.root)[1][1:])[1]  # that of a row without changes
         note = self.root / "settings.json"
@@ -104,12 +104,8 @@ class Table:
 
     def train(self, stage, folder, *words):
         """(file that it makes, command)"""
-        data = ["--data", self.args.data] if self.args.data else []
-        sets = [word for item in self.args.set for word in ("--set", item)]
-        workers = ["--workers", str(self.args.workers)] if self.args.workers else []
-        words = [*data, *workers, *self.device, *sets, *words]
-        command = ["train.py", "--stage", stage, "--preset", self.args.preset, *words]
-        return folder / f"{stage}.pt", [*command, "--out", str(folder)]
+        words = [*passed(self.args, "preset", "data", "workers", "device"), *self.sets, *words]
+        return folder / f"{stage}.pt", ["train.py", "--stage", stage, *words, "--out", str(folder)]
 
     def shared(self):
         """What all rows need: the VGG, and a FID classifier that no tokenizer is trained with."""
@@ -119,8 +115,8 @@ class Table:
         if self.args.extractor:
             return [vgg]
         wide = f"classifier.width={self.WIDER * self.config['classifier']['width']}"
-        path, words = self.train("vgg", self.root / "classifier", "--arch", "resnet", "--seed", "1", "--set",
-                                 wide)
+        other = ["--arch", "resnet", "--seed", "1", "--set", wide]
+        path, words = self.train("vgg", self.root / "classifier", *other)
         return [vgg, (path.with_name("resnet.pt"), words)]
 
     def row(self, ablation, decoder):
@@ -135,11 +131,8 @@ class Table:
         if shared:  # the tokenizer of another row
             commands, first = self.row(shared, decoder)[0][:1], self.root / shared
             words += ["--tokenizer", str(first / f"{decoder}.pt")]
-        if decoder == "phase2":
-            commands.append(self.train("phase2", folder, *words))
-        for stage in ("ar", "nar"):
-            if stage in self.stages:
-                commands.append(self.train(stage, folder, *words))
+        later = ["phase2"] * (decoder == "phase2") + [s for s in ("ar", "nar") if s in self.stages]
+        commands += [self.train(stage, folder, *words) for stage in later]
         for stage in self.stages:
             checkpoint = first / f"{decoder}.pt" if stage == "phase1" else folder / f"{stage}.pt"
             result[stage] = folder / f"metrics_{checkpoint.stem}_{decoder}.json"
@@ -147,7 +140,7 @@ class Table:
             if stage != "phase1":
                 more = ["--tokenizer", first / f"{decoder}.pt", "--num", self.samples]
             commands.append(measure(checkpoint, self.extractor, self.root / "references", result[stage],
-                                    *self.device, *more))
+                                    *passed(self.args, "device"), *more))
         return commands, result
 
     def rows(self):
@@ -199,12 +192,10 @@ class Table:
         text = print_table([["", *(f"paper: {c}" for c in columns), *(f"ours: {c}" for c in ours)], *(
             [row["label"], *(number(row["paper"][c]) for c in columns),
              *(number(row["ours"].get(c)) for c in ours)] for row in rows)])
-        words = [word for item in self.args.set for word in ("--set", item)]
-        for key in ("data", "stages", "samples", "extractor"):
-            words += [f"--{key}", str(getattr(self.args, key))] * bool(getattr(self.args, key))
+        words = [*self.sets, *passed(self.args, "data", "stages", "samples", "extractor"), "--run"]
         about = dict(
             title=self.table["title"], preset=self.args.preset, paper_scale=self.table["scale"],
-            command=shown(["-m", "studies", self.name, "--preset", self.args.preset, *words, "--run"]),
+            command=shown(["-m", "studies", self.name, "--preset", self.args.preset, *words]),
             how={stage: {key: result[key] for key in ("extractor", *HOW)} for stage, result in first.items()},
             threads=torch.get_num_threads(), torch=torch.__version__, rows=rows)
         self.root.mkdir(parents=True, exist_ok=True)

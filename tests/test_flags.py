@@ -69,7 +69,7 @@ def read_in(tree):
     nodes, text = list(ast.walk(tree)), ast.unparse(tree)
     found = {node.attr for node in nodes if isinstance(node, ast.Attribute)
              and "args" in (getattr(node.value, "id", ""), getattr(node.value, "attr", ""))}
-    if "getattr(args, key)" in text or "getattr(self.args, key)" in text:  # by a name out of a tuple
+    if "getattr(args, key)" in text or "passed(self.args" in text:  # by a name out of a tuple
         found |= {node.value for node in nodes if isinstance(node, ast.Constant)}
     if "vars(args)" in text and "SAMPLER" in text:
         found |= {*SAMPLER, "confidence_space"}
