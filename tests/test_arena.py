@@ -182,7 +182,6 @@ def test_the_verdicts_are_of_the_right_pairs():
                 for row in made_up()]
 
     assert found(made_up()) == {"a": "gain", "a, P": "gain", "b": "holds", "d": "holds", "d'": "holds"}
-    assert found(moved("A0", fd_a=-9))["a"] == "not decided"
     assert found(moved("A0", fd_a=-9, fd_b=-9))["a"] == "worse"
     assert found(moved("P0", fd_a=-9, fd_b=-9))["a, P"] == "worse"
     assert found(moved("A1", relative=1))["b"] == "does not hold"  # raw nats still fall

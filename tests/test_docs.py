@@ -26,14 +26,7 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "assets").glob("*.md"))]
 PARSERS = {"train.py": train_args, "sample.py": sample_args, "visualize.py": visualize_args,
            "studies": study_args}
-SECTIONS = {  # of the preprint, and what is there
-    "3.1.1": "VQ tokenizers: Eq. 1 and 2", "3.1.2": "generative transformers: Eq. 3, AR, NAR (MaskGIT)",
-    "3.2": "the teacher-forced view, Fig. 3", "3.3.1": "Table 1, L_low, L_sem, Eq. 4, alpha",
-    "3.3.2": "discussion", "3.4": "both phases, frozen latent space, attention, codebook usage, Fig. 6",
-    "4.1": "training of the tokenizers, Table 2", "4.2": "unconditional generation, Table 3",
-    "4.3": "class-conditional generation, Table 4", "4.4": "ablations, Tables 5 and 6, Fig. 7",
-    "6.1": "Table 7, discriminator, priors (Table 8), sampling, all recipes (Tables 9 and 10)",
-    "6.2": "Fig. 8 to 11", "6.3": "samples", "6.4": "limits"}
+SECTIONS = "3.1.1 3.1.2 3.2 3.3.1 3.3.2 3.4 4.1 4.2 4.3 4.4 6.1 6.2 6.3 6.4".split()  # of the preprint
 CITED = {  # of what each docstring must name, among others
     "3.1.1": [tokenizer], "3.1.2": [prior_ar, prior_nar, prior_ar.ARPrior, prior_nar.NARPrior],
     "3.2": [visualize.teacher_forced_view, prior_ar.ARPrior.predict],
