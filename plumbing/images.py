@@ -47,6 +47,7 @@ def load_rgb(path, min_side=1, alpha=False):
         raise
     except Exception as error:  # decoders raise errors of many kinds on damaged files
         reason = f"{type(error).__name__}: {error}".replace(f" {path!r}", "")  # its name or place in memory
+        reason = getattr(error, "strerror", None) or reason  # of a file that is not there
         raise BadImage(reason.splitlines()[0]) from None
 
 

@@ -115,6 +115,7 @@ def load_inception(source):
     except UserError:
         raise
     except Exception as error:  # no network, no file, or a state dict of something else
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        reason = " ".join(reason.split())[:120]
         raise UserError(f"--extractor {source}: no Inception weights ({reason}); {remedy}, or pass a "
                         "checkpoint of train.py --stage vgg") from None
