@@ -1,4 +1,4 @@
-"""Every flag of every command, once: {key: arguments of add_argument}. Each command lists the keys it reads.
+"""Every flag of every command, once. Each command lists the keys of FLAGS that it reads.
 
 A key is the name of the flag, followed by a dot and its use where the same word means another thing
 elsewhere. Nothing here imports torch: --help and a wrong flag answer at once.
@@ -21,7 +21,7 @@ SAMPLER = dict(  # settings of a sampler that are numbers: type
     choice_temperature=float, guidance=float)
 ROWS = dict.fromkeys(row.name for table in TABLES.values() for row in table["rows"] if "=" not in row.name)
 FILE, SOURCE = as_path, expanded  # a path; a path or a word such as 'imagenet'
-FLAGS = {  # without `names` a flag is its key up to the dot
+ENTRIES = {  # a flag: type, choices or bool; help; default; further arguments, `names` for another spelling
     # training
     "stage": ((*STAGES, "all"), "what to train"),
     "preset": (str, f"recipe: {', '.join(PRESETS)}, or one of a fork, for instance demo-fq "
@@ -141,7 +141,7 @@ def described(kind, help, default=None, more=None):
     return known | (more or {})
 
 
-FLAGS = {key: described(*flag) for key, flag in FLAGS.items()}
+FLAGS = {key: described(*entry) for key, entry in ENTRIES.items()}
 
 
 def spelled(key):

@@ -116,20 +116,15 @@ def refuse_ignored(config, preset):
     if config["discriminator"]["kind"] == "patch":
         unread |= dict.fromkeys(("discriminator.channel_multiplier", "discriminator.max_width"),
                                 "PatchGAN has its own widths")
-    if not has_entropy(config):
+    own = forks.load(config["fork"]).parts().get("tokenizer") if config["fork"] else None
+    reads = getattr(own.Quantizer, "READS", ()) if own else ("codebook", "entropy_set")
+    codebook = config["tokenizer"].get("codebook", "entropy") if "codebook" in reads else "entropy"
+    if "entropy_set" not in reads or codebook != "entropy":
         unread["phase1.gamma"] = "this codebook has no entropy term"
     for place, why in unread.items():
         section, key = place.split(".")
         if config[section].get(key) != preset[section].get(key):
             raise ValueError(f"{place} changes nothing: {why}; leave it out")
-
-
-def has_entropy(config):
-    """Whether gamma weighs anything: not every codebook, and not every fork's quantizer, has H(D_bar)."""
-    tokenizer = forks.load(config["fork"]).parts().get("tokenizer") if config["fork"] else None
-    reads = getattr(tokenizer.Quantizer, "READS", ()) if tokenizer else ("codebook", "entropy_set")
-    codebook = config["tokenizer"].get("codebook", "entropy") if "codebook" in reads else "entropy"
-    return "entropy_set" in reads and codebook == "entropy"
 
 
 def build_config(args):
@@ -157,8 +152,8 @@ def build_config(args):
         own = [] if config["fork"] is None else getattr(forks.load(config["fork"]), "TABLES", {}).values()
         args.expanded = expand_ablation(args.ablation, config, own)
         for place, value in args.expanded.items():
-            *section, key = place.split(".")
-            (config[section[0]] if section else config)[key] = value
+            section, key = place.split(".")
+            config[section][key] = value
     refuse_ignored(config, preset)
     guided = config["conditional"] and config["sample"].get("guidance", 1) != 1
     if guided and not config["prior"].get("class_dropout"):
