@@ -148,7 +148,7 @@ def parse(words):
         options, f"{script.removesuffix('.py')}_args")(words)
 
 
-@pytest.mark.parametrize("command", few(COMMANDS, *range(0, len(COMMANDS), 4)))
+@pytest.mark.parametrize("command", few(COMMANDS, *range(0, len(COMMANDS), 6)))
 def test_every_flag_is_in_the_list_of_a_command_or_refused_with_exit_code_2(command, capsys):
     keys, left_out = COMMANDS[command]
     wanted = {name for key in keys.split() if not names(key) & {*left_out.split()} for name in spelled(key)}
