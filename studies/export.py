@@ -33,7 +33,7 @@ model, checkpoint = load_model("{place}", ("{stage}",))  # a tokenizer has encod
 ## Licence
 
 The code is under the MIT licence. The weights come with no licence of their own: whoever hands them on
-chooses one, and minds that of the data they were trained on.
+chooses one, and minds those of the data and of the weights that they were made from.
 """
 
 
