@@ -1,223 +1,119 @@
 """Images in tar archives, read where they lie: `--data 'DIR/*.tar'` (docs/data.md).
 
-An archive is looked through once; where each image begins and how long it is goes into an index beside the
-run. From then on an image is one read at a place (`pread`): order, crops and fingerprint are those of the
-same images in a folder.
+At its start a run looks through the archives once. From then on an image is one read at its place: order,
+crops and fingerprint are those of the same images in a folder.
 """
 
-import codecs
 import collections
-import contextlib
-import functools
 import glob
 import io
-import json
 import os
+import re
 import tarfile
 
-from plumbing.errors import UserError, warn
-from plumbing.files import begins, save_text
+from plumbing.errors import UserError
 from plumbing.images import BadImage
-from plumbing.paths import braces, expanded, split_of
-from plumbing.processes import mix, on_rank0, print0
+from plumbing.paths import expanded
+from plumbing.processes import on_rank0
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
-COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")  # how gz, bz2, xz and zst begin
-OPEN = 64  # archives that a process holds open at a time
-RULES = 2  # of `look_through`: an index that was made by others is made anew
 
 
 def is_archive(source):
     """Whether `--data` names archives: FILE.tar or a pattern of such."""
-    return isinstance(source, str | os.PathLike) and (
-        str(source).lower().rstrip("}").endswith((".tar", *PACKED)))
+    return isinstance(source, str | os.PathLike) and str(source).lower().endswith(".tar")
 
 
 def matches(pattern):
-    """{name or pattern of an archive, without braces: the paths that there are}; a file of that very name
-    comes before a pattern."""
-    text = expanded(str(pattern))
-    names = [text] if os.path.exists(text) else braces(text)
+    """{name or pattern of an archive: the paths that there are}"""
+    names = numbered(expanded(str(pattern)))
     return {name: [name] if os.path.exists(name) else glob.glob(name) for name in names}
 
 
-def archives_of(pattern, flag):
-    """Paths of the archives, sorted.  raises: UserError for one that is not there"""
-    found = matches(pattern)
-    missing = [name for name, paths in found.items() if not paths]
-    if missing:
-        one = f": {missing[0]} is not there" if len(found) > 1 else ""
-        raise UserError(f"{flag} {pattern}: there is no such archive{one} (quote a pattern, so that the "
-                        "shell leaves it alone)")
-    return sorted({path for paths in found.values() for path in paths})
+def numbered(pattern):
+    """WebDataset's spelling of many archives: "x-{00..02}.tar" -> x-00.tar, x-01.tar, x-02.tar"""
+    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if not found:
+        return [pattern]
+    first, last = found.groups()
+    numbers = (f"{i:0{len(first)}}" for i in range(int(first), int(last) + 1))
+    return [pattern[: found.start()] + number + pattern[found.end() :] for number in numbers]
 
 
 def look_through(path):
-    """([(image name, its class or None, offset, size)], names of folders above the classes) of one archive.
+    """[(class or None, name, path, offset, size)] of the images of one archive.
 
-    The class is the folder that holds the image, or what `key.cls` says beside `key.jpg` (WebDataset), there
-    an int if it is a number, with "_" for "/". What is hidden is left out, as in a folder. Of members of one
-    name the last counts, as for `tar x`.
-    raises: UserError for a file that is no archive, damaged, cut off, compressed, with links or sparse files
-            for images, or with a .cls that names no class
+    The class is the folder that holds the image, or what `key.cls` says beside `key.jpg` (WebDataset). What
+    is hidden is left out, as in a folder. Of members of one name the last counts, as for `tar x`.
+    raises: UserError for a file that is no archive, compressed, damaged or cut off, for links in the place of
+            images, and where not each image has a .cls of its own though some have
     """
-    images, labels, odd, inner, size = {}, {}, {}, None, os.path.getsize(path)
+    images, labels = {}, {}
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
-                *above, name = [part for part in member.name.split("/") if part not in ("", ".")] or [""]
-                place, lower = ("/".join(above), name), name.lower()
-                if name.startswith(".") or any(part.startswith((".", "__")) for part in above):
-                    continue
-                odd.pop(place, None)
-                if member.islnk() or member.issym() or member.sparse:
-                    if lower.endswith((*EXTENSIONS, ".cls")):
-                        odd[place] = f"{path}: {member.name} is {'sparse' if member.sparse else 'a link'}"
-                elif not member.isfile():
-                    continue
-                elif member.offset_data + member.size > size:
-                    raise UserError(f"{path} is cut off: {member.name} ends beyond its last byte")
-                elif lower.endswith(EXTENSIONS):
-                    images[place] = member.offset_data, member.size
-                elif lower.endswith(".cls"):
-                    labels[place] = class_in(archive.extractfile(member).read(1000), f"{path}: {member.name}")
-                elif lower.endswith((".tar", *PACKED)):
-                    inner = inner or member.name
                 archive.members = []  # tarfile would keep a million of them
+                *above, name = [part for part in member.name.split("/") if part not in ("", ".")] or [""]
+                hidden = name.startswith(".") or any(part.startswith((".", "__")) for part in above)
+                folder, (key, suffix) = "/".join(above), os.path.splitext(name)
+                if hidden or member.isdir() or suffix.lower() not in (*EXTENSIONS, ".cls"):
+                    continue
+                if not member.isfile():
+                    raise UserError(f"{path}: {member.name} is a link; pack the images themselves, with tar "
+                                    "--dereference --hard-dereference")
+                if suffix.lower() == ".cls":
+                    labels[folder, key] = class_in(archive.extractfile(member).read(), path, member.name)
+                else:
+                    images[folder, name] = member.offset_data, member.size
             end = archive.offset
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except tarfile.TarError as error:
-        if begins(path, 6).startswith(COMPRESSED):
-            raise UserError(f"{path} is compressed, and in such an archive no place can be read by itself; "
-                            "unpack it to a plain .tar (images gain nothing from it)") from None
-        raise UserError(f"{path} is damaged or no tar archive ({error})") from None
-    if end > size or not ends(path, end):  # tarfile takes a damaged header for the end
-        raise UserError(f"{path} is cut off or damaged after {len(images):,} images, or another archive was "
-                        "appended to it: at its end are no zeros")
-    if inner and not images:
-        raise UserError(f"{path} holds archives ({inner}) and no images; unpack it, and pass those inside")
-    for what in odd.values():
-        raise UserError(f"{what}; pack the images themselves, with tar --dereference --hard-dereference and "
-                        "without --sparse")
-    folders = sorted({part for one in {folder for folder, _ in images} for part in one.split("/")[:-1]})
-    classes = classes_of(path, images, labels)
-    return [(place[1], classes.get(place, place[0].rpartition("/")[2] or None), offset, length)
-            for place, (offset, length) in images.items()], folders
+    except (OSError, tarfile.TarError) as error:
+        raise UserError(f"{path} is no plain tar archive, or damaged ({error}); unpack a compressed one"
+                        ) from None
+    with open(path, "rb") as file:  # tarfile takes a damaged header for the end
+        file.seek(end)
+        rest = file.read(2**20)
+    if len(rest) < 512 or rest.strip(b"\0"):
+        raise UserError(f"{path} is cut off or damaged after {len(images):,} images: no zeros at its end")
+    if not labels:
+        return [(folder.rpartition("/")[2] or None, name, path, *place)
+                for (folder, name), place in images.items()]
+    keys = {(folder, name): (folder, os.path.splitext(name)[0]) for folder, name in images}
+    used = collections.Counter(keys.values())
+    for image, key in keys.items():
+        if key not in labels or used[key] > 1:
+            raise UserError(f"{path}: {'/'.join(filter(None, image))}: it is not clear which image has which "
+                            "label; each image takes one .cls of its name (1.png and 1.cls)")
+    return [(labels[keys[image]], image[1], path, *place) for image, place in images.items()]
 
 
-def class_in(content, name):
-    """The class that the bytes of a .cls say: an int if it is a number.  raises: UserError for no text"""
-    encoding = "utf-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
-    try:
-        text = content.decode(encoding, "strict" if encoding == "utf-16" else "surrogateescape").strip()
-    except UnicodeDecodeError:
-        text = ""
-    if not 0 < len(text) <= 200 or not set(text).isdisjoint("\0\r\n"):
-        raise UserError(f"{name} names no class: one line of text is wanted there, in UTF-8")
-    return int(text) if text.isdecimal() else text.replace("/", "_")
+def class_in(content, path, name):
+    """The class that the bytes of a .cls say.  raises: UserError unless they are one line of text"""
+    text = content.decode("utf-8-sig", errors="surrogateescape").strip()
+    if not text or "\0" in text or len(text.splitlines()) > 1:
+        raise UserError(f"{path}: {name} names no class: one line of text is wanted there, in UTF-8")
+    return text.replace("/", "_")
 
 
-def classes_of(path, images, labels):
-    """{(folder, name) of an image: its class} by the .cls files of one archive, {} if it has none.
-
-    images, labels: dicts by (folder, name); the values of labels are classes
-    A key ends at the first dot. Where that gives a key two images or two labels, it ends at the last dot, as
-    in n01440764.10026.JPEG.
-    raises: UserError unless each image then has one label, and no other image has it too
-    """
-    def first(place):
-        return place[0], place[1].split(".")[0]
-
-    def key(place):
-        return (place[0], place[1].rpartition(".")[0]) if first(place) in several else first(place)
-
-    if not labels:  # every image counts, as in a folder
-        dotted = [place for place in images if place[1].count(".") > 1]
-        plain = {(folder, name.rpartition(".")[0]) for folder, name in images} if dotted else ()
-        if beside := next((place for place in dotted if first(place) in plain), None):
-            warn(f"{path}: {beside[1]} is taken for an image, as is what is called {first(beside)[1]} alone")
-        return {}
-    counts = [collections.Counter(map(first, part)) for part in (images, labels)]
-    several = {place for count in counts for place, number in count.items() if number > 1}
-    known = {key(place): kind for place, kind in labels.items()}
-    used = collections.Counter(map(key, images))
-    odd = [place for place in images if used[key(place)] > 1 or key(place) not in known]
-    odd += [place for place in labels if first(place) in several and key(place) not in used]
-    if odd:
-        raise UserError(f"{path}: {'/'.join(odd[0]).lstrip('/')}: it is not clear which image has which "
-                        "label; each image takes one .cls of its name (1.png and 1.cls), each .cls one image")
-    return {place: known[key(place)] for place in images}
-
-
-def ends(path, place):
-    """Whether an archive ends at a place: with a block of zeros, and nothing but zeros after it."""
-    with open(path, "rb") as file:
-        file.seek(place)
-        blocks = iter(lambda: file.read(2**20), b"")
-        first = next(blocks, b"")
-        return len(first) >= 512 and not first.strip(b"\0") and not any(b.strip(b"\0") for b in blocks)
-
-
-def index_of(paths, keep):
-    """{path: [[size, time, RULES], *look_through(path)]}; kept in the folder `keep`, and used while these
-    three stay."""
-    paths, kept, found, place = [*map(os.path.abspath, paths)], {}, {}, None
-    if keep is not None:
-        place = keep / f"archives-{mix(*paths):016x}.json"
-        with contextlib.suppress(OSError, ValueError):  # none is there, or a damaged one
-            kept = json.loads(place.read_text(encoding="utf-8"))
-    if len(paths) > 20 and not kept:
-        print0(f"looking through {len(paths)} archives, once")
-    for path in paths:
-        about = [os.stat(path).st_size, os.stat(path).st_mtime_ns, RULES]
-        found[path] = kept.get(path)
-        if not found[path] or found[path][0] != about:
-            found[path] = [about, *look_through(path)]
-    if place and found != kept:
-        try:
-            save_text(json.dumps(found), place)
-        except UserError as error:  # a folder that may only be read
-            warn(f"the index of the archives is not kept, and made again each time: {error}")
-    return found
-
-
-def scan_archives(pattern, flag="--data", keep=None):
+def scan_archives(pattern, flag="--data"):
     """(files, class names) as `scan_folder`'s; a file is a string of ARCHIVE, OFFSET, SIZE, /CLASS/NAME.
 
-    Numbers of .cls files are classes in the order of the numbers, folders in that of their names, as ever.
     raises: UserError for what cannot be read, and where only some images have a class
     """
-    paths = archives_of(pattern, flag)
-    found = on_rank0(lambda: index_of(paths, keep))
-    refuse_splits(flag, found)
-    rows = [(kind, name, path, offset, size) for path, (_, images, _) in found.items()
-            for name, kind, offset, size in images]
+    found = matches(pattern)
+    for name, there in found.items():
+        if not there:
+            raise UserError(f"{flag} {pattern}: there is no {name} (quote a pattern for the shell)")
+    paths = sorted({os.path.abspath(path) for paths in found.values() for path in paths})
+    rows = on_rank0(lambda: [row for path in paths for row in look_through(path)])
+    names = {row[0] for row in rows}
     if not rows:
         raise UserError(f"no images in {flag} {pattern} (looked for {' '.join(EXTENSIONS)})")
-    kinds = {row[0] for row in rows}
-    if None in kinds and len(kinds) > 1:
-        name = next(row for row in rows if row[0] is None)
-        raise UserError(f"{name[2]} holds images with and without a class, {name[1]} for instance")
-    names = sorted(kinds - {None}, key=lambda kind: (isinstance(kind, str), kind))
-    order = {kind: i for i, kind in enumerate(names)}
-    rows.sort(key=lambda row: (order.get(row[0], 0), row[1], row[2]))
-    files = ["\0".join((path, str(offset), str(size), f"/{'' if kind is None else kind}/{name}"))
+    if None in names and len(names) > 1:
+        raise UserError(f"{flag} {pattern} holds images with and without a class")
+    rows.sort(key=lambda row: (row[0] or "", *row[1:]))
+    files = ["\0".join((path, str(offset), str(size), f"/{kind or ''}/{name}"))
              for kind, name, path, offset, size in rows]  # no path holds a \0
-    return files, list(map(str, names))
-
-
-def refuse_splits(flag, found):
-    """raises: UserError for archives, or folders in them, that are several splits of a data set"""
-    names = {os.path.basename(path).removesuffix(".tar") for path in found}
-    names |= {name for _, _, folders in found.values() for name in folders}
-    kinds = {str(image[1]) for _, images, _ in found.values() for image in images}
-    names |= kinds if all(map(split_of, kinds)) else set()
-    splits = sorted({split_of(name) for name in names} - {None})
-    if len(splits) > 1:
-        raise UserError(f"{flag} names archives with several splits of a data set ({', '.join(splits)}), "
-                        "which would become one; pass those of one split, the others with --val")
+    return files, sorted(names - {None})
 
 
 def parts_of(file):
@@ -226,15 +122,12 @@ def parts_of(file):
     return archive, int(offset), int(size), inside
 
 
-@functools.lru_cache(OPEN)  # a file that falls out of it is closed
-def opened(path, process):
-    return open(path, "rb", buffering=0)
-
-
 def read(file):
     """One `scan_archives` file as a file in memory.  raises: BadImage if its archive cannot be read"""
     path, offset, size, _ = parts_of(file)
-    try:  # each process opens its own files
-        return io.BytesIO(os.pread(opened(path, os.getpid()).fileno(), size, offset))
+    try:
+        with open(path, "rb", buffering=0) as archive:
+            archive.seek(offset)
+            return io.BytesIO(archive.read(size))
     except OSError as error:
         raise BadImage(str(error)) from None

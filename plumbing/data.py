@@ -5,6 +5,7 @@ import functools
 import hashlib
 import os
 import random
+import re
 from pathlib import Path
 
 from PIL import Image
@@ -12,8 +13,8 @@ from PIL import Image
 from plumbing.archives import EXTENSIONS, is_archive, matches, parts_of, read, scan_archives
 from plumbing.dataset import ImageData
 from plumbing.errors import UserError, warn
-from plumbing.images import BadImage, load_rgb, to_square
-from plumbing.paths import SPLITS, as_path, shown, split_of
+from plumbing.images import load_rgb, to_square
+from plumbing.paths import as_path, shown
 from plumbing.processes import mix, on_rank0, print0, rank
 from plumbing.shapes import Shapes
 
@@ -128,19 +129,15 @@ def scan_folder(folder, flag="--data"):
         raise UserError(f"{flag} {folder} is a file; unpack it first and pass the folder")
     try:
         inside = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
-        classes = {p: images_in(p) for p in inside}
-        files = [path for found in classes.values() for path in found] or images_in(folder)
-        refuse_splits(folder, flag, classes)
+        classes = {p.name: found for p in inside if (found := images_in(p))}
+        loose = images_in(folder)
     except OSError as error:
         raise UserError(f"{flag} {folder} cannot be read: {error}") from None
-    if not files:
+    if not classes and not loose:
         raise UserError(f"no images under {folder} (looked for {' '.join(EXTENSIONS)}, in it and one below)")
-    names = [p.name for p, found in classes.items() if found]
-    if names and len(names) < len(classes) and rank() == 0:
-        warn(f"no images in {', '.join(p.name for p, found in classes.items() if not found)} under {folder}")
-    if names and rank() == 0 and (loose := images_in(folder)):
+    if classes and loose and rank() == 0:
         warn(f"{len(loose)} images beside the class folders of {folder} are left out")
-    return files, names
+    return [path for found in classes.values() for path in found] or loose, list(classes)
 
 
 def with_data(config, data):
@@ -152,10 +149,9 @@ def with_data(config, data):
     return dict(config, data=data, val=None if own else data)
 
 
-def load_data(config, keep=None, labels=True):
+def load_data(config, labels=True):
     """(train, val) ImageData of a run's configuration: 'shapes', 'cifar10', a folder of images or archives.
 
-    keep:   a folder, that of the run, for the index of archives
     labels: False where nobody needs the classes: they are left out, and need not be alike
     """
     source, S, seed, limit = config["data"], config["image_size"], config["seed"], config["limit"]
@@ -171,17 +167,18 @@ def load_data(config, keep=None, labels=True):
     flag = "--data" if val in (None, source) else "--val"  # the one that named the validation images
     if val is None and (folder / "train").is_dir() and (folder / "val").is_dir():
         folder, val = folder / "train", folder / "val"
-    files, names = scan(folder, "--data", keep)
+    files, names = scan(folder, "--data")
     if val is not None:
-        val_files, val_names = scan(val, flag, keep)
-        if labels:
-            refuse_other_classes(folder, names, val, val_names)
+        val_files, val_names = scan(val, flag)
+        if labels and bool(names) != bool(val_names):
+            raise UserError(f"only one of {folder} and {val} has class sub-folders; sort the images of the "
+                            f"other into such, or pass --data {folder} alone")
+        if labels and (strangers := sorted(set(val_names) - set(names))):
+            raise UserError(f"{val} has classes that {folder} lacks: {', '.join(strangers[:3])}")
     else:
         held_out = set(random.Random(mix(0, "split")).sample(range(len(files)), max(1, len(files) // 20)))
-        if len(files) == 1:
-            print0(f"note: the only image of {folder} is both training and validation image")
         val_files = [path for i, path in enumerate(files) if i in held_out]
-        files = [path for i, path in enumerate(files) if i not in held_out] or files
+        files = [path for i, path in enumerate(files) if i not in held_out] or files  # of a single image
     random.Random(mix(0, "val")).shuffle(val_files)  # so that the first ones are of all classes
     if labels and not names:
         print0(f"note: {folder} has no class sub-folders, so its images carry no labels")
@@ -189,63 +186,19 @@ def load_data(config, keep=None, labels=True):
         files = random.Random(mix(seed, "limit")).sample(files, limit)
     names = names if labels else []
     ours, theirs = (ArchiveData if is_archive(place) else FolderData for place in (folder, val or folder))
-    train, val = ours(files, names, S, seed), theirs(val_files, names, S, seed)
-    look_at_some(train)
-    return train, val
+    return ours(files, names, S, seed), theirs(val_files, names, S, seed)
 
 
-def scan(place, flag, keep):
-    return scan_archives(place, flag, keep) if is_archive(place) else scan_folder(place, flag)
+SPLIT = r"(images?[\W_]*)?(train|val|valid|dev|eval|test)(ing|idation|uation)?[\W_]*\d*"
 
 
-def look_at_some(data, num=20):
-    """Refuses a data set if more than a quarter of `num` images, drawn by the seed, cannot be read."""
-    chosen, bad = random.Random(mix(data.seed, "look")).sample(range(len(data)), min(num, len(data))), []
-    for index in chosen:
-        try:
-            data.render(index)
-        except BadImage as error:
-            bad.append(f"{data.name(index)} ({error})")
-    if len(bad) > len(chosen) / 4:
-        raise UserError(f"{len(bad)} of {len(chosen)} images looked at cannot be read, for instance {bad[0]}")
-
-
-def refuse_splits(folder, flag, classes):
-    """A folder whose sub-folders are the splits of a data set would make each split a class.
-
-    classes: {sub-folder: its images};  raises: UserError if all that hold images, or else hold folders of
-    images while none lie beside them, are named after splits
-    """
-    splits = [p for p in classes if split_of(p.name) and any(p.iterdir())]
-    splits.sort(key=lambda p: SPLITS.index(split_of(p.name)))
-    flat = [p for p, found in classes.items() if found]
-    deeper = not flat and not images_in(folder) and any(
-        images_in(below) for p in splits for below in p.iterdir() if below.is_dir())
-    if not splits or not (deeper or flat and all(p in splits for p in flat)):
-        return
-    train = [p for p in splits if split_of(p.name).startswith("train")]
-    other = [p for p in splits if p not in train]
-    remedy = f"--data {(train or other)[0]}"
-    if flag == "--val":
-        remedy = f"--val {(other or train)[0]}"
-    elif train and other:
-        remedy += f" --val {other[0]} (sample.py, visualize.py: --data {other[0]})"
-    raise UserError(f"the sub-folders of {flag} {folder} are splits of a data set and no classes "
-                    f"({', '.join(p.name for p in splits)}); pass {remedy}")
-
-
-def refuse_other_classes(folder, names, val, val_names):
-    """raises: UserError unless validation images have labels where the training images have them, and only
-    of classes that these have too"""
-    for one, few, two, many in ((val, val_names, folder, names), (folder, names, val, val_names)):
-        if many and not few:
-            raise UserError(
-                f"{one} has no class sub-folders, {two} has {len(many)}; sort the images of {one} into "
-                f"folders of these names, or leave {val} out: --data {folder} (sample.py, visualize.py: "
-                f"--data {val})")
-    strangers = sorted(set(val_names) - set(names))
-    if strangers:
-        raise UserError(f"{val} has classes that {folder} lacks: {', '.join(strangers[:3])}")
+def scan(place, flag):
+    """(files, class names) of a folder or of archives.  raises: UserError if splits would become classes"""
+    files, names = scan_archives(place, flag) if is_archive(place) else scan_folder(place, flag)
+    if names and all(re.fullmatch(SPLIT, name, re.I) for name in names):
+        raise UserError(f"{', '.join(names)} in {flag} {place} are splits of a data set and no classes; pass "
+                        "one of them with --data and another with --val")
+    return files, names
 
 
 def is_folder(source):
@@ -263,7 +216,6 @@ def images_of(path, config, data=None):
         raise UserError(f"{path} tells of no images; pass --data PATH")
     for source in (config["data"], config["val"]) if data is None else ():
         if is_folder(source) and not all(matches(source).values()):
-            kind = "archive" if is_archive(source) else "folder"
             raise UserError(f"the run of {path} had its images in {source}, and from {Path.cwd()} there is "
-                            f"no such {kind}; pass --data PATH")
-    return load_data(with_data(config, data), Path(path).parent)
+                            "no such place; pass --data PATH")
+    return load_data(with_data(config, data))

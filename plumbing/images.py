@@ -1,11 +1,7 @@
 """Single images: from any file to pixels, from pixels to floats and back, and sheets of them."""
 
-import contextlib
-import io
-import logging
 import math
 import warnings
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,11 +21,14 @@ def load_rgb(path, min_side=1, alpha=False):
             (89 million) or a side below `min_side`
     """
     try:
-        with quiet_decoders():
-            try:
-                image = upright(path)
-            except ValueError:  # Pillow's limit on the size of text, on which no pixel depends
-                image = upright(without_text(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd metadata, at every visit and without the file's name
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                if image.format == "PNG":
+                    image.verify()  # the checksums, which decoding leaves out
+            with Image.open(path) as image:
+                image = ImageOps.exif_transpose(image)
             if image.mode == "F":
                 raise BadImage("float pixels of unknown range")
             if min(image.size) < min_side:
@@ -49,30 +48,6 @@ def load_rgb(path, min_side=1, alpha=False):
         reason = f"{type(error).__name__}: {error}".replace(f" {path!r}", "")  # its name or place in memory
         reason = getattr(error, "strerror", None) or reason  # of a file that is not there
         raise BadImage(reason.splitlines()[0]) from None
-
-
-def upright(file):
-    """A PIL image in memory, rotated as its EXIF says."""
-    with contextlib.ExitStack() as opened:
-        image = opened.enter_context(Image.open(file))
-        if image.format == "PNG":
-            image.verify()  # the checksums, which decoding leaves out; it has to be opened anew then
-            image = opened.enter_context(Image.open(file))
-        return ImageOps.exif_transpose(image)
-
-
-def without_text(file):
-    """The same file in memory; of a PNG without the chunks of text and of the colour profile."""
-    data = file.getvalue() if isinstance(file, io.BytesIO) else Path(file).read_bytes()
-    if not data.startswith(b"\x89PNG"):
-        return io.BytesIO(data)
-    kept, place = [data[:8]], 8
-    while place < len(data):  # a chunk: 4 bytes of length, 4 of name, the content, 4 of checksum
-        end = place + 12 + int.from_bytes(data[place : place + 4], "big")
-        if data[place + 4 : place + 8] not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
-            kept.append(data[place:end])
-        place = end
-    return io.BytesIO(b"".join(kept))
 
 
 def to_square(image, S):
@@ -112,19 +87,3 @@ def make_sheet(images, columns, note="", zoom=None):
     if note:
         ImageDraw.Draw(sheet).text((2, sheet.height - 13), note, fill="black")
     return sheet
-
-
-@contextlib.contextmanager
-def quiet_decoders():
-    """Around a decoder: no warnings and log lines, which odd metadata brings at every visit and without the
-    name of the file. Errors are raised, and so is the warning of Pillow's limit on pixels."""
-    logger = logging.getLogger("PIL")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            yield
-    finally:
-        logger.setLevel(level)

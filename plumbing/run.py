@@ -34,7 +34,7 @@ from plumbing.processes import (
 from plumbing.signals import listening
 from plumbing.stages import DEPENDS, SECTION, refuse_other_config, refuse_other_images
 from plumbing.validation import early_warnings
-from plumbing.weights import load_lpips_loss
+from plumbing.weights import load_lpips
 
 
 class Run:
@@ -60,7 +60,7 @@ class Run:
                 self.config = config = dict(config, precision="fp32")
         if args.workers > 4 * os.cpu_count() and rank() == 0:
             warn(f"--workers {args.workers} on {os.cpu_count()} cores")
-        self.train, self.val = load_data(config, self.out)
+        self.train, self.val = load_data(config)
         self.fingerprint = on_rank0(lambda: [self.train.fingerprint, self.val.fingerprint])
         self.train.bad_list = self.val.bad_list = self.out / "bad_files.txt"
         self.autocast = torch.autocast(
@@ -77,7 +77,7 @@ class Run:
     @cached_property
     def lpips(self):
         """LPIPS as a loss: the run's VGG-16 under the package's linear layers."""
-        return load_lpips_loss(self.config["vgg"], self.device)
+        return load_lpips(self.config["vgg"], self.device)
 
     def steps(self, stage):
         return self.config[SECTION[stage]]["steps"]
