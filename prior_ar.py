@@ -134,10 +134,7 @@ class Transformer(nn.Module):
         return self.token_table(tokens)
 
     def hidden(self, x, start=0, caches=None):
-        """x: (B, T, d) embeddings of the positions start..start+T-1 -> (B, T, d), for `logits`.
-
-        start: int, or (1,) int64 where one graph serves every position (plumbing/compiling.py)
-        """
+        """x: (B, T, d) embeddings of the positions start..start+T-1 -> (B, T, d), for `logits`."""
         positions = self.position_table(start + torch.arange(x.shape[1], device=x.device))  # (T, d)
         x = self.drop(x + positions)
         for i, block in enumerate(self.blocks):
@@ -269,10 +266,10 @@ class ARPrior(nn.Module):
         return sample_logits(self.transformer.logits(x), noise, *settings)
 
     def step(self, x, i, noise, caches, sampler):
-        """Draw s_{i+1} ~ p(s | c, s_1..s_i); `sample.py --compile` makes one graph of it.
+        """Draw s_{i+1} ~ p(s | c, s_1..s_i).
 
         x: (B, 1, d), embedding of s_i, or of c for i = 0; what came before it is in the caches
-        i: number of tokens there are, int or (1,) int64;  noise: (B, ...), the uniforms of this position
+        i: number of tokens there are;  noise: (B, ...), the uniforms of this position
         returns: s_{i+1} (B, ...) and its embedding (B, 1, d), the next x
         """
         x = self.transformer.hidden(x, start=i, caches=caches)[:, 0]  # (B, d)

@@ -23,10 +23,8 @@ import numpy as np
 import torch
 from PIL.PngImagePlugin import PngInfo
 
-from plumbing.compiling import check_compiler, compile_sampling
 from plumbing.data import images_of
 from plumbing.errors import UserError
-from plumbing.fast import pack_linears
 from plumbing.files import save_atomic, save_text, sweep, writable
 from plumbing.hashes import latent_hash, weights_hash
 from plumbing.images import make_sheet
@@ -89,13 +87,6 @@ def sample(args, device):
     if args.precision == "bf16":  # the weights themselves: autocast would convert them again for each token
         for parameter in (*prior.parameters(), *tokenizer.decoder.parameters()):  # not buffers
             parameter.data = parameter.data.bfloat16()
-        if device.type == "cpu" and not args.compile:
-            pack_linears(prior, args.batch)
-    if args.compile:
-        check_compiler(device)
-        info["compiled"] = True  # rounds otherwise
-        compile_sampling(prior)
-        tokenizer.decoder.compile()
     if settings.get("nar_steps", 0) > prior.config.num_tokens:
         print0(f"note: {prior.config.num_tokens} tokens take {prior.config.num_tokens} steps at most")
 

@@ -34,7 +34,6 @@ from plumbing.hashes import latent_hash
 from plumbing.images import psnr, to_float, to_uint8
 from plumbing.models import find_vgg, load_model, load_tokenizer_of
 from plumbing.processes import one_line_errors, print0, setup_device
-from plumbing.shapes import Shapes, survival
 from plumbing.slices import decode, generate_tokens
 
 
@@ -146,9 +145,6 @@ def load_pairs(ckpts, num, device, tokenizers=(), data=None):
             ckpt=str(path), tokenizer_hash=ckpt["tokenizer_hash"], tokenizer_stage=tokenizer_ckpt["stage"],
             num_images=len(x), **alpha_of(config), note=ckpt["note"] or tokenizer_ckpt["note"],
             **view_numbers(x, view, find_vgg(path, ckpt, device)))
-        if isinstance(images, Shapes):
-            numbers["survival"] = {
-                key: survival(images, range(len(x)), view[key]) for key in list(LABELS)[:2]}
         name = f"{Path(path).absolute().parent.name}\n{told_loss(config['phase1'])}"
         pairs.append(dict(name=name, view=view, numbers=numbers, labels=labels))
     return pairs, x

@@ -1,4 +1,4 @@
-"""What makes networks faster: norms, attention, fixed convolutions, memory, bf16 weights.
+"""What makes networks faster: norms, attention, fixed convolutions, memory.
 
 On a CPU some change a result: attention in bf16 rounds its scores to bf16, and a fixed convolution's gradient
 and cached keys are summed in float32.
@@ -110,39 +110,14 @@ class FixedConv(torch.autograd.Function):
 
 
 def keep_freed_memory():
-    """Tells glibc to keep freed memory for the next tensor, on a CPU. By default it returns each large one to
-    the kernel, and the page faults of the next cost more than the arithmetic of an activation: a training
-    step takes 1.3 times as long. The variable MALLOC_TRIM_THRESHOLD_ in the environment switches this off."""
+    """Tells glibc to keep freed memory for the next tensor, on a CPU: without it the page faults of large
+    tensors make a training step take 1.3 times as long. MALLOC_TRIM_THRESHOLD_ in the environment switches
+    this off."""
     if sys.platform == "linux" and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
         with contextlib.suppress(AttributeError):  # another C library
             mallopt = ctypes.CDLL(None).mallopt
             mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large tensor
             mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give back nothing below 2 GiB
-
-
-class PackedLinear(torch.nn.Module):
-    """A linear layer whose bf16 weights lie in memory as oneDNN wants them. A CPU would lay them out anew for
-    every pass otherwise: AR sampling took twice the time at batch 1, NAR sampling a tenth more. Inference
-    only."""
-
-    def __init__(self, linear, batch):
-        super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.data, batch)
-        self.bias = linear.bias.data if linear.bias is not None else None
-
-    def forward(self, x):
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-
-def pack_linears(module, batch):
-    """Replaces the linear layers of a bf16 network on a CPU by packed ones, where torch and the CPU can."""
-    ops = torch.ops.mkldnn
-    can = torch.backends.mkldnn.is_available() and hasattr(ops, "_linear_pointwise")
-    if can and ops._is_mkldnn_bf16_supported():
-        for name, child in module.named_children():
-            linear = isinstance(child, torch.nn.Linear)
-            setattr(module, name, PackedLinear(child, batch) if linear else pack_linears(child, batch))
-    return module
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import torch
 
 import forks
 from perceptual import LAYERS, LOGIT, PatchDiscriminator, StyleDiscriminator, VGGTaps
-from plumbing.errors import UserError, as_user_error, of_fork, warn
+from plumbing.errors import UserError, as_user_error, of_fork, one_line, warn
 from plumbing.files import FOREIGN, FORMAT, is_checkpoint, newest_intact, read_checkpoint
 from plumbing.hashes import latent_hash, not_finite
 from plumbing.kmeans import SCHEDULE, OfflineKMeans
@@ -197,14 +197,11 @@ def as_checkpoint(fork, sizes, weights, family, image_size=256):
     """
     Tokenizer = classes_of(dict(fork=fork))["tokenizer"]
     with torch.device("meta"):
-        expected = Tokenizer(Tokenizer.Config(image_size=image_size, **sizes)).state_dict()
-    for name in sorted(expected.keys() | weights.keys()):
-        if name not in expected or name not in weights:
-            raise UserError(f"these are no weights of {family}: {name} "
-                            f"{'is missing' if name in expected else 'is too many'}")
-        if weights[name].shape != expected[name].shape:
-            raise UserError(f"these are no weights of {family}: {name} is {tuple(weights[name].shape)}, not "
-                            f"{tuple(expected[name].shape)}")
+        expected = Tokenizer(Tokenizer.Config(image_size=image_size, **sizes))
+    try:
+        expected.load_state_dict(weights, strict=True, assign=True)
+    except RuntimeError as error:
+        raise UserError(f"these are no weights of {family}: {one_line(error)}") from None
     if bad := not_finite(weights):
         raise UserError(f"{bad[1:]} holds a nan or an infinity; fetch the file again, or another one")
     config = paper.variant(paper.IMAGENET, fork=fork, image_size=image_size, phase1=dict(layers="lpips"))

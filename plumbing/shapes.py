@@ -4,10 +4,8 @@ import math
 import random
 
 import torch
-import torch.nn.functional as F
 
 from plumbing.dataset import ImageData
-from plumbing.images import to_float
 from plumbing.processes import mix
 
 
@@ -15,15 +13,14 @@ class Shapes(ImageData):
     """Procedural images, a function of (split, index): ten classes of structure under free detail.
 
     Structure is what, where, how large and which orientation; detail is colours, fine texture and lighting.
-    Both come from generators of their own, so that one can be redrawn while the other stays
-    (`detail_seed`). Any resolution; values and factors are the same at each. `seed` orders and flips them.
+    Any resolution; values and factors are the same at each. `seed` orders and flips them.
     """
 
     NAMES = ["disk", "ring", "square", "triangle", "cross", "star", "bar", "crescent", "pair", "hourglass"]
 
-    def __init__(self, split, size, image_size, seed=0, detail_seed=0):
+    def __init__(self, split, size, image_size, seed=0):
         super().__init__(image_size, seed, self.NAMES)
-        self.split, self.size, self.detail_seed = split, size, detail_seed
+        self.split, self.size = split, size
         self.labels, self.fingerprint = [i % 10 for i in range(size)], [size, f"shapes{seed or ''}"]
 
     def __len__(self):
@@ -35,7 +32,7 @@ class Shapes(ImageData):
     def factors(self, index):
         """All factors of one image: floats and tuples. Lengths in half image sides, angles in radians."""
         key = (0, self.split, index)
-        s, d = random.Random(mix("structure", *key)), random.Random(mix("detail", *key, self.detail_seed))
+        s, d = random.Random(mix("structure", *key)), random.Random(mix("detail", *key, 0))
         radius = s.uniform(0.6, 0.85)
         dark, bright = [tuple(d.uniform(*span) for _ in range(3)) for span in ((0.0, 0.45), (0.55, 1.0))]
         swap = d.random() < 0.5
@@ -100,45 +97,3 @@ def shape_distance(label, u, v):
     if label == 8:  # pair of disks
         return torch.hypot(a - 0.55, v) - 0.4
     return torch.maximum(b - 0.85, a - 0.85 * b - 0.05)  # hourglass
-
-
-@torch.no_grad()
-def survival(shapes, indices, x_hat):
-    """How much of what `Shapes` drew is left in x_hat (B, 3, S, S): the paper's two objectives as numbers.
-
-    structure:      intersection over union of the true shape (what and where) and one of the two colours of
-                    x_hat, whichever fits better; which colours they are does not matter
-    detail:         the mean of the next two; one image has no R^2, and images without texture no correlation
-    detail_colour:  R^2 over the images of the mean colours inside and outside the true shape
-    detail_texture: correlation of what a 5x5 blur removes, away from edges, over images with a texture
-    """
-    x = to_float(torch.stack([shapes.view(i) for i in indices]), x_hat.device)
-    mask = torch.stack([shapes.mask(i) for i in indices]).to(x)[:, None]  # (B, 1, S, S)
-    places = []
-    for image, true in zip(x_hat.flatten(2), mask.flatten(1) > 0.5, strict=True):
-        centred = image - image.mean(1, keepdim=True)
-        axis = torch.linalg.svd(centred, full_matrices=False)[0][:, 0]
-        values = axis @ centred
-        light = values > (values.min() + values.max()) / 2
-        for _ in range(10):  # two means along the axis
-            means = values[light].mean(), values[~light].mean()
-            light = (values - means[0]).abs() < (values - means[1]).abs()
-        fits = [(part & true).sum() / (part | true).sum() for part in (light, ~light)]
-        places.append(max(fits).nan_to_num())
-    inside, outside = (mask > 0.99).float(), (mask < 0.01).float()
-    colours = [torch.stack([(image * part).sum((2, 3)) / part.sum((2, 3)).clamp(min=1)
-                            for part in (inside, outside)], 1) for image in (x, x_hat)]  # (B, 2, 3)
-    error = (colours[1] - colours[0]).square().sum()
-    spread = (colours[0] - colours[0].mean(0)).square().sum()
-
-    def fine(image):
-        return image - F.avg_pool2d(F.pad(image, (2,) * 4, mode="replicate"), 5, 1)
-
-    flat = 1 - F.max_pool2d(((mask > 0.01) & (mask < 0.99)).float(), 5, 1, 2)
-    a, b = (fine(image) * flat for image in (x, x_hat))
-    both = F.cosine_similarity(a.flatten(1), b.flatten(1))
-    textured = torch.tensor([shapes.factors(i)["texture"] != "plain" for i in indices], device=x.device)
-    parts = dict(detail_colour=(1 - error / spread).item(), detail_texture=both[textured].mean().item())
-    parts = {name: value for name, value in parts.items() if math.isfinite(value)}
-    detail = dict(detail=sum(parts.values()) / len(parts)) if parts else {}
-    return dict(structure=torch.stack(places).mean().item()) | detail | parts

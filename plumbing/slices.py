@@ -31,17 +31,14 @@ def image_chunks(prior, tokenizer, num, labels, seed, settings, batch=32, progre
     the rounding of the prior's matrix products; that rarely turns a token, and else nothing.
     """
     device = next(prior.parameters()).device
-    starts = range(rank() * batch, num, world() * batch)
-    hidden = None if progress and rank() == 0 else True
-    for start in tqdm(starts, "sampling", disable=hidden, unit="images", unit_scale=batch * world()):
-        indices = range(start, start + batch)
-        if done and done(indices[: num - start]):
-            continue
+    chunks, hidden = [*my_chunks(num, batch, done)], None if progress and rank() == 0 else True
+    for indices in tqdm(chunks, "sampling", disable=hidden, unit="images", unit_scale=batch * world()):
+        filled = range(indices.start, indices.start + batch)
         chunk_labels = None
         if labels is not None:
-            chunk_labels = torch.tensor([labels[i % num] for i in indices], device=device)
-        tokens = generate_tokens(prior, chunk_labels, seed, indices, settings)
-        yield start, to_uint8(decode(tokenizer, tokens[: num - start]))
+            chunk_labels = torch.tensor([labels[i % num] for i in filled], device=device)
+        tokens = generate_tokens(prior, chunk_labels, seed, filled, settings)
+        yield indices.start, to_uint8(decode(tokenizer, tokens[: len(indices)]))
 
 
 def generate_images(*args, **kwargs):

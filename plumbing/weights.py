@@ -3,12 +3,11 @@
 import copy
 import itertools
 import warnings
-from pathlib import Path
 
 import torch
 from torch import nn
 
-from plumbing.errors import UserError, as_user_error, one_line, warn
+from plumbing.errors import as_user_error, one_line
 from plumbing.files import check_digest, load_torch, reason
 from plumbing.processes import GlobalBatchNorm, fetched
 
@@ -19,12 +18,10 @@ def build_vgg16(width=64, num_classes=1000, hidden=4096, batch_norm=False, skip_
     """torchvision's VGG-16, or a narrower one: channels are (1, 2, 4, 8, 8) * width.
 
     At the defaults: torchvision's `vgg16()`, same state-dict keys, 138,357,544 parameters. With width < 64
-    (the reduced VGG for small images, ours) the 7x7 average pool becomes 1x1, so the first linear layer
-    has 8 * width inputs instead of 8 * width * 49, and there is no dropout. `batch_norm` is for training it;
-    `fold_batch_norm` removes it afterwards. Of the five max-pools the first `skip_pools` do nothing, so that
-    the features of a small image are as fine as those of a large one: relu5_3 has the side of the token grid
-    at 256 pixels (16, f = 16), and with one pool left out at 32 pixels (4, f = 8) too.
-
+    (the reduced VGG for small images, ours) the 7x7 average pool becomes 1x1, and there is no dropout.
+    batch_norm: for training it; `fold_batch_norm` removes it afterwards
+    skip_pools: of the five max-pools the first ones do nothing, so that the features of a small image are as
+                fine as those of a large one (docs/decisions.md)
     deviation: weights start as He-normal and biases at zero (ours); trained ones replace them.
     """
     from torchvision.models.vgg import VGG, make_layers
@@ -66,9 +63,8 @@ class EverySecond(nn.Conv2d):
 class ResNet(nn.Module):
     """A narrow ResNet classifier, the FID classifier: distances are taken in its features (ours).
 
-    Another family than VGG, so that no tokenizer is measured by the network that trained it.
-    A 3x3 convolution, four stages of one of torchvision's basic blocks with (1, 2, 4, 8) * width channels,
-    each but the first halving the side; global average; one linear layer. Same members as a VGG.
+    A 3x3 convolution, four of torchvision's basic blocks with (1, 2, 4, 8) * width channels, each but the
+    first halving the side; global average; one linear layer. Same members as a VGG.
     """
 
     def __init__(self, width=32, num_classes=10):
@@ -94,8 +90,7 @@ class ResNet(nn.Module):
 def fold_batch_norm(vgg):
     """A plain VGG-16 that equals `vgg` (built with batch_norm=True) in eval mode; `vgg` is left as it was.
 
-    Each BatchNorm, at its running statistics, is absorbed by the convolution before it, so the taps of
-    `LAYERS` are again at 3, 8, 15, 22 and 29.
+    The convolution before each BatchNorm absorbs it, so the taps are where `LAYERS` says.
     """
     from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -115,8 +110,7 @@ def scale_taps(vgg, taps, logit):
 
     taps:    {index in vgg.features: number}, of ReLUs, up to the last; logit: number of its output
     returns: `vgg`; its `logit_scale` is `logit`, for a softmax that wants the logits as they were
-    Weights and biases take the numbers up: ReLU, pooling and the next layer's weights let a positive factor
-    through.
+    Weights and biases take the numbers up: ReLU and pooling let a positive factor through.
     """
     layers = [(module, next(number for tap, number in sorted(taps.items()) if index < tap))
               for index, module in enumerate(vgg.features) if isinstance(module, nn.Conv2d)]
@@ -145,13 +139,12 @@ def vgg_from_state_dict(state, name="state dict", **sizes):
     return vgg.float()
 
 
-def load_vgg16(source=None):
+def load_vgg16(source="imagenet"):
     """The ImageNet VGG-16 of the perceptual loss (Eq. 4), with the classifier that gives the logit.
 
-    source:  None: torchvision's IMAGENET1K_V1, fetched once (528 MB), its hash checked then.
-             (The other published set, IMAGENET1K_FEATURES, has no valid classifier and cannot serve.)
-             "random": weights drawn with seed 0, for test runs.
-             A path: a local state dict. If its name ends in eight hex digits, as the official
+    source:  "imagenet": torchvision's IMAGENET1K_V1, fetched once (528 MB)
+             "random": weights drawn with seed 0, for test runs
+             a path: a local state dict. If its name ends in eight hex digits, as the official
              vgg16-397923af.pth does, its sha256 must begin with them. Pickled code is never executed.
     returns: VGG on the CPU, float32; its `random_weights` is True only for "random".
     raises:  RuntimeError if the download fails, ValueError if a file is missing, damaged or foreign.
@@ -160,39 +153,43 @@ def load_vgg16(source=None):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             vgg = build_vgg16()
-    elif source is None:
-        vgg = vgg_from_state_dict(_download_vgg16(), VGG_URL)
     else:
-        vgg = vgg_from_state_dict(_read_state_dict(Path(source)), str(source))
+        state = download_vgg16() if source == "imagenet" else read_state_dict(source)
+        vgg = vgg_from_state_dict(state, str(source))
     vgg.random_weights = source == "random"
     return vgg
 
 
-def _download_vgg16():
+def download_vgg16():
     from torchvision.models import VGG16_Weights
 
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(VGG_URL).name
-    if path.is_file():  # torch would check the hash of a new file only
-        return _read_state_dict(path)
     try:
         weights = VGG16_Weights.IMAGENET1K_V1
         return weights.get_state_dict(progress=True, check_hash=True, weights_only=True, map_location="cpu")
     except Exception as error:  # no network, no space, wrong hash, damaged cache: the remedies are the same
-        raise RuntimeError(
-            f"no VGG-16 weights: {VGG_URL} (528 MB) could not be fetched or read ({one_line(error)}); "
-            "fetch it elsewhere and pass `--vgg FILE`, or pass `--vgg random` for a test run"
-        ) from error
+        raise RuntimeError(f"no VGG-16 weights: fetch {VGG_URL} (528 MB) elsewhere and pass it as --vgg FILE "
+                           f"or --lpips FILE; for a test run --vgg random, --lpips none ({one_line(error)})"
+                           ) from error
 
 
-def _read_state_dict(path):
-    if not path.is_file():
-        raise ValueError(f"no VGG-16 weights: {path} is not a file; the official one is {VGG_URL} (528 MB)")
-    check_digest(path)
+def read_state_dict(path):
     try:
-        return load_torch(path)
+        state = load_torch(path)
     except Exception as error:  # torch.load fails in many ways on a file that is not a plain state dict
         raise ValueError(f"{path} is no readable state dict ({reason(path, error)}); the official one is "
                          f"{VGG_URL} (528 MB)") from error
+    check_digest(path)
+    return state
+
+
+def load_vgg16_of(source):
+    """`load_vgg16`, in one process first.  raises: UserError"""
+
+    def load():
+        with as_user_error():
+            return load_vgg16(source)
+
+    return fetched(load)
 
 
 def build_lpips(vgg):
@@ -213,30 +210,7 @@ def build_lpips(vgg):
 
 
 def load_lpips(source, device):
-    """LPIPS on VGG-16, or None for 'none' and where the weights cannot be downloaded."""
-
-    def load():
-        try:
-            return load_vgg16(None if source == "imagenet" else source)
-        except RuntimeError as error:
-            warn(f"LPIPS is left out: {error}".replace("--vgg", "--lpips"))
-        except ValueError as error:
-            raise UserError(f"--lpips: {error}") from None
-
-    vgg = None if source == "none" else fetched(load)
-    return vgg and build_lpips(vgg).to(device)
-
-
-def load_vgg16_of(source):
-    """`load_vgg16` of a preset's `vgg`, in one process first.  raises: UserError"""
-
-    def load():
-        with as_user_error():
-            return load_vgg16(None if source == "imagenet" else source)
-
-    return fetched(load)
-
-
-def load_lpips_loss(source, device):
-    """LPIPS to be trained with, on the VGG-16 of a preset's `vgg`."""
+    """LPIPS on the VGG-16 `source`, as `load_vgg16` takes it; None for "none".  raises: UserError"""
+    if source == "none":
+        return None
     return build_lpips(load_vgg16_of(source)).to(device, memory_format=torch.channels_last)

@@ -74,7 +74,6 @@ ENTRIES = {  # a flag: type, choices or bool; help; default; further arguments, 
     "batch.sample": (int, "images per forward pass (default 32)", 32),
     "precision.sample": (("fp32", "bf16"), "of the weights that sample; bf16 is twice as fast (default: "
                          "fp32)", "fp32"),
-    "compile.sample": (bool, "torch.compile what samples; on a GPU also as CUDA graphs"),
     # figures
     "figure": (str, "one of the figures above", None, dict(names=["figure"], metavar="FIGURE")),
     "ckpt.figure": (FILE, "checkpoints of the figure", [], dict(nargs="+")),

@@ -24,7 +24,7 @@ TRAIN = ("stage preset data val out.train tokenizer.train vgg steps batch micro_
          "seed limit set workers device timeout precision compile log_every eval_every save_every explain "
          "memory")
 NAR = "nar_steps token_temperature choice_temperature confidence_space guidance"
-SAMPLING = f"tokenizer classes seed.sample temperature top_k top_p {NAR} precision.sample compile.sample"
+SAMPLING = f"tokenizer classes seed.sample temperature top_k top_p {NAR} precision.sample"
 SAMPLE = f"ckpt num reconstruct images format out {SAMPLING} batch.sample device"
 DRAW = "figure ckpt.figure tokenizer.figure num images pdf out device"
 UNREAD = {  # flags that a stage, a kind of picture or a figure does not read

@@ -1,19 +1,10 @@
 """Claims about --compile, with the real compiler: `pytest -m compile`, minutes, needs a C++ compiler."""
 
-import numpy as np
 import pytest
 import torch
 from benchmarks.gpu import compiled_dropout
 from helpers import STEPS, call, earlier, rows
 from test_reliability import check_equal, killed_at
-
-import recipes.options
-import sample
-from forks.fqgan.prior import FactorizedAR, FactorizedConfig
-from forks.guidance import GuidedAR, GuidedConfig
-from plumbing.compiling import compile_sampling
-from prior_ar import ARPrior, PriorConfig
-from prior_nar import NARPrior
 
 pytestmark = pytest.mark.compile
 STAGES = ["phase1", "phase2", "ar", "nar"]
@@ -66,42 +57,3 @@ def test_a_compiled_stage_that_was_killed_ends_as_an_unbroken_one(compiled, trai
 def test_a_compiled_block_drops_its_share_of_the_attention_and_scales_the_rest():
     found = compiled_dropout(torch.device("cpu"))
     assert found == pytest.approx(dict(zeros=0.1, scale=1 / 0.9), rel=1e-2)
-
-
-SIZES = dict(codebook_size=64, num_tokens=16, num_classes=5, n_layer=2, n_head=2, n_embd=32)
-FAR = FactorizedConfig(**SIZES, num_codebooks=2, head_layers=1)
-PRIORS = {
-    "ar": (ARPrior, PriorConfig(**SIZES), dict(top_p=0.9)),
-    "greedy": (ARPrior, PriorConfig(**SIZES), dict(temperature=0)),
-    "nar": (NARPrior, PriorConfig(**SIZES), {}),
-    "guided": (GuidedAR, GuidedConfig(**SIZES), dict(guidance=2.0)),
-    "far": (FactorizedAR, FAR, {}),
-    "far guided": (FactorizedAR, FAR, dict(guidance=2.0)),
-}
-
-
-@pytest.mark.parametrize("name", PRIORS)
-def test_compiled_sampling_draws_the_tokens_of_plain_sampling_with_one_graph(name):
-    kind, config, sampler = PRIORS[name]
-    torch.manual_seed(0)
-    prior, labels = kind(config), torch.tensor([1, 2, 3])
-    for parameter in prior.parameters():  # away from zeros and ones
-        parameter.data += 0.05 * torch.randn_like(parameter)
-    noise = torch.rand(2, 3, *prior.noise_shape(prior.SAMPLER | sampler))
-    expected = [prior.generate(labels, part, **sampler) for part in noise]
-    compile_sampling(prior)
-    torch._dynamo.utils.counters.clear()
-    found = [prior.generate(labels, part, **sampler) for part in noise]
-    assert torch.equal(torch.stack(found), torch.stack(expected))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-
-
-@pytest.mark.parametrize("stage", ["ar", "nar"])
-def test_the_command_draws_the_images_of_plain_sampling(trained, tmp_path, stage):
-    for more in ([], ["--compile"]):
-        out = tmp_path / f"{len(more)}.npz"
-        words = ["--ckpt", trained / f"{stage}.pt", "--num", 12, "--batch", 8, "--format", "npz", *more]
-        sample.main(recipes.options.sample_args([*map(str, words), "--out", str(out)]))
-    plain, compiled = (np.load(tmp_path / f"{n}.npz") for n in range(2))
-    assert np.abs(plain["arr_0"].astype(int) - compiled["arr_0"]).max() <= 1
-    assert "compiled" in str(compiled["info"]) and "compiled" not in str(plain["info"])

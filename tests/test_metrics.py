@@ -644,12 +644,12 @@ def test_bad_input_of_metrics_ends_with_one_line_and_exit_code_2(run, scorer, re
     assert "--lpips" in refused(capsys, [*phase2, "--lpips", "nowhere.pth"])
     assert "does nothing for AR" in refused(capsys, ["sweep", "steps=4", *ar[1:], "--num", 30])
     assert "this needs ar or nar" in refused(capsys, ["sweep", "top_p=0.5", *phase2[1:-2]])
-    assert "--compile changes nothing in rfid-val" in refused(capsys, [*phase2, "--compile"])
-    assert "--compile changes nothing in view-val" in refused(capsys, [*ar, "--predict", "--compile"])
+    assert "--seed changes nothing in rfid-val" in refused(capsys, [*phase2, "--seed", 1])
+    assert "--seed changes nothing in view-val" in refused(capsys, [*ar, "--predict", "--seed", 1])
     assert "--lpips changes nothing in gfid-train" in refused(capsys, [*ar, "--lpips", "none"])
     with pytest.raises(SystemExit):
-        recipes.options.sample_args(["--ckpt", "phase2.pt", "--reconstruct", "--compile"])
-    assert "--compile does nothing for --reconstruct" in capsys.readouterr().err
+        recipes.options.sample_args(["--ckpt", "phase2.pt", "--reconstruct", "--seed", "1"])
+    assert "--seed does nothing for --reconstruct" in capsys.readouterr().err
     for name, content in (("text.json", b"\xff\x00"), ("empty.json", b"{}"), ("list.json", b"[]")):
         (run / name).write_bytes(content)
         assert "no result of python -m studies" in refused(capsys, [*ar, "--num", 30, "--out", run / name])

@@ -408,28 +408,7 @@ def test_the_numbers_of_a_view_tell_the_class_kept_the_distances_and_each_positi
     assert "class_kept_by_prediction" not in constant
 
 
-# Structure and detail, stability, probe -------------------------------------------------------------------
-
-
-def test_survival_tells_structure_from_detail_on_images_whose_change_is_known():
-    shapes, indices = plumbing.shapes.Shapes("val", 40, 32), range(40)
-    x = plumbing.images.to_float(torch.stack([shapes.view(i) for i in indices]), "cpu")
-    same = plumbing.shapes.survival(shapes, indices, x)
-    assert same["structure"] > 0.9 and same["detail_colour"] == 1 == pytest.approx(same["detail_texture"])
-    other = plumbing.shapes.Shapes("val", 40, 32, detail_seed=1)
-    redrawn = plumbing.shapes.survival(
-        shapes, indices, plumbing.images.to_float(torch.stack([other.view(i) for i in indices]), "cpu"))
-    assert redrawn["structure"] > 0.9 and redrawn["detail"] < 0.2  # another detail on the same structure
-    blurred = plumbing.shapes.survival(shapes, indices, torch.nn.functional.avg_pool2d(x, 5, 1, 2))
-    assert blurred["structure"] > 0.8 and blurred["detail_colour"] > 0.8
-    assert blurred["detail_texture"] < 0.6 * same["detail_texture"]
-    mask = torch.stack([shapes.mask(i) for i in indices])[:, None]
-    equally_bright = (2 * mask - 1) * torch.tensor([1.0, -1, 0])[:, None, None]
-    assert plumbing.shapes.survival(shapes, indices, equally_bright)["structure"] > 0.9
-    alone = plumbing.shapes.survival(shapes, [0], x[:1])  # of one image there is no R^2
-    assert alone["structure"] > 0.9 and "detail_colour" not in alone and all_finite(alone)
-    moved = plumbing.shapes.survival(shapes, indices, x.flip(0))
-    assert moved["structure"] < 0.6 and moved["detail"] < 0.2
+# Stability, probe ---------------------------------------------------------------------------------------
 
 
 def test_stability_is_the_share_of_tokens_that_change():

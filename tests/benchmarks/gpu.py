@@ -22,7 +22,6 @@ import torch
 import plumbing.run
 import recipes.options
 import train
-from plumbing.compiling import compile_sampling
 from plumbing.data import load_data
 from plumbing.files import read_metrics
 from plumbing.models import load_model
@@ -155,34 +154,23 @@ def sample_cases(device, write, root, wanted):
     tokenizer = load_model(root / "phase1" / "phase1.pt", ("phase1",), device)[0]
     tokenizer.decoder.bfloat16()
     _, copied = tops(device)
-    for name, compiled, batches in (("ar", False, (1, 64, 256)), ("nar", False, (1, 64)),
-                                    ("ar", True, (1, 64)), ("nar", True, (1, 64))):
+    for name, batches in (("ar", (1, 64, 256)), ("nar", (1, 64))):
         prior = load_model(root / name / f"{name}.pt", (name,), device)[0].bfloat16()
-        if compiled:
-            compile_sampling(prior)
-            tokenizer.decoder.compile()
         sampler = {"nar_steps": 12} if isinstance(prior, NARPrior) else {"top_p": 0.92}
         shape, classes = prior.noise_shape(prior.SAMPLER | sampler), prior.config.num_classes
         weights = 2 * sum(p.numel() for p in prior.transformer.blocks.parameters())
         for batch in batches if device.type == "cuda" else batches[:1]:
-            case = f"{name} sampling, batch {batch}{', compiled' * compiled}"
+            case = f"{name} sampling, batch {batch}"
             if wanted not in case:
                 continue
             noise = torch.rand(batch, *shape, device=device)
             labels = torch.zeros(batch, dtype=torch.int64, device=device) if classes else None
             draw = partial(prior.generate, labels, noise, **sampler)
-            begin = time.perf_counter()
-            try:
-                tokens = draw()
-                first = time.perf_counter() - begin  # with the compiler's time
-                decoded = statistics.median(seconds(partial(decode, tokenizer, tokens), device, 3))
-            except Exception as error:  # of the compiler: the other cases are measured all the same
-                write(dict(case=case, failed=f"{type(error).__name__}: {error}"[:300]))
-                continue
+            decoded = statistics.median(seconds(partial(decode, tokenizer, draw()), device, 3))
             drawn = statistics.median(seconds(draw, device, 3))
             passes = shape[0]  # tokens, or rounds
             work = 2 * batch * (weights / 2) * (passes if name == "ar" else passes * shape[2])
-            write(dict(case=case, seconds=drawn, first=first, decoding=decoded,
+            write(dict(case=case, seconds=drawn, decoding=decoded,
                        milliseconds=drawn / passes * 1e3, images_per_s=batch / (drawn + decoded),
                        share=work / drawn / PEAK, of_bandwidth=weights * passes / drawn / copied,
                        minutes_of_50000=50_000 / batch * (drawn + decoded) / 60))
