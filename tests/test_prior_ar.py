@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from plumbing.compiling import compile_network, compile_sampling
+from plumbing.compiling import compile_network
 from plumbing.fast import KVCache
 from prior_ar import ARPrior, Block, PriorConfig, Transformer, sample_logits, top_p_filter
 from prior_nar import NARPrior
@@ -141,49 +141,22 @@ def test_a_query_sees_every_cached_key_and_nothing_of_what_is_not_filled(dtype):
         cache.attend(*(t[:, :, :1] for t in (q, k, v)))
 
 
-@pytest.fixture
-def graphs(monkeypatch):
-    """Instead of inductor: the graphs that torch.compile makes, each a list of (shape, is it static?) of what
-    goes in. None asks the host for a number."""
-    real, found = torch.compile, []
+@pytest.mark.slow
+def test_compiled_blocks_of_a_prior_share_one_graph(monkeypatch):
+    real, graphs = torch.compile, []
 
-    def backend(graph, inputs):
-        assert "item" not in {node.target for node in graph.graph.nodes}
-        tensors = [node.meta["tensor_dict"] for node in graph.graph.nodes if node.op == "placeholder"]
-        static = ["_dynamo_static_input_type" in tensor for tensor in tensors]
-        found.append([(tuple(x.shape), fixed) for x, fixed in zip(inputs, static, strict=True)])
+    def backend(graph, inputs):  # instead of inductor
+        graphs.append(len(inputs))
         return graph
 
-    monkeypatch.setattr(torch, "compile", lambda function, mode=None, **more: real(
-        function, backend=backend, **more))
+    monkeypatch.setattr(torch, "compile", lambda function: real(function, backend=backend))
     torch.compiler.reset()
-    yield found
-    torch.compiler.reset()
-
-
-@pytest.mark.slow
-def test_one_graph_draws_every_position_of_every_batch_and_writes_only_what_stays_in_place(graphs):
-    # both are what a CUDA graph asks for
-    prior, labels = tiny_prior(sharpen=5.0), torch.tensor([0, 1, 2, 0])
-    draws = [(labels, uniforms(4, 12, seed=seed)) for seed in range(3)]
-    expected = [prior.generate(*draw, top_p=0.92) for draw in draws]
-    compile_sampling(prior)
-    places = set()
-    for draw, tokens in zip(draws, expected, strict=True):
-        assert torch.equal(prior.generate(*draw, top_p=0.92), tokens)
-        places.add(tuple(buffer.data_ptr() for buffer in prior.step.caches[4, torch.float32].buffers()))
-    assert len(graphs) == len(places) == 1
-    assert [shape for shape, fixed in graphs[0] if not fixed] == [(4, 1, 32), (4,)]  # x and noise
-    assert sum(shape == (4, 2, 12, 16) for shape, fixed in graphs[0] if fixed) == 2 * 2  # keys and values
-
-
-@pytest.mark.slow
-def test_compiled_blocks_of_a_prior_share_one_graph(graphs):
     prior, tokens = tiny_prior(n_layer=5).train(), random_tokens(2)
     expected = prior(tokens)
     compile_network(prior)
     torch.testing.assert_close(prior(tokens), expected)
-    assert [len(inputs) for inputs in graphs] == [1 + 12]  # x, and the parameters of one block
+    torch.compiler.reset()
+    assert graphs == [1 + 12]  # x, and the parameters of one block
 
 
 def noise_of(prior, batch_size):
