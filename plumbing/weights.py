@@ -12,6 +12,7 @@ from plumbing.files import check_digest, load_torch, reason
 from plumbing.processes import GlobalBatchNorm, fetched
 
 VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
+REMEDY = f"fetch {VGG_URL} (528 MB) and pass it as --vgg FILE or --lpips FILE"
 
 
 def build_vgg16(width=64, num_classes=1000, hidden=4096, batch_norm=False, skip_pools=0):
@@ -167,17 +168,15 @@ def download_vgg16():
         weights = VGG16_Weights.IMAGENET1K_V1
         return weights.get_state_dict(progress=True, check_hash=True, weights_only=True, map_location="cpu")
     except Exception as error:  # no network, no space, wrong hash, damaged cache: the remedies are the same
-        raise RuntimeError(f"no VGG-16 weights: fetch {VGG_URL} (528 MB) elsewhere and pass it as --vgg FILE "
-                           f"or --lpips FILE; for a test run --vgg random, --lpips none ({one_line(error)})"
-                           ) from error
+        raise RuntimeError(f"no VGG-16 weights: {REMEDY}; for a test run --vgg random, --lpips none "
+                           f"({one_line(error)})") from error
 
 
 def read_state_dict(path):
     try:
         state = load_torch(path)
     except Exception as error:  # torch.load fails in many ways on a file that is not a plain state dict
-        raise ValueError(f"{path} is no readable state dict ({reason(path, error)}); the official one is "
-                         f"{VGG_URL} (528 MB)") from error
+        raise ValueError(f"{path} is no readable state dict: {REMEDY} ({reason(path, error)})") from error
     check_digest(path)
     return state
 
