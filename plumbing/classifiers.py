@@ -12,12 +12,9 @@ from plumbing.validation import ratio, val_batches
 
 @torch.no_grad()
 def tap_scales(run, taps, names, num=1000):
-    """By what the features `names` of a VGG are multiplied when it is loaded, a dict (ours; see
-    `plumbing.weights.scale_taps`): so that each tap has variance 1 over the training images, the mean over
-    its channels and places of their variances. The term d_l (Eq. 4) of two different images is then about 2
-    in every layer, so that no layer leads by its scale alone, and `per_weight` means the same for every
-    vgg. Of `num` images, drawn by the seed; a tap that does not vary keeps its scale.
-    """
+    """{name: factor} of the features `names` of a VGG, for `plumbing.weights.scale_taps` (ours): so that each
+    tap has variance 1 over `num` training images, the mean over its channels and places. No layer of Eq. 4
+    leads by its scale alone then. A tap that does not vary keeps its scale."""
     draw = random.Random(mix(run.config["seed"], "taps"))
     drawn, sums = draw.sample(range(len(run.train)), min(num, len(run.train))), {}
     for first in range(0, len(drawn), 50):

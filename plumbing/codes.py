@@ -22,8 +22,7 @@ def cached_codes(run, tokenizer):
     """Tokens of every training image, in `code_variants` crops and flips, and of the validation images.
 
     returns: dict(train (V, n, N) and val (m, N) int16 or int32, labels (n,) and val_labels (m,) int64), kept
-             in codes.pt under the hash of the tokenizer and the fingerprint of the data; and the entropy of
-             single codes, unigram, in nats
+             in codes.pt under hashes of tokenizer and data; and `unigram`, the entropy of codes in nats
     Odd variants are flipped, variants 0 and 1 are central crops, later ones random crops.
     """
     path, V, data = run.out / "codes.pt", run.config["code_variants"], run.train

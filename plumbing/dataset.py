@@ -98,8 +98,7 @@ def batches(data, batch, start, workers, timeout=0):
     """Endless (images uint8, labels) of this process's share of each global batch, from step `start` on.
 
     timeout: seconds to wait for a worker, 0 for ever
-    Closed, or left by an exception, it ends its workers. While its frame is held, by a traceback for
-    instance, only `close` does that, and the interpreter would wait for them at its end.
+    Closed, or left by an exception, it ends its workers; while a traceback holds its frame, `close` does.
     """
 
     def positions():

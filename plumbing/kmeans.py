@@ -5,7 +5,6 @@ import torch.distributed as dist
 
 from plumbing.processes import all_rows, full_float32, print0, world
 
-
 SCHEDULE = ("warm_start", "kmeans_warmup", "kmeans_every", "kmeans_last")  # what it reads of TokenizerConfig
 
 

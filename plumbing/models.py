@@ -33,7 +33,6 @@ def refuse_unread(Tokenizer, config):
 
     A quantizer names in READS which of `codebook`, `distance`, `entropy_set` it reads; `OfflineKMeans` reads
     `warm_start` and `kmeans_...`. A tokenizer names in UNREAD what its encoder and decoder do not read.
-    Checkpoints are not asked: some were written before this was refused.
     """
     Quantizer, codebook = Tokenizer.Quantizer, f"codebook={config.codebook}"
     Quantizer = KMeansQuantizer if Quantizer is VectorQuantizer else Quantizer  # which takes its place
@@ -136,9 +135,9 @@ def load_tokenizer_of(prior_path, prior_ckpt, given=None, device="cpu"):
 def earlier_tokenizer(run, stages, *also):
     """(tokenizer, checkpoint): --tokenizer FILE, else the last of `stages` in the run folder.
 
-    also: sections of the preset besides `tokenizer` that must be as they were in this folder. The run's own
-    phase1 section becomes that of the tokenizer, so that later stages record with which alpha it was trained.
-    With --stage all FILE gave phase 1 its first weights, and later stages build on what became of them.
+    also: sections of the preset besides `tokenizer` that must be as they were in this folder
+    The run takes over the tokenizer's phase1 section, so that later stages record its alpha. With --stage all
+    FILE gave phase 1 its first weights, and later stages build on what became of them.
     """
     given = run.args.tokenizer if run.args.stage != "all" else None
     found = on_rank0(lambda: [run.out / f"{s}.pt" for s in stages if (run.out / f"{s}.pt").exists()])
