@@ -1,21 +1,17 @@
 """Tokens of a data set: cached for the priors, and how evenly they use the codebook."""
 
-import itertools
 import math
 import random
-import sys
+import shutil
 
 import torch
-import torch.distributed as dist
-from tqdm import tqdm
 
 from plumbing.errors import warn
 from plumbing.files import intact, load_torch, save_torch
 from plumbing.hashes import latent_hash
 from plumbing.images import to_float
-from plumbing.processes import (
-    agreed, all_reduce_mean, full_float32, mix, my_rows, on_rank0, print0, rank, to_device, world,
-)
+from plumbing.processes import all_reduce_mean, full_float32, mix, my_rows, on_rank0, print0, to_device
+from plumbing.slices import collect, my_chunks
 
 
 def cached_codes(run, tokenizer):
@@ -36,15 +32,20 @@ def cached_codes(run, tokenizer):
 
     if not on_rank0(valid):
         print0(f"\nencoding {len(data)} training images in {V} variants and {len(run.val)} validation images")
-        views = [(data, i, mix(run.config["seed"], "variant", v, i) if v > 1 else None, v % 2 == 1)
-                 for v in range(V) for i in range(len(data))]
-        val, n = [(run.val, i, None, False) for i in range(len(run.val))], len(views)
-        part = path.with_suffix(".part.pt")
-        tokens, labels = encode_all(run, tokenizer, [views, val], key, part)
-        codes = dict(key=key, train=tokens[:n].unflatten(0, (V, len(data))), val=tokens[n:],
-                     labels=labels[: len(data)].clone(), val_labels=labels[n:].clone())
-        on_rank0(lambda: save_torch(codes, path))
-        on_rank0(lambda: part.unlink(missing_ok=True))
+        views = dict(train=[(data, i, mix(run.config["seed"], "variant", v, i) if v > 1 else None, v % 2 == 1)
+                            for v in range(V) for i in range(len(data))],
+                     val=[(run.val, i, None, False) for i in range(len(run.val))])
+        rows = {name: encode_all(run, tokenizer, some, run.out / f".codes.{mix(key):016x}.{name}")
+                for name, some in views.items()}
+
+        def finish():
+            train, val = rows["train"], rows["val"]
+            save_torch(dict(key=key, train=train["tokens"].unflatten(0, (V, len(data))), val=val["tokens"],
+                            labels=train["labels"][: len(data)].clone(), val_labels=val["labels"]), path)
+            for parts in run.out.glob(".codes.*"):
+                shutil.rmtree(parts)
+
+        on_rank0(finish)
     codes, K = load_torch(path, mmap=True), tokenizer.codebook_size
     codes["unigram"] = unigram_entropy(codes["train"][0], K)
     print0(f"ln K = {math.log(K):.4f} nats; unigram entropy of the codes = {codes['unigram']:.4f} nats")
@@ -58,48 +59,21 @@ def kept_codes(run, tokenizer_hash):
     return codes if codes and codes["key"][0] == tokenizer_hash else None
 
 
-def encode_all(run, tokenizer, parts, key, path, batch=128):
-    """Tokens (n, *token_shape) and labels (n,) of lists of (data, index, crop seed, flip) views; processes
-    share the work.
-
-    path: where a signal that stops the run leaves what is done, under `key`; the same command goes on there
-    """
+def encode_all(run, tokenizer, views, parts, batch=128):
+    """dict(tokens (n, *token_shape), labels (n,)) of (data, index, crop seed, flip) views, as `collect` gives
+    them; the folder `parts` keeps what is done, so after a signal the same command goes on there."""
     dtype = torch.int16 if tokenizer.codebook_size <= 2**15 else torch.int32
-    chunks = [part[i : i + batch] for part in parts for i in range(0, len(part), batch)]
-    ends = [0, *itertools.accumulate(map(len, chunks))]
-    tokens = torch.zeros(ends[-1], *tokenizer.token_shape, dtype=dtype)
-    labels = torch.zeros(ends[-1], dtype=torch.int64)
 
-    def begun():  # how many chunks; of other processes all rows are zero
-        kept = load_torch(path) if intact(path) else {}
-        if kept.get("key") != key:
-            return 0
-        tokens.copy_(kept["tokens"])
-        labels.copy_(kept["labels"])
-        return kept["done"]
-
-    done, stop, run.in_loop = on_rank0(begun), 0, True
-    rounds = range(done, len(chunks), world())
-    for start in tqdm(rounds, "encoding", disable=None if rank() == 0 else True):
-        done = min(start + world(), len(chunks))
-        if (mine := start + rank()) < len(chunks):
-            rows, chunk = slice(ends[mine], ends[mine + 1]), chunks[mine]
+    def chunks(done):
+        for indices in my_chunks(len(views), batch, done):
+            chunk = [views[i] for i in indices]
             x = torch.stack([data.view(*view) for data, *view in chunk])
-            labels[rows] = torch.tensor([data.label(index) for data, index, *_ in chunk])
             with run.autocast:
                 found = [tokenizer.encode(part) for part in run.micro(to_float(x, run.device))]
-            tokens[rows] = torch.cat(found).to(dtype)
-        if (stop := agreed(run.request)) > 1:
-            break
-    run.in_loop = False
-    if world() > 1:  # rows of other processes are zero here
-        dist.all_reduce(tokens.view(torch.uint8))  # gloo and NCCL have no int16
-        dist.all_reduce(labels)
-    if stop > 1:
-        on_rank0(lambda: save_torch(dict(key=key, done=done, tokens=tokens, labels=labels), path))
-        print0(f"stopped after {ends[done]} of {ends[-1]} views; the same command goes on from there")
-        sys.exit(stop)
-    return tokens, labels
+            labels = torch.tensor([data.label(index) for data, index, *_ in chunk])
+            yield indices[0], dict(tokens=torch.cat(found).cpu().to(dtype), labels=labels)
+
+    return collect(chunks, parts, "encoding", len(views))
 
 
 def code_batch(run, codes, step, batch):

@@ -134,7 +134,8 @@ def scan_folder(folder, flag="--data"):
     except OSError as error:
         raise UserError(f"{flag} {folder} cannot be read: {error}") from None
     if not classes and not loose:
-        raise UserError(f"no images under {folder} (looked for {' '.join(EXTENSIONS)}, in it and one below)")
+        raise UserError(f"no images under {folder} (looked for {' '.join(EXTENSIONS)}, in it and one below; "
+                        "where the classes are in DIR/train, pass that)")
     if classes and loose and rank() == 0:
         warn(f"{len(loose)} images beside the class folders of {folder} are left out")
     return [path for found in classes.values() for path in found] or loose, list(classes)

@@ -1,13 +1,16 @@
 """Sampling and decoding in slices of fixed size, shared out to processes: no image depends on the others."""
 
+import time
+
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 from plumbing.errors import UserError
 from plumbing.fast import in_slices
+from plumbing.files import claim, intact, load_torch, save_torch
 from plumbing.images import to_float, to_uint8
-from plumbing.processes import mix, rank, seeded_rand, world
+from plumbing.processes import barrier, mix, on_rank0, print0, rank, seeded_rand, world
 
 
 def generate_tokens(prior, labels, seed, indices, settings, **more):
@@ -70,6 +73,42 @@ def my_chunks(num, batch, done=None):
         indices = range(start, min(start + batch, num))
         if not (done and done(indices)):
             yield indices
+
+
+def collect(chunks, parts, what, num):
+    """All rows of chunks (start, dict of tensors (n, ...)), in order, in the first process; None in others.
+
+    Each chunk becomes a file in the folder `parts` at once, and one that is there is not made again: so an
+    interrupted call goes on, and so processes hand over their shares. `seconds` are those of all calls.
+    """
+
+    def place(start):
+        return parts / f"{start:09d}.pt"
+
+    def begin():
+        locks.append(claim(parts))
+        return sum(intact(path) or bool(path.unlink()) for path in parts.glob("*.pt"))
+
+    locks, count = [], 0
+    found, begun, printed, last = on_rank0(begin), time.time(), time.time(), time.time()
+    if found:
+        print0(f"{what}: going on, {found} parts are there already")
+    for start, rows in chunks(lambda indices: place(indices[0]).exists()):
+        count += len(next(iter(rows.values())))
+        save_torch(rows | dict(seconds=torch.tensor([(time.time() - last) / world()])), place(start))
+        last = time.time()
+        if last > printed + 30:
+            printed, rate = last, count * world() / (last - begun)
+            print0(f"{what}: {start:,} of {num:,}, {rate:.1f} images/s, {(num - start) / rate:.0f} s left")
+    barrier()
+    if rank() > 0:
+        return None
+    saved = [load_torch(path) for path in sorted(parts.glob("*.pt"))]
+    rows = {name: torch.cat([part[name] for part in saved]) for name in saved[0]}
+    total = len(next(iter(rows.values())))
+    if total != num:
+        raise UserError(f"{parts} holds {total} images and not {num}; delete it")
+    return rows
 
 
 def reconstructions(tokenizer, data, num, batch, device, done=None):

@@ -22,7 +22,7 @@ from plumbing.hashes import latent_hash, weights_hash
 from plumbing.images import psnr, to_float, to_uint8
 from plumbing.models import load_model, load_tokenizer_of
 from plumbing.processes import mix, on_rank0, print0, setup_device, world
-from plumbing.slices import decode, reconstructions
+from plumbing.slices import collect, decode, reconstructions
 from plumbing.weights import load_lpips
 from recipes.flags import unread
 from recipes.options import SAMPLING
@@ -30,7 +30,7 @@ from sample import sample
 from studies.distances import fidelity, plain, ssim
 from studies.extractors import Extractor
 from studies.perturbed import interpolated_reconstructions, perturbed_reconstructions
-from studies.references import class_accuracy, collect, joint_hash, load_reference
+from studies.references import class_accuracy, joint_hash, load_reference
 
 PROTOCOLS = {  # of other features than Inception's they are rfd-val, pfd-val, ifd-val, gfd-train
     "rfid-val": "reconstructions of all validation images against these images",

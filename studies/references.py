@@ -12,43 +12,9 @@ import torch
 from plumbing.data import FolderData, images_of
 from plumbing.errors import InUse, UserError
 from plumbing.files import claim, intact, load_torch, save_torch
-from plumbing.processes import barrier, mix, on_rank0, print0, rank, world
-from plumbing.slices import my_chunks
+from plumbing.processes import mix, on_rank0, print0
+from plumbing.slices import collect, my_chunks
 from studies.distances import reference_statistics
-
-
-def collect(chunks, parts, what, num):
-    """All rows of chunks (start, dict of tensors (n, ...)), in order, in the first process; None in others.
-
-    Each chunk becomes a file in the folder `parts` at once, and one that is there is not made again: so an
-    interrupted evaluation goes on, and so processes hand over their shares. `seconds` are those of all calls.
-    """
-
-    def place(start):
-        return parts / f"{start:09d}.pt"
-
-    def begin():
-        locks.append(claim(parts))
-        return sum(intact(path) or bool(path.unlink()) for path in parts.glob("*.pt"))
-
-    locks, count = [], 0
-    found, begun, printed, last = on_rank0(begin), time.time(), time.time(), time.time()
-    if found:
-        print0(f"{what}: going on, {found} parts are there already")
-    for start, rows in chunks(lambda indices: place(indices[0]).exists()):
-        save_torch(rows | dict(seconds=torch.tensor([(time.time() - last) / world()])), place(start))
-        last, count = time.time(), count + len(rows["digests"])
-        if time.time() > printed + 30:
-            printed, rate = time.time(), count * world() / (time.time() - begun)
-            print0(f"{what}: {start:,} of {num:,}, {rate:.1f} images/s, {(num - start) / rate:.0f} s left")
-    barrier()
-    if rank() > 0:
-        return None
-    saved = [load_torch(path) for path in sorted(parts.glob("*.pt"))]
-    rows = {name: torch.cat([part[name] for part in saved]) for name in saved[0]}
-    if len(rows["digests"]) != num:
-        raise UserError(f"{parts} holds {len(rows['digests'])} images and not {num}; delete it")
-    return rows
 
 
 def joint_hash(digests):

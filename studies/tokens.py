@@ -22,10 +22,10 @@ from plumbing.hashes import digests, latent_hash, weights_hash
 from plumbing.images import to_float, to_uint8
 from plumbing.models import load_model
 from plumbing.processes import mix, on_rank0, print0, setup_device
-from plumbing.slices import decode, my_chunks
+from plumbing.slices import collect, decode, my_chunks
 from sample import write_files
 from studies.export import write_bytes
-from studies.references import collect, joint_hash
+from studies.references import joint_hash
 
 
 def tokens(args):

@@ -425,28 +425,6 @@ def idle(monkeypatch):
             monkeypatch.setattr(module, name, never)
 
 
-@pytest.mark.parametrize("script, words", few([
-    (sample, "--ckpt ar.pt --format sheet"), (sample, "--ckpt ar.pt --format files"),
-    (sample, "--ckpt phase1.pt --reconstruct --format npz"),
-    (commands, "metrics --ckpt ar.pt --num 999 --extractor vgg.pt"),
-    (commands, "sweep top_p=0.5,1 --ckpt ar.pt --num 999 --extractor vgg.pt"),
-    (visualize, "view .png --ckpt ar.pt"),
-    (commands, "report . "),
-    (commands, "compare phase1.pt"),
-    (commands, "table1 --preset demo --run"),
-], 1, 3, 5))
-def test_a_bad_place_for_results_is_known_before_the_work(trained, tmp_path, capsys, idle, script, words):
-    (tmp_path / "file").write_text("mine")
-    words = [str(trained / word) if word == "." or word.endswith(".pt") else word for word in words.split()]
-    out = str(tmp_path / "file/below/x")
-    if ".png" in words:
-        words.remove(".png")
-        out += ".png"
-    error = refused(capsys, script, *words, "--out", out)
-    assert error.startswith("error: --out") and "cannot be written" in error and "GB" not in error
-    assert [p.name for p in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "mine"
-
-
 def test_a_good_place_is_left_as_it_was_until_there_is_a_result(tmp_path):
     (tmp_path / "old.png").write_text("old")
     for place in ("old.png", "new.png", "a/b/c.png"):
@@ -456,7 +434,20 @@ def test_a_good_place_is_left_as_it_was_until_there_is_a_result(tmp_path):
         plumbing.files.writable(tmp_path)
 
 
-@pytest.mark.parametrize("script, words, name, suffix", few([
+BELOW, CANNOT = "view.png/below/x", "cannot be written"  # below a file
+
+
+@pytest.mark.parametrize("script, words, name, told", few([
+    (sample, "--ckpt ar.pt --format sheet", BELOW, CANNOT),
+    (sample, "--ckpt ar.pt --format files", BELOW, CANNOT),
+    (sample, "--ckpt phase1.pt --reconstruct --format npz", BELOW, CANNOT),
+    (commands, "metrics --ckpt ar.pt --num 999 --extractor vgg.pt", BELOW, CANNOT),
+    (commands, "sweep top_p=0.5,1 --ckpt ar.pt --num 999 --extractor vgg.pt", BELOW, CANNOT),
+    (visualize, "view --ckpt ar.pt", f"{BELOW}.png", CANNOT),
+    (commands, "report .", BELOW, CANNOT),
+    (commands, "compare phase1.pt", BELOW, CANNOT),
+    (commands, "table1 --preset demo --run", BELOW, CANNOT),
+    # of another kind
     (sample, "--ckpt ar.pt", "s.jpg", ".png"),
     (sample, "--ckpt ar.pt --format npz", "s.png", ".npz"),
     (commands, "edit view.png --ckpt nar.pt --box 0,0,9,9", "s.jpg", ".png"),
@@ -473,15 +464,15 @@ def test_a_good_place_is_left_as_it_was_until_there_is_a_result(tmp_path):
     (commands, "edit view.png --ckpt nar.pt --box 0,0,9,9", "view.png", "would overwrite what is edited"),
     (commands, "edit samples_nar.png --ckpt nar.pt --mask view.png", "view.png", "would overwrite what"),
     (commands, "edit view.png --ckpt nar.pt --onto 8,8,16 --format files", "", "holds other files"),
-], 2, 4, 8, 9))
-def test_no_file_is_overwritten_by_another_kind_of_file_and_none_is_named_like_one(
-        trained, tmp_path, capsys, idle, script, words, name, suffix):
+], 1, 3, 5, 11, 13, 17, 18))
+def test_a_bad_place_for_results_is_known_before_the_work_and_no_file_is_overwritten(
+        trained, tmp_path, capsys, idle, script, words, name, told):
     run = shutil.copytree(trained, tmp_path / "run")
     (run / "tensorboard.json").mkdir()
     before = contents(run)
     words = [str(run / word) if word == "." or "." in word and "=" not in word else word
              for word in words.split()]
-    assert suffix in refused(capsys, script, *words, "--out", run / name) and contents(run) == before
+    assert told in refused(capsys, script, *words, "--out", run / name) and contents(run) == before
 
 
 def test_a_bad_place_is_not_laid_to_the_disk_and_a_full_disk_is(tmp_path):

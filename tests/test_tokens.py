@@ -111,11 +111,11 @@ def test_a_prior_s_tokens_are_encoded_in_micro_batches_too(data, run, tmp_path, 
     tokenizer, images = tiny_tokenizer(), images_of(run / "phase1.pt", CONFIG, data)[1]
     real, sizes, found = tokenizer.encode, [], []
     monkeypatch.setattr(tokenizer, "encode", lambda x: sizes.append(len(x)) or real(x))
-    views = [[(images, i, None, False) for i in range(20)]]
+    views = [(images, i, None, False) for i in range(20)]
     for size in (8, 3):
         settings = types.SimpleNamespace(micro=lambda x, size=size: x.split(size), request=0, device="cpu",
                                          autocast=contextlib.nullcontext())
-        found.append(encode_all(settings, tokenizer, views, "key", tmp_path / "part.pt", batch=8)[0])
+        found.append(encode_all(settings, tokenizer, views, tmp_path / str(size), batch=8)["tokens"])
     assert sizes == [8, 8, 4, 3, 3, 2, 3, 3, 2, 3, 1]
     assert (found[0] == found[1]).float().mean() > 0.99 and len(found[0].unique()) > 4  # but for rounding
 

@@ -564,8 +564,8 @@ def test_variants_0_and_1_are_the_central_crop_and_its_mirror_image(trained, dat
 
 def test_variants_from_2_on_are_random_crops_every_second_one_mirrored(trained, data, monkeypatch, tmp_path):
     views = []
-    monkeypatch.setattr(plumbing.codes, "encode_all", lambda *args: views.append(args[2][0]) or (
-        torch.zeros(320, 16, dtype=torch.int16), torch.zeros(320, dtype=torch.int64)))
+    monkeypatch.setattr(plumbing.codes, "encode_all", lambda *args: views.append(args[2]) or dict(
+        tokens=torch.zeros(len(views[-1]), 16, dtype=torch.int16), labels=torch.zeros(300, dtype=int)))
     run = open_run("ar", tmp_path, data, code_variants=5)
     plumbing.codes.cached_codes(run, load_model(trained / "phase1.pt", ["phase1"])[0])
     asked = [views[0][60 * v : 60 * (v + 1)] for v in range(5)]
