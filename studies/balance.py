@@ -22,14 +22,14 @@ def pushes(tokenizer, vgg, x):
     """The terms d_l of Eq. 4 in all layers of Table 6, between x (B, 3, S, S) and its reconstruction.
 
     returns: {name: (size, gradient at x_hat, gradient at the decoder's last layer)} of "L1" and of `NAMES`, a
-             float and two flat float32 tensors. Weights are those of the checkpoint, everything is float32.
+             float and two float32 tensors. Weights are those of the checkpoint, everything is float32.
     """
     with torch.enable_grad():
         x_hat = tokenizer.decode(tokenizer.encode(x))
         terms = {"L1": F.l1_loss(x_hat, x)} | perceptual_terms(vgg, x, x_hat, NAMES)
         sources = x_hat, tokenizer.decoder.conv_out.weight
-        return {name: (term.item(), *(g.flatten() for g in torch.autograd.grad(
-            term, sources, retain_graph=True))) for name, term in terms.items()}
+        return {name: (term.item(), *torch.autograd.grad(term, sources, retain_graph=True))
+                for name, term in terms.items()}
 
 
 def ratio(found, weights):
@@ -45,7 +45,9 @@ def vgg_for(path, ckpt, source, device):
     source = source or ckpt["config"]["vgg"]
     if is_checkpoint(source):
         return load_model(source, ("vgg",), device)[0]
-    found = find_vgg(path, ckpt, device) if source == "own" else VGGTaps(load_vgg16_of(source)).to(device)
+    if source != "own":
+        return VGGTaps(load_vgg16_of(source)).to(device)
+    found = find_vgg(path, ckpt, device)
     if found is None:
         raise UserError(f"no vgg.pt beside {path}; pass --vgg FILE")
     return found
@@ -66,17 +68,12 @@ def balance_of(path, args, device):
     total = sum(w * found[name][0] for name, w in weights.items())
     rows = {name: ratio(found, {name: 1.0}) | dict(share=weights.get(name, 0) * found[name][0] / total)
             for name in NAMES}
-    sums = {f"L_{name}": layers for name, layers in LAYER_SETS.items()}  # what strengths are matched by
-    sums |= {f"L_per({alpha:g})": layer_weights(alpha) for alpha in (0.2, 0.4, 0.6, 0.8)}
-    rows |= {name: ratio(found, layers) for name, layers in sums.items()}
     loss = ratio(found, {name: w * c["per_weight"] for name, w in weights.items()})
     note = ckpt["note"] or "the perceptual network has random weights" * vgg.random_weights
     print0(f"\n{path}, {ckpt['stage']}, step {ckpt['step']}; {len(drawn)} validation images; ratios to L1"
            + f"; {note}" * bool(note))
-    keys = dict(size="size", at_image="gradient at x_hat", at_layer="gradient at the last layer",
-                share="share in this run's L_per")
-    print_table([["", *keys.values()], *([name, *(number(row.get(key)) for key in keys)]
-                                         for name, row in rows.items())])
+    print_table([["", "size", "gradient at x_hat", "gradient at the last layer", "share in this run's L_per"],
+                 *([name, *map(number, row.values())] for name, row in rows.items())])
     print0(f"{c['per_weight']:g} L_per of {source}: {loss['size']:.2g} times the size of L1, "
            f"{loss['at_image']:.2g} times its gradient at x_hat, {loss['at_layer']:.2g} at the last layer")
     return dict(
@@ -86,9 +83,8 @@ def balance_of(path, args, device):
 
 
 def balance(args):
-    """`python -m studies balance`"""
     out = args.out or args.ckpt[0].with_name("balance.json")
     writable(out, suffix=".json")
-    text = json.dumps([balance_of(path, args, setup_device(args.device)) for path in args.ckpt], indent=1)
-    save_text(text + "\n", out)
+    found = [balance_of(path, args, setup_device(args.device)) for path in args.ckpt]
+    save_text(json.dumps(found, indent=1) + "\n", out)
     print0(f"wrote {out}")

@@ -10,7 +10,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from perceptual import LAYER_SETS, VGGTaps, adv_loss, disc_loss, layer_weights, perceptual_loss
 from plumbing.shapes import Shapes
 from plumbing.weights import build_vgg16
-from tokenizer import TokenizerConfig, VQTokenizer
 from visualize import told_loss
 
 PEAK = 989e12  # dense bf16 FLOP/s of an H100, by its data sheet
@@ -45,15 +44,6 @@ def cost(steps, *networks):
     return flops, most
 
 
-def to_fake(network):
-    """Replaces all weights and buffers by fake ones, inside a FakeTensorMode."""
-    for module in network.modules():
-        for name, p in module.named_parameters(recurse=False):
-            setattr(module, name, torch.nn.Parameter(torch.empty(p.shape), requires_grad=p.requires_grad))
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
-
-
 def hours(name, flops, c):
     """H100-hours of a stage in words, at the share of the peak that one H100 reached."""
     found = flops * c["batch"] * c["steps"] / PEAK / REACHED[name] / 3600
@@ -82,6 +72,20 @@ def print_cost(name, c, flops, kept, trainable, frozen, processes, memory=None):
     print(f"  cost of {name}: {text}")
 
 
+def count(*modules, trainable=False):
+    return sum(p.numel() for m in modules for p in m.parameters() if p.requires_grad or not trainable)
+
+
+def row(name, module, c):
+    """A line of one network: its parameters, how many of them are trained, and by which rates."""
+    total, trained = count(module), count(module, trainable=True)
+    recipe = f"lr {c['lr']:g} {c['schedule']}"
+    if c["schedule"] != "constant":
+        recipe += f" to {c['lr_end']:g}" + f" from step {c['lr_start']}" * bool(c["lr_start"])
+    state = "trainable" if trained == total else f"{trained:,} trainable" if trained else "frozen"
+    print(f"  {name:30s} {total:>13,}  {f'{state}  {recipe}' if trained else state if total else ''}")
+
+
 def explain(config, networks, memory=None):
     """Prints modules, sizes, recipe and cost of a preset; all tensors are fake, nothing is computed.
 
@@ -92,17 +96,8 @@ def explain(config, networks, memory=None):
     processes, known = 1 if small else 8, dict(shapes=len(Shapes.NAMES), cifar10=10).get(config["data"])
     classes = known or (10 if small else 1000)
     called = f"{classes} classes" + " assumed" * (not known)  # of a folder they are counted when it is read
-
-    def count(*modules, trainable=False):
-        return sum(p.numel() for m in modules for p in m.parameters() if p.requires_grad or not trainable)
-
-    def row(name, module, c):
-        total, trained = count(module), count(module, trainable=True)
-        recipe = f"lr {c['lr']:g} {c['schedule']}"
-        if c["schedule"] != "constant":
-            recipe += f" to {c['lr_end']:g}" + f" from step {c['lr_start']}" * bool(c["lr_start"])
-        state = "trainable" if trained == total else f"{trained:,} trainable" if trained else "frozen"
-        print(f"  {name:30s} {total:>13,}  {f'{state}  {recipe}' if trained else state if total else ''}")
+    first, disc, recipe = networks["phase1"], networks["disc"], config["classifier"]
+    own = {key: recipe[key] for key in ("width", "hidden", "skip_pools")} | dict(num_classes=classes)
 
     def stage(name, c):
         share = f" = {processes} processes x {c['batch'] / processes:g}, or fewer with --micro-batch"
@@ -110,30 +105,26 @@ def explain(config, networks, memory=None):
               f"{'AdamW' if c['weight_decay'] else 'Adam'} {tuple(c['betas'])}, "
               f"weight decay {c['weight_decay']:g}, {config['precision']}")
 
-    first, disc, recipe = networks["phase1"], networks["disc"], config["classifier"]
-    phases = {name: networks[name] for name in ("phase1", "phase2") if name in networks}
-    N, *k = first.token_shape
-    sizes = dict(config["tokenizer"], image_size=config["image_size"])
-    own = {key: recipe[key] for key in ("width", "hidden", "skip_pools")} | dict(num_classes=classes)
     with torch.device("meta"):
-        table1 = {name: VQTokenizer(TokenizerConfig(**sizes | {name: 2})) for name in (
-            "num_attention", "decoder_extra_blocks")} if config["fork"] is None else {}
-        prior = {(name, n): type(networks[name])(replace(networks[name].config, num_classes=n))
-                 for name in ("ar", "nar") for n in (0, classes)}
         vgg = build_vgg16(**own, batch_norm=True)
         taps = VGGTaps(build_vgg16(**own if config["vgg"] == "own" else {}))
-    with FakeTensorMode():  # as "meta", but autocast and attention believe to be on a CPU
-        for network in (vgg, taps, disc, *phases.values(), *prior.values()):
-            to_fake(network)
-        x, tokens = torch.zeros(1, 3, *[config["image_size"]] * 2), torch.zeros(1, N, *k, dtype=torch.int64)
-        label, noise = torch.zeros(1, dtype=torch.int64), torch.zeros(1, N + 1)
+        prior = {(name, n): type(networks[name])(replace(networks[name].config, num_classes=n))
+                 for name in ("ar", "nar") for n in (0, classes)}
+    with FakeTensorMode(allow_non_fake_inputs=True):  # as "meta", but autocast believes to be on a CPU
+        for network in (vgg, taps, disc, *prior.values()):
+            network.to_empty(device="cpu")
+        x = torch.zeros(1, 3, *[config["image_size"]] * 2)
+        tokens = torch.zeros(1, *first.token_shape, dtype=torch.int64)
+        label, noise = torch.zeros(1, dtype=torch.int64), torch.zeros(1, tokens.shape[1] + 1)
         if config["vgg"] == "own":
             stage(f"vgg, {called}", recipe)
             row("vgg, a narrow VGG-16", vgg, recipe)
             flops, kept = cost([lambda: vgg(x).sum().backward()], vgg)
             print_cost("vgg", recipe, flops, kept, count(vgg), 0, processes, memory)
-        for name, tokenizer in phases.items():
-            c = config[name]
+        for name in ("phase1", "phase2"):
+            if name not in networks:
+                continue
+            c, tokenizer = config[name], networks[name].to_empty(device="cpu")
             stage(f"{name}, {told_loss(c)}", c)
             if name == "phase2":
                 tokenizer.freeze_latent_space()
@@ -141,10 +132,9 @@ def explain(config, networks, memory=None):
             row("codebook", tokenizer.quantizer, c)
             row("decoder", tokenizer.decoder, c)
             print(f"  {'tokenizer':30s} {count(tokenizer):>13,}")
-            extra = getattr(tokenizer, "TRAINING_ONLY", None)
-            extra = [p.numel() for n, p in tokenizer.named_parameters() if extra and n.startswith(extra)]
-            if extra:
-                print(f"  {'without what only training needs':30s} {count(tokenizer) - sum(extra):>13,}")
+            if extra := getattr(tokenizer, "TRAINING_ONLY", None):
+                needed = [p.numel() for n, p in tokenizer.named_parameters() if not n.startswith(extra)]
+                print(f"  {'without what only training needs':30s} {sum(needed):>13,}")
             disc.requires_grad_(True)
             row("discriminator", disc, c)
             row("VGG-16", taps, c)
@@ -168,10 +158,6 @@ def explain(config, networks, memory=None):
                 flops += cost([discriminate], disc)[0] // c["r1_every"]
             frozen = count(taps, disc, tokenizer) - trainable
             print_cost(name, c, flops, kept, trainable, frozen, processes, memory)
-        if table1:
-            names = {"+Attention x2": "num_attention", "+Conv x2": "decoder_extra_blocks"}
-            print("Table 1: " + ", ".join(f"{label} {count(table1[name]):,} (--set tokenizer.{name}=2)"
-                                          for label, name in names.items()))
         for name in ("ar", "nar"):
             stage(f"{name}, {first.grid_size}^2 tokens of {first.codebook_size} codes", config[name])
             own = prior[name, classes]

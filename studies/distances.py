@@ -4,24 +4,6 @@ import re
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-
-from perceptual import normalize_images
-
-
-class ClassifierFeatures(nn.Module):
-    """A classifier of ours, VGG or ResNet, as an extractor: images (B, 3, H, W) uint8, of the size that it
-    was trained on, to the input of its first linear layer, (B, F), and its logits, (B, C)."""
-
-    def __init__(self, network):
-        super().__init__()
-        self.network = network.eval()
-
-    def forward(self, x):
-        x = normalize_images(x.float() / 127.5 - 1)
-        pool = self.network.avgpool(self.network.features(x)).flatten(1)
-        # as the classifier was trained, for the inception score
-        return pool, self.network.classifier(pool) / getattr(self.network, "logit_scale", 1)
 
 
 def plain(name, layer=""):
@@ -80,11 +62,8 @@ def ssim(x, x_hat):
     """Structural similarity of each pair of uint8 images (B, 3, H, W): (B,) float64, 1 for equal images.
 
     Wang et al. 2004 as it is usually computed: Gaussian window of 11 pixels and deviation 1.5, K1 = 0.01,
-    K2 = 0.03, range 255, the mean over colours and over all places where the window fits.
-    raises: ValueError if a side is below 11
+    K2 = 0.03, range 255, the mean over colours and over all places where the window fits: a side needs 11.
     """
-    if min(x.shape[2:]) < 11:
-        raise ValueError(f"SSIM needs images of at least 11x11 pixels, got {tuple(x.shape)}")
     window = torch.exp(-((torch.arange(11.0, device=x.device, dtype=torch.float64) - 5) ** 2) / (2 * 1.5**2))
     window = window / window.sum()
 

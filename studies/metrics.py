@@ -16,7 +16,7 @@ import torch
 
 from plumbing.codes import codebook_usage, count_codes
 from plumbing.data import images_of
-from plumbing.errors import UserError, warn
+from plumbing.errors import UserError
 from plumbing.files import read_checkpoint, save_text, writable
 from plumbing.hashes import latent_hash, weights_hash
 from plumbing.images import psnr, to_float, to_uint8
@@ -42,15 +42,11 @@ PROTOCOLS = {  # of other features than Inception's they are rfd-val, pfd-val, i
 UNREAD = {  # flags that decide nothing in a protocol
     **dict.fromkeys(("rfid-val", "pfid-val", "ifid-val"), SAMPLING.replace(".sample", "")),
     "view-val": SAMPLING.replace(".sample", "").removeprefix("tokenizer") + " lpips", "gfid-train": "lpips"}
+PHASES = "phase1", "phase2"
+FLAGGED = dict(predict=("view-val", ("ar",)), perturb=("pfid-val", PHASES), interpolate=("ifid-val", PHASES))
+SUFFIX = {"view-val": "_view", "pfid-val": "_perturbed", "ifid-val": "_mixed"}  # of the file's name
 HOW = ("protocol", "num_images", "image_size", "classes", "extractor_hash", "resize", "feature_layer",
        "reference", "reference_images", "reference_hash")
-
-PUBLISHED = {  # (fork, K, f) of a public tokenizer: what others measured; docs/measuring.md says who
-    ("taming", 1024, 16): dict(rfid=8.31, psnr=19.52, ssim=0.49),
-    ("taming", 16384, 16): dict(rfid=5.00, psnr=20.01, ssim=0.50),
-    ("llamagen", 16384, 16): dict(rfid=2.19, psnr=20.79, ssim=0.56),
-    ("llamagen", 16384, 8): dict(rfid=0.59),
-    ("maskgit", 1024, 16): dict(rfid=2.12, psnr=18.15, ssim=0.43)}
 
 
 def read_result(path):
@@ -67,7 +63,6 @@ def read_result(path):
 
 
 def metrics(args):
-    """`python -m studies metrics --ckpt FILE`"""
     evaluate(args, setup_device(args.device))
 
 
@@ -76,104 +71,80 @@ def evaluate(args, device):
 
     returns: the result
     """
-    ckpt = read_checkpoint(args.ckpt, ("phase1", "phase2", "ar", "nar"))
-    config = ckpt["config"]
-    protocol = "rfid-val" if ckpt["stage"] in ("phase1", "phase2") else "gfid-train"
-    if args.predict:
-        if ckpt["stage"] != "ar":
-            raise UserError(f"--predict needs an ar.pt: a {ckpt['stage']} prior would see what it predicts")
-        protocol = "view-val"
-    for flag in ("perturb", "interpolate"):
-        if getattr(args, flag):
-            if protocol != "rfid-val":
-                raise UserError(f"--{flag} needs a phase1.pt or phase2.pt, whose reconstructions it measures")
-            protocol = f"{flag[0]}fid-val"
+    chosen = [FLAGGED[flag] for flag in FLAGGED if getattr(args, flag)]
+    protocol, stages = chosen[0] if chosen else (None, (*PHASES, "ar", "nar"))
+    ckpt = read_checkpoint(args.ckpt, stages)
+    config, protocol = ckpt["config"], protocol or ("rfid-val" if ckpt["stage"] in PHASES else "gfid-train")
     if found := unread(args, UNREAD[protocol] + " data" * bool(args.reference and protocol == "gfid-train")):
         raise UserError(f"{found} changes nothing in {protocol}: {PROTOCOLS[protocol]}; leave it out")
-    out = args.out or args.ckpt.with_name(f"metrics_{args.ckpt.stem}{'_view' * args.predict}"
-                                          f"{'_perturbed' * args.perturb}{'_mixed' * args.interpolate}.json")
+    out = args.out or args.ckpt.with_name(f"metrics_{args.ckpt.stem}{SUFFIX.get(protocol, '')}.json")
     on_rank0(lambda: read_result(out) if os.path.exists(out) else writable(out, suffix=".json"))
     extractor = Extractor(args.extractor, config["image_size"], device)
-    if protocol != "gfid-train":
+    if protocol == "gfid-train":
+        args.num = args.num or 50_000
+        measured, info = measure_samples(args, extractor, device)
+        names = ckpt["class_names"] if info["classes"] else []
+    else:
         val = images_of(args.ckpt, config, args.data)[1]
         if args.num not in (None, len(val)):
             raise UserError(f"this takes all {len(val)} validation images; leave --num out")
         args.num, names = len(val), val.class_names
         measure = measure_view if args.predict else measure_reconstructions
         measured, info = measure(args, extractor, val, device)
-    else:
-        args.num = args.num or 50_000
-        measured, info = measure_samples(args, extractor, device)
-        names = ckpt["class_names"] if info["classes"] else []
     extractor.check_number(args.num, "images")
     reference = load_reference(args, extractor, config, protocol.split("-")[1])
-    mine = dict(
-        protocol=plain(protocol, extractor.info["feature_layer"]), num_images=args.num,
-        image_size=config["image_size"], **extractor.info, classes=None) | info
-    if reference:  # in the first process
-        mine |= {key: reference[key] for key in HOW if key.startswith("reference")}
+    told = plain(protocol, extractor.info["feature_layer"])
+    how = dict(protocol=told, num_images=args.num, image_size=config["image_size"], **extractor.info,
+               classes=None) | info
+    how |= {key: reference[key] for key in HOW if key.startswith("reference")}
 
-    def known():
-        """Whether this result is there already, and the name of the folder for its parts."""
+    def there():
         old = read_result(out) if out.exists() else {}
-        there = old and all(old.get(key) == value for key, value in mine.items() if key != "extractor")
-        if there:
+        same = old and all(old.get(key) == value for key, value in how.items() if key != "extractor")
+        if same:
             os.utime(out)  # newer than its checkpoint, also where both were copied
         elif old:
             print0(f"note: {out} holds another result, which this one replaces")
-        keys = sorted((key, str(value)) for key, value in mine.items())
-        return there, f".{out.stem}.{mix(*keys):016x}"
+        return same
 
-    there, parts = on_rank0(known)
-    if there:
+    def finish():
+        seconds = rows["seconds"].sum().item()
+        about = dict(
+            checkpoint=str(args.ckpt), images_hash=joint_hash(rows["digests"]),
+            results=results_of(protocol, rows, reference, info, extractor, names),
+            seconds=round(seconds, 1), processes=world(), device=str(device),
+            threads=torch.get_num_threads(), torch=torch.__version__,
+            torch_fidelity=importlib.metadata.version("torch-fidelity"),
+            command=shlex.join(["python", "-m", "studies", *sys.argv[1:]]))
+        save_text(json.dumps(how | about, indent=1) + "\n", out)
+        print0(f"{args.num:,} images in {seconds:.0f} s, {args.num / seconds:.1f} images/s -> {out}")
+        shutil.rmtree(parts)
+
+    if on_rank0(there):
         print0(f"{out} is there already")
     else:
-        rows = collect(measured, out.with_name(parts), mine["protocol"], args.num)
-
-        def finish():
-            seconds = rows["seconds"].sum().item()
-            about = dict(
-                checkpoint=str(args.ckpt), images_hash=joint_hash(rows["digests"]),
-                results=results_of(protocol, rows, reference, info, extractor, names),
-                seconds=round(seconds, 1), processes=world(), device=str(device),
-                threads=torch.get_num_threads(), torch=torch.__version__,
-                torch_fidelity=importlib.metadata.version("torch-fidelity"),
-                command=shlex.join(["python", "-m", "studies", *sys.argv[1:]]))
-            save_text(json.dumps(mine | about, indent=1) + "\n", out)
-            print0(f"{args.num:,} images in {seconds:.0f} s, {args.num / seconds:.1f} images/s -> {out}")
-            shutil.rmtree(out.with_name(parts))
-
+        key = mix(*sorted((key, str(value)) for key, value in how.items()))
+        parts = out.with_name(f".{out.stem}.{key:016x}")
+        rows = collect(measured, parts, told, args.num)
         on_rank0(finish)
     result = on_rank0(lambda: read_result(out))
-    print0(f"{result['protocol']}: {PROTOCOLS[protocol]}; {args.num:,} images, features of {args.extractor}")
-    expected = published(ckpt) if protocol == "rfid-val" else {}
+    print0(f"{told}: {PROTOCOLS[protocol]}; {args.num:,} images, features of {args.extractor}")
     for name, value in result["results"].items():
-        beside = f"  (published: {expected[name]})" if name in expected else ""
-        print0(f"  {name:28s} {value:.5g}{beside}" if isinstance(value, float) else f"  {name:28s} {value}")
-    if expected:
-        print0("published: of ImageNet's 50,000 validation images, 256x256; traps: docs/measuring.md")
+        print0(f"  {name:28s} {value:.5g}" if isinstance(value, float) else f"  {name:28s} {value}")
     return result
-
-
-def published(ckpt):
-    """What PUBLISHED has for a public tokenizer as it came, {} for any other checkpoint."""
-    sizes = ckpt["model_config"]
-    marks = ckpt["config"].get("fork"), sizes.get("codebook_size"), 2 ** (len(sizes["channel_mult"]) - 1)
-    return PUBLISHED.get(marks, {}) if ckpt["step"] == 0 else {}
 
 
 def results_of(protocol, rows, reference, info, extractor, names):
     """The numbers of one protocol from the rows of all images: {name: number}, named by `plain`"""
     numbers = fidelity(rows["features"], rows["logits"], reference)
-    if protocol in ("rfid-val", "pfid-val", "ifid-val"):
+    if protocol != "gfid-train":  # the scores of samples say nothing of reconstructions
+        prefix = "view_" if protocol == "view-val" else protocol[0]
+        numbers = {f"{prefix}{name}": numbers[name] for name in ("fid", "kid") if name in numbers}
+    if "tokens" in rows:
         usage, perplexity = codebook_usage(count_codes(rows["tokens"], info["K"]))
-        numbers = {f"{protocol[0]}{name}": numbers[name] for name in ("fid", "kid") if name in numbers}
         numbers |= dict(usage=usage, perplexity=perplexity)
-        numbers |= {name: rows[name].double().mean().item()
-                    for name in ("psnr", "ssim", "l1", "lpips") if name in rows}
-    if protocol == "view-val":
-        numbers = {f"view_{name}": numbers[name] for name in ("fid", "kid") if name in numbers}
-        numbers |= {name: rows[name].double().mean().item() for name in ("top1", "nats_per_token")}
+    numbers |= {name: rows[name].double().mean().item()
+                for name in ("psnr", "ssim", "l1", "lpips", "top1", "nats_per_token") if name in rows}
     accuracy = class_accuracy(extractor, names, rows)
     if accuracy:
         numbers |= dict(class_accuracy=accuracy.pop("all"), class_accuracy_by_class=accuracy,
@@ -197,10 +168,10 @@ def measure_samples(args, extractor, device):
 def measure_reconstructions(args, extractor, data, device):
     """(chunks for `collect`, what identifies the reconstructions). All distances are of 8-bit images; L1 is
     on the scale of [-1, 1], as in Eq. 2."""
-    tokenizer, ckpt = load_model(args.ckpt, ("phase1", "phase2"), device)
+    tokenizer, ckpt = load_model(args.ckpt, PHASES, device)
     lpips = load_lpips(args.lpips, device)
-    shown = interpolated_reconstructions if args.interpolate else reconstructions
-    shown = perturbed_reconstructions if args.perturb else shown
+    shown = (perturbed_reconstructions if args.perturb else
+             interpolated_reconstructions if args.interpolate else reconstructions)
 
     def measured(done):
         for start, x, x_hat, tokens in shown(tokenizer, data, args.num, args.batch, device, done):
@@ -211,9 +182,6 @@ def measure_reconstructions(args, extractor, data, device):
             if lpips:
                 rows["lpips"] = lpips(a, b).flatten().cpu()
             yield start, rows
-
-    if args.lpips == "random":
-        warn("--lpips random: that number means nothing")
 
     info = dict(tokenizer=latent_hash(tokenizer), decoder=weights_hash(tokenizer), batch=args.batch,
                 K=tokenizer.codebook_size, lpips=weights_hash(lpips) if lpips else None, note=ckpt["note"])

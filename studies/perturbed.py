@@ -10,7 +10,7 @@ import torch
 from plumbing.codes import nearest_others
 from plumbing.fast import in_slices
 from plumbing.images import to_float, to_uint8
-from plumbing.processes import full_float32, mix, seeded_rand
+from plumbing.processes import mix, seeded_rand
 from plumbing.slices import decode, reconstructions
 
 SHARE, NEAR = 0.5, 1 / 16  # of the tokens; of the codebook
@@ -53,31 +53,15 @@ def perturbed_reconstructions(tokenizer, data, num, batch, device, done=None):
 
 
 @torch.no_grad()
-def nearest_images(tokenizer, tokens, batch=500):
+def nearest_images(tokenizer, tokens):
     """For each image the other one whose codes are nearest: tokens (n, N) or (n, N, k) -> (n,) int64.
 
-    Near is the Euclidean distance of the codes that the decoder sees, over all positions. They are looked up
-    again for each block, so that those of 2 * batch images are held at a time.
-    raises: ValueError for a single image, which has no neighbour
+    Near is the Euclidean distance of the codes that the decoder sees, over all positions.
     """
-    if len(tokens) < 2:
-        raise ValueError(f"a nearest neighbour needs two images at least, got {len(tokens)}")
     side, device = math.isqrt(tokens.shape[1]), next(tokenizer.parameters()).device
-
-    def codes(rows):  # (b, n_z * N)
-        indices = tokens[rows].to(device).unflatten(1, (side, side))
-        return tokenizer.quantizer.lookup(indices).flatten(1).float()
-
-    blocks, found = torch.arange(len(tokens)).split(batch), []
-    for rows in blocks:
-        a, far = codes(rows), []
-        for columns in blocks:
-            with full_float32(a):
-                far.append(torch.cdist(a, codes(columns)))
-        far = torch.cat(far, 1)
-        far[torch.arange(len(rows)), rows.to(device)] = math.inf
-        found.append(far.argmin(1).cpu())
-    return torch.cat(found)
+    codes = [tokenizer.quantizer.lookup(part.to(device).unflatten(1, (side, side))).flatten(1).float()
+             for part in tokens.split(500)]
+    return nearest_others(torch.cat(codes), 1)[:, 0].cpu()
 
 
 def interpolate(tokens, others, start):

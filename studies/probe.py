@@ -21,6 +21,8 @@ from prior_ar import ARPrior
 from studies.tables import number, print_table
 from visualize import alpha_of, same_size, stability
 
+NUMBERS = "bits_per_image", "relative", "psnr"  # that `compare` decides by
+
 
 def probe(train, val, codebook_size, device="cpu", steps=400, batch=64, seed=0, Prior=ARPrior, **more):
     """Trains the same small AR prior, without classes, for the same number of steps on any codes.
@@ -50,13 +52,15 @@ def probe(train, val, codebook_size, device="cpu", steps=400, batch=64, seed=0, 
     prior.eval()
     with torch.no_grad():
         parts = [part.to(device) for part in val.split(100)]
-        nats = sum(prior.loss(prior(part), part)[0].item() * len(part) for part in parts) / len(val)
+        nats_of_parts = [prior.loss(prior(part), part)[0].item() for part in parts]
+    nats = sum(value * len(part) for value, part in zip(nats_of_parts, parts, strict=True)) / len(val)
     frequency = count_codes(train, codebook_size).double().view(k, -1) + 1
     surprise = -(frequency / frequency.sum(1, keepdim=True)).log()  # (k, K)
     unigram = sum(surprise[i][part].mean().item() for i, part in enumerate(val.view(-1, k).unbind(1))) / k
     bits = N * k / math.log(2)
     return dict(nats_per_token=nats, bits_per_image=nats * bits, unigram_bits_per_image=unigram * bits,
-                relative=nats / unigram, num_tokens=N, codebook_size=codebook_size, steps=steps)
+                relative=nats / unigram, num_tokens=N, codebook_size=codebook_size, steps=steps,
+                nats_of_parts=nats_of_parts)
 
 
 def probe_of(ckpt):
@@ -66,14 +70,16 @@ def probe_of(ckpt):
     return dict(Prior=classes_of(ckpt["config"])["ar"]) | more
 
 
-def probes(args, device):
+def compare(args):
     """`compare A.pt B.pt`: the probe, PSNR and code stability of tokenizers on the same images; rFD is for
     `metrics`. A folder of --data is split into training and validation images as train.py does. For a
     tokenizer of another kind call `probe` with its tokens."""
-    rows, ckpts = [], [read_checkpoint(path, ("phase1", "phase2")) for path in args.files]
+    out, device = args.out or args.files[0].with_name("compare.json"), setup_device(args.device)
+    writable(out, suffix=".json")
+    ckpts = [read_checkpoint(path, ("phase1", "phase2")) for path in args.files]
+    config, images, rows, samples = ckpts[0]["config"], [], [], []
     for path, ckpt in zip(args.files, ckpts, strict=True):
-        same_size(path, ckpt, ckpts[0]["config"], args.files[0])
-    config, images = ckpts[0]["config"], []
+        same_size(path, ckpt, config, args.files[0])
     splits = images_of(args.files[0], config) if not args.data else (
         load_data(dict(config, data=args.data, val=None), labels=False))
     for split, limit in zip(splits, (args.samples or 5000, 1000), strict=True):
@@ -85,23 +91,33 @@ def probes(args, device):
         tokens = [torch.cat([tokenizer.encode(to_float(part, device)).cpu() for part in split.split(100)])
                   for split in images]
         x = to_float(images[1][:200], device)
-        x_hat = decode(tokenizer, tokens[1][:200].to(device))
+        decibels = psnr(x, decode(tokenizer, tokens[1][:200].to(device)))
         row = dict(
             ckpt=str(path), tokenizer_hash=latent_hash(tokenizer), **alpha_of(ckpt["config"]),
             train_images=len(images[0]), val_images=len(images[1]), psnr_images=len(x),
-            psnr=psnr(x, x_hat).mean().item(), changed=stability(tokenizer, x),
+            psnr=decibels.mean().item(), changed=stability(tokenizer, x),
             **probe(*tokens, tokenizer.codebook_size, device, args.steps or 400, **probe_of(ckpt)))
         row["seconds"] = round(time.time() - begin, 1)
+        parts = torch.tensor(row.pop("nats_of_parts")) / row["nats_per_token"]
+        samples.append(dict(psnr=decibels.cpu(), **{name: parts * row[name] for name in NUMBERS[:2]}))
         rows.append(row)
-    names = "bits_per_image", "unigram_bits_per_image", "relative", "psnr"
+    names = *NUMBERS, "unigram_bits_per_image"
     print_table([["", *names], *([row["ckpt"], *(number(row[name]) for name in names)] for row in rows)])
-    return rows
-
-
-def compare(args):
-    """`python -m studies compare`"""
-    out = args.out or args.files[0].with_name("compare.json")
-    writable(out, suffix=".json")
-    text = json.dumps(probes(args, setup_device(args.device)), indent=1) + "\n"
-    save_text(text, out)
+    for name in NUMBERS:
+        print0(best(name, rows, samples))
+    save_text(json.dumps(rows, indent=1) + "\n", out)
     print0(f"wrote {out}")
+
+
+def best(name, rows, samples):
+    """A line that names the best tokenizer in a number, and those that are no worse beyond the noise: twice
+    the standard error of the difference, over the same validation images."""
+    better = "higher" if name == "psnr" else "lower"
+    first = (max if name == "psnr" else min)(range(len(rows)), key=lambda i: rows[i][name])
+    alike = []
+    for i, own in enumerate(samples):
+        gaps = own[name] - samples[first][name]
+        if i != first and not gaps.mean().abs() > 2 * gaps.std() / len(gaps) ** 0.5:  # of one part it is nan
+            alike.append(rows[i]["ckpt"])
+    within = f"; within the noise of it: {', '.join(alike)}" if alike else ""
+    return f"{name}: {better} is better, and best is {rows[first]['ckpt']}{within}"

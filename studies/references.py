@@ -1,7 +1,6 @@
 """What samples are compared with: features of real images, measured once for each extractor and kept."""
 
 import hashlib
-import pickle
 import shutil
 import time
 import zipfile
@@ -25,18 +24,18 @@ def load_reference(args, extractor, config, split):
     """What all images of a split give, made once for each extractor; see `reference_statistics`.
 
     The cache goes by names, sizes and times of the files; the `reference_hash` of a result is that of all
-    pixels. A --reference in ADM's form, an npz with mu and sigma, names neither its images nor its features:
-    these are the caller's word. returns: the dict in the first process, None in others
+    pixels. Another process that makes the same statistics is waited for. A --reference in ADM's form names
+    neither its images nor its features: these are the caller's word.
     """
-    if args.reference and args.reference.suffix == ".npz":
-        return on_rank0(lambda: adm_reference(args.reference, extractor.num_features))
-    data = None if args.reference else images_of(args.ckpt, config, args.data)[split == "val"]
-    wanted = dict(reference=split, image_size=config["image_size"], **extractor.info)
-    wanted = {k: v for k, v in wanted.items() if k not in ("extractor", "extractor_note")}
+    if args.reference:
+        return adm_reference(args.reference, extractor.num_features)
+    data, locks, waiting = images_of(args.ckpt, config, args.data)[split == "val"], [], False
+    about = dict(reference=split, image_size=config["image_size"], **extractor.info)
+    del about["extractor"], about["extractor_note"]  # which decide nothing
 
     def name():
         times = data.times() if isinstance(data, FolderData) else []
-        return args.references / f"{split}_{mix(data.fingerprint, times, sorted(wanted.items())):016x}.pt"
+        return args.references / f"{split}_{mix(data.fingerprint, times, sorted(about.items())):016x}.pt"
 
     def chunks(done):
         for indices in my_chunks(len(data), args.batch, done):
@@ -46,51 +45,34 @@ def load_reference(args, extractor, config, split):
                 del rows["logits"]  # nothing to tell, and large
             yield indices[0], rows
 
-    path, locks, printed = args.reference or on_rank0(name), [], ""
-
-    def look():
-        """made, ours to make, or the reason to wait for another process"""
+    def lock():
+        """Why to wait; "" once the file is there, or ours to make"""
         try:
             if not intact(path):
                 locks.append(claim(args.references))
-            return "made" if intact(path) else "ours"
         except InUse as error:
             return str(error)
+        return ""
 
-    while (state := "made" if args.reference else on_rank0(look)) not in ("made", "ours"):
-        if state != printed:
-            printed = state
-            print0(f"waiting: {state}")
+    def finish():
+        more = dict(reference_images=len(data), reference_hash=joint_hash(rows["digests"]),
+                    reference_accuracy=class_accuracy(extractor, data.class_names, rows).get("all"))
+        save_torch(reference_statistics(rows["features"]) | about | more, path)
+        shutil.rmtree(parts)
+
+    path = on_rank0(name)
+    while reason := on_rank0(lock):
+        if not waiting:
+            print0(f"waiting: {reason}")
+        waiting = True
         time.sleep(2)  # not inside `on_rank0`, where the other processes would give up
-    if state == "ours":
-        parts = path.with_suffix(f".parts{args.batch}")
+    if not on_rank0(lambda: intact(path)):
         extractor.check_number(len(data), f"{split} images")
         print0(f"reference: features of {len(data):,} {split} images -> {path}")
+        parts = path.with_suffix(f".parts{args.batch}")
         rows = collect(chunks, parts, "reference", len(data))
-
-        def finish():
-            about = dict(reference_images=len(data), reference_hash=joint_hash(rows["digests"]),
-                         reference_accuracy=class_accuracy(extractor, data.class_names, rows).get("all"))
-            save_torch(reference_statistics(rows["features"]) | about | wanted, path)
-            shutil.rmtree(parts)
-
         on_rank0(finish)
-    found = []
-
-    def check():
-        try:
-            found.append(load_torch(path) if intact(path) else {})
-            if "mu" not in found[0]:
-                raise ValueError
-        except (RuntimeError, ValueError, TypeError, EOFError, pickle.UnpicklingError):
-            raise UserError(f"--reference {path} is missing, damaged or no file of reference statistics"
-                            ) from None
-        wrong = [f"{k} {found[0].get(k)}, not {v}" for k, v in wanted.items() if found[0].get(k) != v]
-        if wrong:
-            raise UserError(f"--reference {path} was made with {', '.join(wrong)} as needed here")
-
-    on_rank0(check)
-    return found[0] if found else None
+    return load_torch(path)
 
 
 def adm_reference(path, width):
@@ -99,15 +81,14 @@ def adm_reference(path, width):
     raises: UserError for another file, or of other features than `width`
     """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with np.load(path) as arrays:  # pickled code is not executed
             mu, sigma = (torch.from_numpy(arrays[name].astype(np.float64)) for name in ("mu", "sigma"))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         raise UserError(f"--reference {path} is missing or no npz with mu and sigma") from None
-    if mu.shape != (width,) or sigma.shape != (width, width) or not sigma.isfinite().all():
+    if sigma.shape != (width, width) or mu.shape != (width,):
         raise UserError(f"--reference {path} has mu {tuple(mu.shape)} and sigma {tuple(sigma.shape)}, this "
                         f"extractor {width} features")
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     return dict(mu=mu.float(), sigma=sigma, reference=f"npz {path.name}", reference_images=None,
                 reference_hash=digest, reference_accuracy=None)
 
