@@ -90,15 +90,13 @@ ENTRIES = {  # a flag: type, choices or bool; help; default; further arguments, 
     "results": (FILE, "JSON files to print side by side, instead of measuring", None,
                 dict(names=["files"], metavar="RESULT", nargs="*")),
     "ckpt.metrics": (FILE, "samples of ar.pt, nar.pt, reconstructions of phase1.pt, phase2.pt are measured"),
-    "predict": (bool, "of ar.pt: measure the teacher-forced view"),
     "perturb": (bool, "of phase1.pt, phase2.pt: swap half of the tokens for near codes (p-FD)"),
     "interpolate": (bool, "of phase1.pt, phase2.pt: half of the tokens from the nearest other image (iFD)"),
-    "extractor": (SOURCE, "features: 'inception' (downloaded), a file of its weights, 'lite0' (two "
-                  "packages), or what --stage vgg trained, .pt or exported", "inception"),
+    "extractor": (SOURCE, "features: 'inception' (downloaded), 'lite0' (two packages), or what --stage "
+                  "vgg trained, .pt or exported", "inception"),
     "lpips": (SOURCE, "VGG-16 of LPIPS: 'imagenet' (downloaded), a .pth file or 'none'", "imagenet"),
     "references": (FILE, "cache of reference statistics", as_path("runs/references")),
-    "reference": (FILE, "one file of that cache to compare with, without the data, or an npz with mu and "
-                  "sigma, as ADM's"),
+    "reference": (FILE, "npz with mu and sigma, as ADM's, to compare with instead of the images"),
     "sweep": (str, "a setting of the sampler and its values", None,
               dict(names=["sweep"], metavar="NAME=V1,V2,...")),
     # tokens

@@ -16,7 +16,7 @@ from recipes.values import check_values, hint
 USAGE = "python -m studies NAME [...]; its flags: python -m studies NAME --help"
 FEATURES = "extractor references reference"
 STUDIES = dict(
-    metrics=("metrics.metrics", "results ckpt.metrics predict perturb interpolate num images "
+    metrics=("metrics.metrics", "results ckpt.metrics perturb interpolate num images "
              f"{FEATURES} lpips {SAMPLING} batch.sample out device",
              "Distances of samples or reconstructions from real images; or results side by side."),
     sweep=("sweep.sweep", f"sweep ckpt num images {FEATURES} {SAMPLING} batch.sample out device",
@@ -81,7 +81,7 @@ def check(name, args):
     if name == "sweep":
         args.values = swept(args)
     if name in ("metrics", "sweep"):
-        for key in ("predict", "perturb", "interpolate"):
+        for key in ("perturb", "interpolate"):
             setattr(args, key, getattr(args, key, False))
         if args.perturb and args.interpolate:
             raise ValueError("--perturb and --interpolate are two measures; pass one")

@@ -19,10 +19,10 @@ from plumbing.data import images_of
 from plumbing.errors import UserError
 from plumbing.files import read_checkpoint, save_text, writable
 from plumbing.hashes import latent_hash, weights_hash
-from plumbing.images import psnr, to_float, to_uint8
-from plumbing.models import load_model, load_tokenizer_of
+from plumbing.images import psnr, to_float
+from plumbing.models import load_model
 from plumbing.processes import mix, on_rank0, print0, setup_device, world
-from plumbing.slices import collect, decode, reconstructions
+from plumbing.slices import collect, reconstructions
 from plumbing.weights import load_lpips
 from recipes.flags import unread
 from recipes.options import SAMPLING
@@ -37,14 +37,11 @@ PROTOCOLS = {  # of other features than Inception's they are rfd-val, pfd-val, i
     "pfid-val": "the same with half of the tokens swapped for near codes",
     "ifid-val": "the same with half of the tokens from the nearest other image",
     "gfid-train": "samples, classes in turn, against the central crops of all training images",
-    "view-val": "teacher-forced predictions of all validation images against these images",
 }
 UNREAD = {  # flags that decide nothing in a protocol
     **dict.fromkeys(("rfid-val", "pfid-val", "ifid-val"), SAMPLING.replace(".sample", "")),
-    "view-val": SAMPLING.replace(".sample", "").removeprefix("tokenizer") + " lpips", "gfid-train": "lpips"}
+    "gfid-train": "lpips"}
 PHASES = "phase1", "phase2"
-FLAGGED = dict(predict=("view-val", ("ar",)), perturb=("pfid-val", PHASES), interpolate=("ifid-val", PHASES))
-SUFFIX = {"view-val": "_view", "pfid-val": "_perturbed", "ifid-val": "_mixed"}  # of the file's name
 HOW = ("protocol", "num_images", "image_size", "classes", "extractor_hash", "resize", "feature_layer",
        "reference", "reference_images", "reference_hash")
 
@@ -71,13 +68,13 @@ def evaluate(args, device):
 
     returns: the result
     """
-    chosen = [FLAGGED[flag] for flag in FLAGGED if getattr(args, flag)]
-    protocol, stages = chosen[0] if chosen else (None, (*PHASES, "ar", "nar"))
-    ckpt = read_checkpoint(args.ckpt, stages)
-    config, protocol = ckpt["config"], protocol or ("rfid-val" if ckpt["stage"] in PHASES else "gfid-train")
+    ckpt = read_checkpoint(args.ckpt, PHASES if args.perturb or args.interpolate else (*PHASES, "ar", "nar"))
+    config, protocol = ckpt["config"], "rfid-val" if ckpt["stage"] in PHASES else "gfid-train"
+    protocol = "pfid-val" if args.perturb else "ifid-val" if args.interpolate else protocol
     if found := unread(args, UNREAD[protocol] + " data" * bool(args.reference and protocol == "gfid-train")):
         raise UserError(f"{found} changes nothing in {protocol}: {PROTOCOLS[protocol]}; leave it out")
-    out = args.out or args.ckpt.with_name(f"metrics_{args.ckpt.stem}{SUFFIX.get(protocol, '')}.json")
+    out = args.out or args.ckpt.with_name(f"metrics_{args.ckpt.stem}{'_perturbed' * args.perturb}"
+                                          f"{'_mixed' * args.interpolate}.json")
     on_rank0(lambda: read_result(out) if os.path.exists(out) else writable(out, suffix=".json"))
     extractor = Extractor(args.extractor, config["image_size"], device)
     if protocol == "gfid-train":
@@ -89,8 +86,7 @@ def evaluate(args, device):
         if args.num not in (None, len(val)):
             raise UserError(f"this takes all {len(val)} validation images; leave --num out")
         args.num, names = len(val), val.class_names
-        measure = measure_view if args.predict else measure_reconstructions
-        measured, info = measure(args, extractor, val, device)
+        measured, info = measure_reconstructions(args, extractor, val, device)
     extractor.check_number(args.num, "images")
     reference = load_reference(args, extractor, config, protocol.split("-")[1])
     told = plain(protocol, extractor.info["feature_layer"])
@@ -138,13 +134,11 @@ def results_of(protocol, rows, reference, info, extractor, names):
     """The numbers of one protocol from the rows of all images: {name: number}, named by `plain`"""
     numbers = fidelity(rows["features"], rows["logits"], reference)
     if protocol != "gfid-train":  # the scores of samples say nothing of reconstructions
-        prefix = "view_" if protocol == "view-val" else protocol[0]
-        numbers = {f"{prefix}{name}": numbers[name] for name in ("fid", "kid") if name in numbers}
-    if "tokens" in rows:
         usage, perplexity = codebook_usage(count_codes(rows["tokens"], info["K"]))
+        numbers = {f"{protocol[0]}{name}": numbers[name] for name in ("fid", "kid") if name in numbers}
         numbers |= dict(usage=usage, perplexity=perplexity)
-    numbers |= {name: rows[name].double().mean().item()
-                for name in ("psnr", "ssim", "l1", "lpips", "top1", "nats_per_token") if name in rows}
+        numbers |= {name: rows[name].double().mean().item()
+                    for name in ("psnr", "ssim", "l1", "lpips") if name in rows}
     accuracy = class_accuracy(extractor, names, rows)
     if accuracy:
         numbers |= dict(class_accuracy=accuracy.pop("all"), class_accuracy_by_class=accuracy,
@@ -186,22 +180,3 @@ def measure_reconstructions(args, extractor, data, device):
     info = dict(tokenizer=latent_hash(tokenizer), decoder=weights_hash(tokenizer), batch=args.batch,
                 K=tokenizer.codebook_size, lpips=weights_hash(lpips) if lpips else None, note=ckpt["note"])
     return measured, info
-
-
-def measure_view(args, extractor, data, device):
-    """(chunks for `collect`, what identifies the predictions): top-1 given the true tokens, decoded."""
-    prior, ckpt = load_model(args.ckpt, ("ar",), device)
-    tokenizer, decoder_ckpt = load_tokenizer_of(args.ckpt, ckpt, args.tokenizer, device)
-    if prior.config.num_classes and data.class_names != ckpt["class_names"]:
-        raise UserError(f"the classes of the images are not those that {args.ckpt} was trained on")
-
-    def measured(done):
-        for start, _, _, tokens in reconstructions(tokenizer, data, args.num, args.batch, device, done):
-            labels = torch.tensor([data.label(i) for i in range(start, start + len(tokens))])
-            known = labels.to(device) if prior.config.num_classes else None
-            predicted, nats, hits = prior.predict(tokens, known)
-            yield start, extractor(to_uint8(decode(tokenizer, predicted))) | dict(
-                labels=labels, top1=hits.mean(1).cpu(), nats_per_token=nats.mean(1).cpu())
-
-    return measured, dict(prior=weights_hash(prior), tokenizer=ckpt["tokenizer_hash"], batch=args.batch,
-                          decoder=weights_hash(tokenizer), note=ckpt["note"] or decoder_ckpt["note"])

@@ -258,7 +258,6 @@ def refused(capsys, script, *words):
     (sample, ["--reconstruct", "--ckpt", "phase1.pt"], "phase1.pt"),
     (commands, ["metrics", "--ckpt", "phase1.pt", "--extractor", "VGG"], "phase1.pt"),
     (commands, ["metrics", "--ckpt", "ar.pt", "--extractor", "VGG", "--num", "999"], "ar.pt"),
-    (commands, ["metrics", "--predict", "--ckpt", "ar.pt", "--extractor", "VGG"], "ar.pt"),
     (visualize, ["view", "--ckpt", "ar.pt"], "ar.pt"),
     (visualize, ["fig8", "--ckpt", "phase1.pt"], "phase1.pt"),
     (commands, ["compare", "phase1.pt"], "phase1.pt"),

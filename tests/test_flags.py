@@ -91,17 +91,16 @@ DRAWN = {  # the function that draws each figure
     **dict.fromkeys(("view", "fig1b", "fig4", "fig5a", "fig11"), "figure_views"), "fig3": "figure_example",
     **dict.fromkeys(("fig7a", "fig9"), "figure_phases"), "fig8": "figure_stability", "fig10": "figure_losses"}
 PROTOCOLS = {  # what does not run in each
-    "rfid-val": ("measure_samples", "measure_view"), "pfid-val": ("measure_samples", "measure_view"),
-    "view-val": ("measure_samples", "measure_reconstructions"),
-    "gfid-train": ("measure_view", "measure_reconstructions")}
+    "rfid-val": ["measure_samples"], "pfid-val": ["measure_samples"],
+    "gfid-train": ["measure_reconstructions"]}
 ENTRIES = [
     reads(TRAIN, "", "recipes.options.train_args", "train.main"),
     *(reads(options.SAMPLE, UNREAD[mode], "recipes.options.sample_args", "sample.main", without=[other])
       for mode, other in (("samples", "reconstruct"), ("--reconstruct", "sample"))),
     *(reads(options.DRAW, UNREAD.get(name, ""), "visualize.main", f"visualize.{function}", without=["draw"])
       for name, function in DRAWN.items()),
-    *(reads(options.DRAW.removeprefix("figure "), "", "visualize.main", f"forks.fqgan.figures.figure_{name}",
-            without=["draw"]) for name in ("alone", "map")),
+    reads(options.DRAW.removeprefix("figure "), "", "visualize.main", "forks.fqgan.figures.figure_alone",
+          without=["draw"]),
     *(reads(keys, "", "studies.tables.compare_metrics", "studies.commands.swept", f"studies.{answer}")
       for answer, keys, _ in (*STUDIES.values(), ("tables.table", TABLE, ""))),
     *(reads(STUDIES["metrics"][1].removeprefix("results"), NOT_MEASURED[name], "studies.metrics.metrics",
