@@ -106,7 +106,7 @@ def training(args, device, folder, name, stage, batch, *more):
     return times, with_r1, [row["loss" if "loss" in row else "loss_rec"] for row in rows if "lr" in row]
 
 
-def train_cases(args, device, top, write):
+def train_cases(args, device, write):
     cost, first = flops(args.preset), {}
     with tempfile.TemporaryDirectory() as root:
         for name, (stage, batch, *more) in CASES.items():
@@ -121,9 +121,8 @@ def train_cases(args, device, top, write):
             plain = [t for t, r1 in zip(times[SKIPPED:], with_r1[SKIPPED:], strict=True) if not r1]
             slow = [t for t, r1 in zip(times[SKIPPED:], with_r1[SKIPPED:], strict=True) if r1]
             step = statistics.median(plain)
-            line = dict(case=f"{name}, {batch} images a step", seconds=step, fastest=min(plain),
-                        slowest=max(plain), share=cost[stage] * batch / step / PEAK,
-                        share_of_product=cost[stage] * batch / step / top, all_in_all=spent)
+            line = dict(case=f"{name}, {batch} images a step", seconds=step, all_in_all=spent,
+                        share=cost[stage] * batch / step / PEAK)
             if slow:
                 every = find_preset(args.preset)[stage]["r1_every"]
                 line |= dict(r1_seconds=statistics.median(slow),
@@ -191,4 +190,4 @@ def gpu(args):
 
     write(dict(case="ceilings", product=top / 1e12, copied=copied / 1e9, peak=PEAK / 1e12))
     write(dict(case="dropout 0.1, compiled", **compiled_dropout(device)))
-    train_cases(args, device, top, write)
+    train_cases(args, device, write)
