@@ -75,7 +75,7 @@ def evaluate(args, device):
         raise UserError(f"{found} changes nothing in {protocol}: {PROTOCOLS[protocol]}; leave it out")
     out = args.out or args.ckpt.with_name(f"metrics_{args.ckpt.stem}{'_perturbed' * args.perturb}"
                                           f"{'_mixed' * args.interpolate}.json")
-    on_rank0(lambda: read_result(out) if os.path.exists(out) else writable(out, suffix=".json"))
+    result = on_rank0(lambda: read_result(out) if os.path.exists(out) else writable(out, suffix=".json"))
     extractor = Extractor(args.extractor, config["image_size"], device)
     if protocol == "gfid-train":
         args.num = args.num or 50_000
@@ -94,15 +94,6 @@ def evaluate(args, device):
                classes=None) | info
     how |= {key: reference[key] for key in HOW if key.startswith("reference")}
 
-    def there():
-        old = read_result(out) if out.exists() else {}
-        same = old and all(old.get(key) == value for key, value in how.items() if key != "extractor")
-        if same:
-            os.utime(out)  # newer than its checkpoint, also where both were copied
-        elif old:
-            print0(f"note: {out} holds another result, which this one replaces")
-        return same
-
     def finish():
         seconds = rows["seconds"].sum().item()
         about = dict(
@@ -115,15 +106,18 @@ def evaluate(args, device):
         save_text(json.dumps(how | about, indent=1) + "\n", out)
         print0(f"{args.num:,} images in {seconds:.0f} s, {args.num / seconds:.1f} images/s -> {out}")
         shutil.rmtree(parts)
+        return read_result(out)
 
-    if on_rank0(there):
+    if result and all(result.get(key) == value for key, value in how.items() if key != "extractor"):
+        os.utime(out)  # newer than its checkpoint, also where both were copied
         print0(f"{out} is there already")
     else:
+        if result:
+            print0(f"note: {out} holds another result, which this one replaces")
         key = mix(*sorted((key, str(value)) for key, value in how.items()))
         parts = out.with_name(f".{out.stem}.{key:016x}")
         rows = collect(measured, parts, told, args.num)
-        on_rank0(finish)
-    result = on_rank0(lambda: read_result(out))
+        result = on_rank0(finish)
     print0(f"{told}: {PROTOCOLS[protocol]}; {args.num:,} images, features of {args.extractor}")
     for name, value in result["results"].items():
         print0(f"  {name:28s} {value:.5g}" if isinstance(value, float) else f"  {name:28s} {value}")

@@ -763,11 +763,10 @@ def test_explain_prints_the_parameter_counts_of_the_paper(monkeypatch):
         return out
 
     base = explain()
-    tokenizers = ("54,532,867", "57,948,419", "61,363,971", "69,878,531")
-    for count in (*tokenizers, "24,001,089", "171,096,832", "171,864,832"):
+    for count in ("54,532,867", "57,948,419", "24,001,089", "171,096,832", "171,864,832"):
         assert count in base, count
     more = explain("--set", "prior.n_embd=1024", "--set", "tokenizer.num_attention=2")
-    assert "304,650,240" in more and "61,363,971" in more
+    assert "304,650,240" in more and "61,363,971" in more  # Table 1, +Attention x2
 
 
 @pytest.mark.slow
@@ -951,19 +950,18 @@ def test_explain_counts_what_each_stage_costs(capsys, monkeypatch):
         assert [first[i], second[i] or told[1], *priors[i].split("; ")] == told, name
 
 
+@pytest.mark.parametrize("preset, memory, told", few([
+    ("demo", 1, ["into 1 GB, one image", "lower classifier.width", "lower tokenizer.base_width"]),
+    ("demo", 24, ["24 GB hold --batch 21 of"]),
+    ("imagenet", 24, ["24 GB hold --micro-batch 19 of 256, 294 H100-hours"]),
+    ("imagenet", 1e4, ["hold --micro-batch 256 of 256", "hold --micro-batch 128 of 128"]),
+    ("imagenet", 3.5, ["hold --micro-batch 1 of", "one image takes 4.0; lower prior.n_layer"])], 0, 1))
 def test_explain_says_the_largest_micro_batch_that_a_gpu_holds_and_what_to_change_where_none_does(
-        monkeypatch, capsys):
+        preset, memory, told, monkeypatch, capsys):
     monkeypatch.setattr(studies.cost, "cost", lambda *args: (10**12, 2**30))  # 1 GiB an image
-    for preset, memory, told in (
-            ("imagenet", 24, ["24 GB hold --micro-batch 19 of 256, 294 H100-hours"]),
-            ("imagenet", 1e4, ["hold --micro-batch 256 of 256", "hold --micro-batch 128 of 128"]),
-            ("imagenet", 3.5, ["hold --micro-batch 1 of", "one image takes 4.0; lower prior.n_layer"]),
-            ("demo", 1, ["into 1 GB, one image", "lower classifier.width", "lower tokenizer.base_width"]),
-            ("demo", 24, ["24 GB hold --batch 21 of"])):
-        words = ["--explain", "--preset", preset, "--memory", str(memory)]
-        train.main(*recipes.options.train_args(words))
-        out = capsys.readouterr().out
-        assert all(text in out for text in told) and "estimated" not in out, (preset, memory, out)
+    train.main(*recipes.options.train_args(["--explain", "--preset", preset, "--memory", str(memory)]))
+    out = capsys.readouterr().out
+    assert all(text in out for text in told) and "estimated" not in out, out
 
 
 @pytest.mark.parametrize("preset, told, not_told", few([

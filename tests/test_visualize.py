@@ -432,12 +432,13 @@ def test_the_probe_finds_predictable_codes_easier_than_the_same_codes_shuffled()
     start = torch.randint(0, 8, (600, 1), generator=draw)
     codes = (start + torch.arange(9)) % 8  # every token follows from the one before
     shuffled = torch.stack([row[torch.randperm(9, generator=draw)] for row in codes])
-    easy, hard = (studies.probe.probe(c[:500], c[500:], 8, steps=60, batch=32) for c in (codes, shuffled))
+    small = dict(steps=60, batch=32, n_layer=1)
+    easy, hard = (studies.probe.probe(c[:500], c[500:], 8, **small) for c in (codes, shuffled))
     assert easy["bits_per_image"] < 0.5 * hard["bits_per_image"]
     assert easy["bits_per_image"] > 2.9  # log2 8 for the first token
     assert easy["unigram_bits_per_image"] == pytest.approx(27, rel=0.02)
     assert easy["relative"] == pytest.approx(easy["bits_per_image"] / easy["unigram_bits_per_image"])
-    assert studies.probe.probe(codes[:500], codes[500:], 8, steps=60, batch=32) == easy
+    assert studies.probe.probe(codes[:500], codes[500:], 8, **small) == easy
     assert all_finite([studies.probe.probe(codes[:9], codes[9:12], 8, steps=n, batch=2) for n in (1, 10)])
 
 
