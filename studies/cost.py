@@ -76,14 +76,11 @@ def count(*modules, trainable=False):
     return sum(p.numel() for m in modules for p in m.parameters() if p.requires_grad or not trainable)
 
 
-def row(name, module, c):
-    """A line of one network: its parameters, how many of them are trained, and by which rates."""
+def row(name, module):
+    """A line of one network: its parameters, and how many of them are trained."""
     total, trained = count(module), count(module, trainable=True)
-    recipe = f"lr {c['lr']:g} {c['schedule']}"
-    if c["schedule"] != "constant":
-        recipe += f" to {c['lr_end']:g}" + f" from step {c['lr_start']}" * bool(c["lr_start"])
     state = "trainable" if trained == total else f"{trained:,} trainable" if trained else "frozen"
-    print(f"  {name:30s} {total:>13,}  {f'{state}  {recipe}' if trained else state if total else ''}")
+    print(f"  {name:30s} {total:>13,}  {state if total else ''}")
 
 
 def explain(config, networks, memory=None):
@@ -101,8 +98,11 @@ def explain(config, networks, memory=None):
 
     def stage(name, c):
         share = f" = {processes} processes x {c['batch'] / processes:g}, or fewer with --micro-batch"
+        rate = f"{c['lr']:g} {c['schedule']}"
+        if c["schedule"] != "constant":
+            rate += f" to {c['lr_end']:g}" + f" from step {c['lr_start']}" * bool(c["lr_start"])
         print(f"{name}: {c['steps']:,} steps of {c['batch']} images{share * (processes > 1)}; "
-              f"{'AdamW' if c['weight_decay'] else 'Adam'} {tuple(c['betas'])}, "
+              f"{'AdamW' if c['weight_decay'] else 'Adam'} {tuple(c['betas'])}, learning rate {rate}, "
               f"weight decay {c['weight_decay']:g}, {config['precision']}")
 
     with torch.device("meta"):
@@ -118,7 +118,7 @@ def explain(config, networks, memory=None):
         label, noise = torch.zeros(1, dtype=torch.int64), torch.zeros(1, tokens.shape[1] + 1)
         if config["vgg"] == "own":
             stage(f"vgg, {called}", recipe)
-            row("vgg, a narrow VGG-16", vgg, recipe)
+            row("vgg, a narrow VGG-16", vgg)
             flops, kept = cost([lambda: vgg(x).sum().backward()], vgg)
             print_cost("vgg", recipe, flops, kept, count(vgg), 0, processes, memory)
         for name in ("phase1", "phase2"):
@@ -128,16 +128,16 @@ def explain(config, networks, memory=None):
             stage(f"{name}, {told_loss(c)}", c)
             if name == "phase2":
                 tokenizer.freeze_latent_space()
-            row("encoder", tokenizer.encoder, c)
-            row("codebook", tokenizer.quantizer, c)
-            row("decoder", tokenizer.decoder, c)
+            row("encoder", tokenizer.encoder)
+            row("codebook", tokenizer.quantizer)
+            row("decoder", tokenizer.decoder)
             print(f"  {'tokenizer':30s} {count(tokenizer):>13,}")
             if extra := getattr(tokenizer, "TRAINING_ONLY", None):
                 needed = [p.numel() for n, p in tokenizer.named_parameters() if not n.startswith(extra)]
                 print(f"  {'without what only training needs':30s} {sum(needed):>13,}")
             disc.requires_grad_(True)
-            row("discriminator", disc, c)
-            row("VGG-16", taps, c)
+            row("discriminator", disc)
+            row("VGG-16", taps)
             weights = LAYER_SETS[{"lpips": "low"}.get(c["layers"], c["layers"])] if c["layers"] else (
                 layer_weights(c["alpha"]))
 
@@ -161,8 +161,8 @@ def explain(config, networks, memory=None):
         for name in ("ar", "nar"):
             stage(f"{name}, {first.grid_size}^2 tokens of {first.codebook_size} codes", config[name])
             own = prior[name, classes]
-            row("prior, unconditional", prior[name, 0], config[name])
-            row(f"prior, {called}", own, config[name])
+            row("prior, unconditional", prior[name, 0])
+            row(f"prior, {called}", own)
             inputs = own.inputs(tokens, noise)[0]
             flops, kept = cost([lambda own=own, inputs=inputs: own(inputs, label).sum().backward()], own)
             print_cost(name, config[name], flops, kept, count(own), 0, processes, memory)

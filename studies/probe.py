@@ -117,7 +117,8 @@ def best(name, rows, samples):
     alike = []
     for i, own in enumerate(samples):
         gaps = own[name] - samples[first][name]
-        if i != first and not gaps.mean().abs() > 2 * gaps.std() / len(gaps) ** 0.5:  # of one part it is nan
+        noise = 2 * gaps.std() / len(gaps) ** 0.5 if len(gaps) > 1 else math.inf  # not known
+        if i != first and gaps.mean().abs() <= noise:
             alike.append(rows[i]["ckpt"])
     within = f"; within the noise of it: {', '.join(alike)}" if alike else ""
     return f"{name}: {better} is better, and best is {rows[first]['ckpt']}{within}"
