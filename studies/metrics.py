@@ -1,6 +1,6 @@
 """Metrics of checkpoints: `python -m studies metrics`.
 
-A number is told together with everything that decides it: HOW it was measured, and the weights, sampler and
+A number is shown together with everything that decides it: HOW it was measured, and the weights, sampler and
 seed of what was measured. Only numbers of equal HOW may stand in one column.
 """
 
@@ -89,8 +89,8 @@ def evaluate(args, device):
         measured, info = measure_reconstructions(args, extractor, val, device)
     extractor.check_number(args.num, "images")
     reference = load_reference(args, extractor, config, protocol.split("-")[1])
-    told = plain(protocol, extractor.info["feature_layer"])
-    how = dict(protocol=told, num_images=args.num, image_size=config["image_size"], **extractor.info,
+    called = plain(protocol, extractor.info["feature_layer"])
+    how = dict(protocol=called, num_images=args.num, image_size=config["image_size"], **extractor.info,
                classes=None) | info
     how |= {key: reference[key] for key in HOW if key.startswith("reference")}
 
@@ -116,9 +116,9 @@ def evaluate(args, device):
             print0(f"note: {out} holds another result, which this one replaces")
         key = mix(*sorted((key, str(value)) for key, value in how.items()))
         parts = out.with_name(f".{out.stem}.{key:016x}")
-        rows = collect(measured, parts, told, args.num)
+        rows = collect(measured, parts, called, args.num)
         result = on_rank0(finish)
-    print0(f"{told}: {PROTOCOLS[protocol]}; {args.num:,} images, features of {args.extractor}")
+    print0(f"{called}: {PROTOCOLS[protocol]}; {args.num:,} images, features of {args.extractor}")
     for name, value in result["results"].items():
         print0(f"  {name:28s} {value:.5g}" if isinstance(value, float) else f"  {name:28s} {value}")
     return result
@@ -158,11 +158,11 @@ def measure_reconstructions(args, extractor, data, device):
     on the scale of [-1, 1], as in Eq. 2."""
     tokenizer, ckpt = load_model(args.ckpt, PHASES, device)
     lpips = load_lpips(args.lpips, device)
-    shown = (perturbed_reconstructions if args.perturb else
-             interpolated_reconstructions if args.interpolate else reconstructions)
+    decoded = (perturbed_reconstructions if args.perturb else
+               interpolated_reconstructions if args.interpolate else reconstructions)
 
     def measured(done):
-        for start, x, x_hat, tokens in shown(tokenizer, data, args.num, args.batch, device, done):
+        for start, x, x_hat, tokens in decoded(tokenizer, data, args.num, args.batch, device, done):
             a, b, indices = to_float(x, device), to_float(x_hat, device), range(start, start + len(x))
             rows = extractor(x_hat) | dict(
                 tokens=tokens.int().cpu(), psnr=psnr(a, b), ssim=ssim(x, x_hat),

@@ -406,14 +406,24 @@ def test_who_needs_reference_statistics_that_another_process_makes_waits_for_the
 
 
 @pytest.mark.slow
-def test_another_result_takes_the_place_of_the_old_one_and_says_so(run, scorer, references, capsys):
-    first = measure(run, "ar.pt", scorer, references, "--num", 30)
-    second = measure(run, "ar.pt", scorer, references, "--num", 30, "--seed", 1)
+def test_another_result_takes_the_place_of_the_old_one_and_never_its_parts(
+        run, scorer, references, capsys, monkeypatch):
+    words = run, "ar.pt", scorer, references, "--num", 30
+    first, second = measure(*words), measure(*words, "--seed", 1)
     assert f"note: {run / 'result.json'} holds another result" in capsys.readouterr().out
     assert first["images_hash"] != second["images_hash"] and second["seed"] == 1
-    assert measure(run, "ar.pt", scorer, references, "--num", 30, "--seed", 1) == second
+    assert measure(*words, "--seed", 1) == second
     out = capsys.readouterr().out
     assert "is there already" in out and "another result" not in out
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(studies.metrics, "results_of", stop)
+        measure(*words)
+    (run / "result.json").unlink()
+    assert measure(*words, "--seed", 1)["images_hash"] == second["images_hash"]
 
 
 @pytest.mark.dist
