@@ -534,19 +534,12 @@ def refused(capsys, words):
     ("phase2 --seed 1", "--seed changes nothing in rfid-val"),
     ("ar --lpips none", "--lpips changes nothing in gfid-train"),
     ("ar --num 30 --out empty.json", "no result of python -m studies"),
-    ("ar --num 30 --out .", "no result of python -m studies"),
-    ("ar --num 30 --reference ar.pt", "no npz with mu and sigma"),
-    ("ar --num 30 --reference short.npz", "no npz with mu and sigma"),
-    ("ar --num 30 --reference code.npz", "no npz with mu and sigma"),
-    ("ar --num 30 --reference wide.npz", "this extractor 16 features")])
+    ("ar --num 30 --reference ar.pt", "no npz with mu and sigma")])
 def test_bad_input_of_metrics_ends_with_one_line_before_anything_is_drawn(
         words, told, run, scorer, references, capsys, monkeypatch):
     monkeypatch.setattr(plumbing.slices, "generate_tokens", None)
     monkeypatch.chdir(run)
     (run / "empty.json").write_text("{}")
-    np.savez(run / "short.npz", mu=np.zeros(3))
-    np.savez(run / "wide.npz", mu=np.zeros(2048), sigma=np.eye(2048))
-    np.savez(run / "code.npz", mu=np.array([os.system]), sigma=np.eye(16))  # pickled
     if "large.pt" in words:
         ckpt = torch.load(scorer, weights_only=True)
         ckpt["config"]["image_size"] = 64
@@ -558,6 +551,16 @@ def test_bad_input_of_metrics_ends_with_one_line_before_anything_is_drawn(
     words += ["--lpips", "none"] * (name != "ar" and "--lpips" not in words)
     assert told in refused(capsys, words)
     assert (run / "empty.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("arrays, reason", [
+    (dict(mu=np.zeros(16)), "no npz with mu and sigma"),
+    (dict(mu=np.array([os.system]), sigma=np.eye(16)), "no npz with mu and sigma"),  # pickled
+    (dict(mu=np.zeros(2048), sigma=np.eye(2048)), "this extractor 16 features")])
+def test_an_npz_of_something_else_is_no_reference(arrays, reason, tmp_path):
+    np.savez(tmp_path / "reference.npz", **arrays)
+    with pytest.raises(UserError, match=reason):
+        studies.references.adm_reference(tmp_path / "reference.npz", 16)
 
 
 @pytest.mark.parametrize("words, told", [
