@@ -415,7 +415,7 @@ def idle(monkeypatch):
         raise AssertionError("the work began")
 
     for module, names in ((plumbing.slices, ("decode", "generate_tokens")),
-                          (studies.metrics, ("decode", "load_reference", "Extractor")),
+                          (studies.metrics, ("load_reference", "Extractor")),
                           (visualize, ("decode", "teacher_forced_view", "draw", "load_images")),
                           (studies.probe, ("decode", "stability")),
                           (studies.report, ("decode", "generate_images", "load_pairs", "load_images")),
