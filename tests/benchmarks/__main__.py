@@ -1,7 +1,7 @@
 """Benchmarks, run by hand and never by pytest: the table of docs/speed.md.
 
     PYTHONPATH=. python tests/benchmarks speed --out speed.jsonl    # every case beside its floor
-    PYTHONPATH=. python tests/benchmarks speed --case quantizer     # cases with this in their names
+    PYTHONPATH=. python tests/benchmarks speed --only quantizer
     PYTHONPATH=OTHER python tests/benchmarks speed    # the code of another clone
     PYTHONPATH=. python tests/benchmarks gpu --out gpu.jsonl    # gpu.py: on a GPU, --compile too
 
@@ -176,13 +176,15 @@ def sampling_cases():
         yield f"nar_sample batch {batch}, 12 steps, bf16 weights", draw, "gemm", None
 
 
+GROUPS = dict(quantizer=quantizer_cases, decoder=decoder_cases, phase=phase_cases, prior=prior_cases,
+              sample=sampling_cases)
+
+
 def speed(args):
     keep_freed_memory()
     tops = ceilings()
-    groups = quantizer_cases, decoder_cases, phase_cases, prior_cases, sampling_cases
-    for case, function, kind, amount in itertools.chain.from_iterable(group() for group in groups):
-        if args.case not in case:
-            continue
+    chosen = [args.only] if args.only else GROUPS
+    for case, function, kind, amount in itertools.chain.from_iterable(GROUPS[name]() for name in chosen):
         function()
         if not isinstance(amount, int):
             amount = (amount or partial(count_flops, function))()
@@ -216,7 +218,8 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=40, help="of gpu: a training case's steps")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5, help="of speed")
-    parser.add_argument("--case", default="", help="only cases with this in their names")
+    parser.add_argument("--only", choices=GROUPS, help="of speed")
+    parser.add_argument("--case", default="", help="of gpu: only cases with this in their names")
     parser.add_argument("--out", help="file to append JSON lines to")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
