@@ -45,6 +45,13 @@ PHASES = "phase1", "phase2"
 HOW = ("protocol", "num_images", "image_size", "classes", "extractor_hash", "resize", "feature_layer",
        "reference", "reference_images", "reference_hash")
 
+PUBLISHED = {  # (fork, K, f) of a public tokenizer: what others measured; docs/measuring.md says who
+    ("taming", 1024, 16): dict(rfid=8.31, psnr=19.52, ssim=0.49),
+    ("taming", 16384, 16): dict(rfid=5.00, psnr=20.01, ssim=0.50),
+    ("llamagen", 16384, 16): dict(rfid=2.19, psnr=20.79, ssim=0.56),
+    ("llamagen", 16384, 8): dict(rfid=0.59),
+    ("maskgit", 1024, 16): dict(rfid=2.12, psnr=18.15, ssim=0.43)}
+
 
 def read_result(path):
     """One JSON of metrics, older ones with today's names; raises UserError if it is none."""
@@ -119,9 +126,20 @@ def evaluate(args, device):
         rows = collect(measured, parts, called, args.num)
         result = on_rank0(finish)
     print0(f"{called}: {PROTOCOLS[protocol]}; {args.num:,} images, features of {args.extractor}")
+    expected = published(ckpt) if protocol == "rfid-val" else {}
     for name, value in result["results"].items():
-        print0(f"  {name:28s} {value:.5g}" if isinstance(value, float) else f"  {name:28s} {value}")
+        beside = f"  (published: {expected[name]})" if name in expected else ""
+        print0(f"  {name:28s} {value:.5g}{beside}" if isinstance(value, float) else f"  {name:28s} {value}")
+    if expected:
+        print0("published: of ImageNet's 50,000 validation images, 256x256; traps: docs/measuring.md")
     return result
+
+
+def published(ckpt):
+    """What PUBLISHED has for a public tokenizer as it came, {} for any other checkpoint."""
+    sizes = ckpt["model_config"]
+    marks = ckpt["config"].get("fork"), sizes.get("codebook_size"), 2 ** (len(sizes["channel_mult"]) - 1)
+    return PUBLISHED.get(marks, {}) if ckpt["step"] == 0 else {}
 
 
 def results_of(protocol, rows, reference, info, extractor, names):

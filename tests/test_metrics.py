@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -31,6 +32,7 @@ import studies.rows
 import studies.tables
 from helpers import ROOT, call, command, few, fork, forked, study, wait_for, wait_until
 from PIL import Image
+from test_foreign import images as random_images, taming
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -803,3 +805,26 @@ def test_the_commands_of_a_table_go_through_torchrun_where_several_processes_are
     start = "torchrun --standalone --nproc_per_node=8 train.py --stage phase1 --preset imagenet-ablation"
     assert lines[0].startswith(f"{start} --data DIR --workers 4 --set phase1.lr=2e-4 --ablation vqgan --out")
     assert not any("vgg.pt" in line for line in lines) and "--num 50000" in lines[-1]
+
+
+def test_what_others_measured_stands_beside_the_numbers_of_a_public_tokenizer(
+        scorer, references, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(plumbing.models.as_checkpoint, "__defaults__", (32,))  # published ones are for 256
+    monkeypatch.setitem(studies.metrics.PUBLISHED, ("taming", 16, 2), dict(rfid=7.5, psnr=19.25))
+    torch.save(taming(random_images())[0], tmp_path / "phase1.pt")
+    result = measure(tmp_path, "phase1.pt", scorer, references, "--data", data)
+    out = capsys.readouterr().out
+    assert f"{result['results']['psnr']:.5g}  (published: 19.25)\n" in out and "7.5" not in out  # rFD
+    assert "ImageNet's 50,000 validation images" in out and out.count("(published") == 1
+    ckpt = plumbing.files.read_checkpoint(tmp_path / "phase1.pt", ("phase1",))
+    assert studies.metrics.published(ckpt)["rfid"] == 7.5
+    assert studies.metrics.published(ckpt | dict(step=9)) == {}  # trained on
+    assert studies.metrics.published(ckpt | dict(config=ckpt["config"] | dict(fork="vqgan"))) == {}
+
+
+def test_the_page_shows_the_published_numbers_that_the_command_prints():
+    text = (ROOT / "docs/measuring.md").read_text()
+    for (family, K, f), numbers in studies.metrics.PUBLISHED.items():
+        cells = [f"{numbers[name]:.2f}" for name in ("rfid", "psnr", "ssim") if name in numbers]
+        (row,) = [line for line in text.splitlines() if line.startswith(f"| `{family}`, {K}, {f} | ")]
+        assert re.findall(r" (\d+\.\d\d)(?: \[L\])? (?=\|)", row)[: len(cells)] == cells, row
