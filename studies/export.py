@@ -9,6 +9,7 @@ checkpoint may stand, of a VGG or FID classifier too: `runs/demo/vgg.pt --out DI
 """
 
 import json
+import sys
 
 from safetensors.torch import save
 
@@ -109,3 +110,8 @@ def export(args):
     save_text(card(run, models, out), out / "README.md")
     size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file()) / 2**20
     print0(f"wrote {out}: {', '.join(about['stage'] for about in models.values())}, {size:.1f} MB")
+
+
+if __name__ == "__main__":
+    print("error: the command is now: python -m studies export", file=sys.stderr)
+    sys.exit(2)

@@ -10,6 +10,7 @@ and a watcher that is stopped or fails disturbs nothing. Both packages are insta
 import contextlib
 import importlib
 import json
+import sys
 import time
 
 import numpy as np
@@ -107,3 +108,8 @@ def watch(args):
                 break
             time.sleep(args.every)
     target.close()
+
+
+if __name__ == "__main__":
+    print("error: the command is now: python -m studies watch", file=sys.stderr)
+    sys.exit(2)
