@@ -11,10 +11,11 @@ import sys
 import time
 from pathlib import Path
 
+LOST = (OSError, ValueError, AttributeError)  # the reader is gone or the disk full; closed; None
+
 
 class Steady:
-    """Takes the place of sys.stdout or sys.stderr. Where the reader is gone, the disk full or the terminal
-    closed, nothing is written and whoever writes goes on. What its encoding lacks is escaped.
+    """Takes the place of sys.stdout or sys.stderr: whoever writes goes on, also where nothing can be written.
 
     stream: the text stream itself, or None, as a process without that descriptor has it
     """
@@ -23,34 +24,24 @@ class Steady:
         self.stream = stream
 
     def write(self, text):
-        self.attempt("write", text)
+        with contextlib.suppress(*LOST):
+            self.stream.write(text)
         return len(text)
 
     def flush(self):
-        self.attempt("flush")
-
-    def isatty(self):
-        return bool(self.attempt("isatty"))
-
-    def attempt(self, method, *arguments):
-        try:
-            return getattr(self.stream, method)(*arguments)
-        except UnicodeEncodeError as error:  # a name that is no UTF-8, a sign that a locale lacks
-            escaped = arguments[0].encode(error.encoding, "backslashreplace")
-            return self.attempt(method, escaped.decode(error.encoding))
-        except (OSError, ValueError, AttributeError):  # not writable, closed, None
-            return None
+        with contextlib.suppress(*LOST):
+            self.stream.flush()
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
 
 
 def steady_process():
-    """At the start of a command: both streams are `Steady` until it ends, which is quiet too. Descriptors
-    that were closed lead nowhere, as the next file would get their number and what C prints with it."""
-    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(number)
+    """At the start of a command: both streams are `Steady` until it ends, which is quiet too. What their
+    encoding lacks, as a name that is no UTF-8, is escaped."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     sys.stdout, sys.stderr = Steady(sys.stdout), Steady(sys.stderr)
     atexit.register(settle)
 
@@ -60,7 +51,7 @@ def settle():
     for number, stream in enumerate((sys.__stdout__, sys.__stderr__), 1):
         try:
             stream.flush()
-        except (OSError, ValueError, AttributeError):
+        except LOST:
             os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 

@@ -4,17 +4,15 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import importlib
 import json
 import os
 import pickle
 import re
-import shutil
 import zipfile
-import zlib
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from plumbing.errors import InUse, UserError, one_line, warn
 from plumbing.hashes import weights_hash
@@ -22,8 +20,8 @@ from plumbing.hashes import weights_hash
 FORMAT = 5  # of the checkpoint files; train.py writes them
 EXPORTED = ("format", "stage", "step", "config", "model_config", "class_names", "tokenizer_hash",
             "fingerprint", "note", "world", "seconds", "skips")  # of a checkpoint, beside its weights
-UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # a file system cannot do it
-UNLOCKED = set()  # folders that `claim` could not lock, so that it warns of each once
+NO_LOCKS = (  # how a file system says that it has none
+    errno.ENOLCK, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 FOREIGN = []  # what opens files of other projects, (content, path) -> checkpoint or None: plumbing.models'
 
 
@@ -37,18 +35,15 @@ def claim(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "a+", encoding="utf-8")
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        sweep(folder)  # without a lock, what looks left over may be what another run writes
+        sweep(folder)
     except BlockingIOError:
         lock.seek(0)
         raise InUse(f"{folder} is in use by process {lock.read()}; wait for it, or pass another "
                     "--out") from None
     except OSError as error:
-        if error.errno not in (errno.ENOLCK, *UNSUPPORTED):
+        if error.errno not in NO_LOCKS:
             raise UserError(f"{folder} cannot be written to: {error}") from None
-        if folder not in UNLOCKED:
-            warn(f"the file system of {folder} has no locks, so nothing keeps two runs in this folder apart; "
-                 "start one at a time")
-        UNLOCKED.add(folder)
+        warn(f"the file system of {folder} has no locks, so nothing keeps two runs in this folder apart")
     lock.truncate(0)
     lock.write(str(os.getpid()))
     lock.flush()
@@ -68,18 +63,16 @@ def save_atomic(write, path):
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        sync_folder(path.parent)  # the new name, too
+        folder = os.open(path.parent, os.O_RDONLY)  # the new name goes to the disk, too
+        with contextlib.suppress(OSError):  # CIFS and some of FUSE cannot
+            os.fsync(folder)
+        os.close(folder)
     except OSError as error:
-        room = next(shutil.disk_usage(p).free for p in path.absolute().parents if p.exists())
-        full = f"{room / 1e9:.1f} GB are free there, and " * (error.errno in FULL)
-        raise UserError(f"{path} could not be written ({error}); {full}everything saved before is intact",
+        raise UserError(f"{path} could not be written ({error}); all that was saved before is intact",
                         code=1) from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, None)  # None: of torch's writer
 
 
 def save_text(text, path):
@@ -90,8 +83,7 @@ def save_text(text, path):
 def sweep(folder):
     """Deletes what `save_atomic` left in a folder where a process was killed."""
     for path in folder.glob(".tmp[0-9]*"):
-        if path.is_file():
-            path.unlink()
+        path.unlink()
 
 
 def save_torch(thing, path):
@@ -101,7 +93,7 @@ def save_torch(thing, path):
         try:
             torch.save(thing, temporary)
         except RuntimeError as error:  # what torch's writer makes of a full disk
-            raise OSError(str(error).splitlines()[0]) from None
+            raise OSError(f"is the disk full? {str(error).splitlines()[0]}") from None
 
     save_atomic(write, path)
 
@@ -137,8 +129,7 @@ def reason(path, error):
     if begins(path) == b"PK" and not intact(path):
         return "wrong checksum"
     if begins(path, 9)[8:] == b"{":
-        return ("a safetensors file; of an exported model name the folder, of another one "
-                "torch.save what safetensors.torch.load_file gives")
+        return "a safetensors file; torch.save what safetensors.torch.load_file gives"
     if begins(path) != b"PK" or isinstance(error, pickle.UnpicklingError):
         return "code, or no file of torch.save; torch.save its state dict alone from where you trust it"
     return one_line(error)
@@ -158,22 +149,20 @@ def promote(path):
 
 
 def intact(path):
-    """Whether every checksum in a file of torch.save is right; torch.load checks none.
-    raises: PermissionError, which is no damage"""
+    """Whether every checksum in a file of torch.save is right; torch.load checks none."""
     try:
         with zipfile.ZipFile(path) as file:
             return file.testzip() is None
-    except PermissionError:
+    except PermissionError:  # which is no damage
         raise
-    except (OSError, ValueError, EOFError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error):
+    except Exception:  # zipfile fails in many ways
         return False
 
 
 def newest_intact(path):
-    """The checkpoint from which a stage goes on: X.next.pt, X.pt or X.previous.pt, the newest intact one. It
-    is X.pt from then on.
+    """The checkpoint from which a stage goes on, or None: X.next.pt, X.pt or X.previous.pt, the newest intact
+    one. It is X.pt from then on; newer ones that are damaged are set aside, with a warning.
 
-    Damaged ones are named in a warning and set aside. None if there is no checkpoint at all.
     raises: UserError if there are checkpoints and all are damaged
     """
     names = [path.with_suffix(".next.pt"), path, path.with_suffix(".previous.pt")]
@@ -202,38 +191,15 @@ def read_checkpoint(path, stages):
 
     Keys: format, stage, step, config (the run's preset), model_config, model (weights), ema (weights or
     None), class_names, tokenizer_hash, fingerprint (of the data), vgg_hash (of the one in a phase's loss),
-    note; to go on with: train (optimizers),
-    world (processes), seconds, skips (updates left out).
+    note; to go on with: train (optimizers), world (processes), seconds, skips (updates left out).
     """
     path = Path(path)
-    if (path / "config.json").is_file():
-        return of_stage(read_export(path), path, stages)
-    if not path.is_file():
-        raise UserError(f"no checkpoint {path}" + ("; it is a folder, name a file in it" * path.is_dir()))
-    try:
-        if begins(path) == b"PK" and not intact(path):  # an old form has no checksums
-            raise ValueError
-        ckpt = load_torch(path)
-    except Exception as error:  # torch.load fails in many ways
-        why = reason(path, error)
-        raise UserError(f"{path} is damaged or no checkpoint ({why}); name another one") from None
+    ckpt = read_export(path) if (path / "config.json").is_file() else read_file(path)
     if not isinstance(ckpt, dict) or not {"format", "stage", "model"} <= ckpt.keys():
         ckpt = next(filter(None, (opened(ckpt, path) for opened in FOREIGN)), ckpt)
     if not isinstance(ckpt, dict) or not {"format", "stage", "model"} <= ckpt.keys():
-        raise UserError(f"{path} is not a checkpoint of this project (it holds {shown_keys(ckpt)})")
-    return of_stage(ckpt, path, stages)
-
-
-def shown_keys(thing, most=4):
-    """The first keys of a dict, and those of a dict below them, in words."""
-    if not isinstance(thing, dict):
-        return type(thing).__name__
-    return ", ".join(f"{key} of {shown_keys(thing[key], 2)}" if isinstance(thing[key], dict) else str(key)
-                     for key in list(thing)[:most])
-
-
-def of_stage(ckpt, path, stages):
-    """raises: UserError for a checkpoint of another format or stage"""
+        held = ", ".join(map(str, list(ckpt)[:4])) if isinstance(ckpt, dict) else type(ckpt).__name__
+        raise UserError(f"{path} is not a checkpoint of this project (it holds {held})")
     if ckpt["format"] != FORMAT:
         raise UserError(f"{path} has format {ckpt['format']}, this code reads {FORMAT}; use the code of then")
     if ckpt["stage"] not in stages:
@@ -241,18 +207,22 @@ def of_stage(ckpt, path, stages):
     return ckpt
 
 
-def safetensors():
-    """The package, which only exported models need.  raises: UserError where it is not installed"""
+def read_file(path):
+    """What a file of torch.save holds.  raises: UserError for one that is missing, damaged or another file"""
+    if not path.is_file():
+        raise UserError(f"no checkpoint {path}" + ("; it is a folder, name a file in it" * path.is_dir()))
     try:
-        return importlib.import_module("safetensors.torch")
-    except ImportError:
-        raise UserError("exported models are safetensors files: pip install safetensors") from None
+        if begins(path) == b"PK" and not intact(path):  # an old form has no checksums
+            raise ValueError
+        return load_torch(path)
+    except Exception as error:  # torch.load fails in many ways
+        why = reason(path, error)
+        raise UserError(f"{path} is damaged or no checkpoint ({why}); name another one") from None
 
 
 def read_export(folder):
     """The checkpoint dict of a folder that `python -m studies export` wrote; its weights are float32, also
     where the file holds them in half precision."""
-    load_file = safetensors().load_file
     try:
         about = json.loads((folder / "config.json").read_text())
         weights = {name: tensor.float() if tensor.dtype == torch.float16 else tensor
@@ -269,15 +239,13 @@ def read_export(folder):
 def header(path):
     """A checkpoint without what holds tensors; its checksum is not looked at.
 
-    raises: UserError for a file that cannot be read or is no checkpoint, which says to delete it if damaged
+    raises: UserError for a file that cannot be read or is no checkpoint
     """
     try:
         ckpt = load_torch(path, mmap=True)
         return {key: value for key, value in ckpt.items() if key not in ("model", "ema", "train")}
     except Exception as error:
-        why = reason(path, error)
-        raise UserError(f"{path} is damaged; delete it and --run again" if why == "wrong checksum" else
-                        f"{path} is no checkpoint of this project ({why}); move it away") from None
+        raise UserError(f"{path} is damaged or no checkpoint ({reason(path, error)}); move it away") from None
 
 
 def read_metrics(path):
@@ -289,24 +257,10 @@ def read_metrics(path):
     return rows
 
 
-def sync_folder(folder):
-    """fsync of a folder, where its file system can do that: CIFS and some of FUSE cannot."""
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    except OSError as error:
-        if error.errno not in UNSUPPORTED:
-            raise
-    finally:
-        os.close(number)
-
-
 def writable(path, flag="--out", suffix=None):
-    """Tries whether a file can be made at `path`, folders above it included, and leaves nothing behind: so
-    that a bad place is known before the work and not after it.
+    """Tries whether a file can be made at `path`, so that a bad place is known before the work.
 
-    suffix: that of what will be written, if `path` must end in it
-    raises: UserError if it cannot be, if a folder is there, or for another suffix
+    raises: UserError if it cannot be, if a folder is there, or if `path` does not end in `suffix`
     """
     path = Path(path)
     try:

@@ -6,12 +6,11 @@ from dataclasses import fields
 
 import torch
 
-from plumbing.drawing import new_figure
 from plumbing.errors import UserError, as_user_error
-from plumbing.files import header, intact, is_checkpoint, read_checkpoint
+from plumbing.files import is_checkpoint, newest_intact, read_checkpoint
 from plumbing.models import classes_of, earlier_tokenizer, new_discriminator, new_prior, refuse_unread
 from plumbing.processes import on_rank0, print0, world
-from plumbing.stages import DEPENDS, SECTION, needs_vgg, refuse_other_config, refuse_other_images
+from plumbing.stages import SECTION
 from plumbing.weights import ResNet, build_vgg16
 from recipes.options import KINDS, STAGES
 
@@ -89,29 +88,32 @@ def check_tokenizer_values(values, Config):
             close = difflib.get_close_matches(key, types, 1)
             raise ValueError(f"tokenizer.{key}: a tokenizer has no such value"
                              + (f"; did you mean tokenizer.{close[0]}?" if close else ""))
-        numbers = value if types[key] is tuple and isinstance(value, list | tuple) else [value]
-        right = isinstance(value, types[key]) or types[key] is tuple and isinstance(value, list)
-        right = right or types[key] is float and type(value) is int
-        if types[key] in (int, tuple):
-            right = right and all(type(n) is int and n >= 0 for n in numbers)
+        kind = types[key]
+        if kind is tuple:
+            right = isinstance(value, list | tuple) and all(type(n) is int and n >= 0 for n in value)
+        elif kind is int:
+            right = type(value) is int and value >= 0
+        else:
+            right = isinstance(value, kind) or kind is float and type(value) is int
         if not right:
-            wanted = {int: "a whole number from 0 on", tuple: "a list of whole numbers from 0 on"}
-            raise ValueError(f"tokenizer.{key} must be {wanted.get(types[key]) or KINDS[types[key]]}, "
-                             f"got {json.dumps(value)}")
+            raise ValueError(f"tokenizer.{key} must be {KINDS[list if kind is tuple else kind]}, got "
+                             f"{json.dumps(value)}")
 
 
 def check_perception(config, phases):
-    """raises: ValueError where the VGG and the layers of a preset do not fit together"""
-    own = config["vgg"] == "own" or is_checkpoint(config["vgg"])
-    for phase in sorted(phases):
-        if config[phase]["layers"] == "lpips" and own:
+    """raises: ValueError where a phase wants LPIPS of another VGG than torchvision's"""
+    for phase in phases:
+        if config[phase]["layers"] == "lpips" and (config["vgg"] == "own" or is_checkpoint(config["vgg"])):
             raise ValueError(f"{phase}.layers=lpips needs torchvision's VGG-16, --vgg imagenet or a .pth "
                              f"file of it; {config['vgg']} is another")
 
 
 def with_vgg(run, stages):
     """`stages`, after the stage vgg where a phase needs the run's own VGG and that is not finished."""
-    if "vgg" in stages or not {"phase1", "phase2"} & {*stages} or not needs_vgg(run):
+    if run.config["vgg"] != "own" or "vgg" in stages or not {"phase1", "phase2"} & {*stages}:
+        return stages
+    own = on_rank0(lambda: newest_intact(run.out / "vgg.pt"))
+    if own and read_checkpoint(own, ["vgg"])["step"] >= run.steps("vgg"):
         return stages
     if "phase1" not in stages:  # refused before the VGG takes its minutes
         earlier_tokenizer(run, ("phase1",), "discriminator")
@@ -135,42 +137,24 @@ def check_stages(run, stages, networks):
             networks["phase1"].load_state_dict(read_checkpoint(given, ("phase1",))["model"], assign=True)
     elif "phase1" in stages and run.config["phase1"]["init"] and not (run.out / "phase1.pt").exists():
         raise UserError("this preset starts from an ImageNet phase 1 (Table 9): pass --tokenizer FILE")
-    on_rank0(lambda: check_folder(run, stages))
-    if run.args.stage == "all":
-        new_figure(1, 1)  # the summary draws some
 
 
 def check_batch(run, stage):
     """raises: UserError for a batch that the processes cannot share; notes name odd micro-batches and
     a learning rate that never decays"""
     c, count = run.config[SECTION[stage]], world()
-    batch = c["batch"]
+    batch, micro = c["batch"], run.args.micro_batch or 4
     if batch % count:
-        nearest = " or ".join(str(n) for n in (batch // count * count, (batch // count + 1) * count) if n)
-        raise UserError(f"batch {batch} cannot be split over {count} processes; use {nearest}")
+        raise UserError(f"{SECTION[stage]}.batch={batch} cannot be split over {count} processes")
     if c["schedule"] != "constant" and c["lr_start"] >= max(1, c["steps"]):
         name = f"{SECTION[stage]}.lr_start"
         print0(f"note: {stage}: the learning rate does not decay in {c['steps']} steps; that would begin at "
                f"{name}={c['lr_start']}")
-    if stage in ("phase1", "phase2") and run.config["discriminator"]["kind"] == "style" and c["adv_weight"]:
-        odd = odd_groups(batch // count, run.args.micro_batch)
-        if odd:
-            print0(f"note: {stage}: {odd}")
-
-
-def odd_groups(share, micro):
-    """What to say of micro-batches that change the groups of `minibatch_stddev`, or "".
-
-    share: images of a process in a step;  micro: --micro-batch or None
-    """
-    micro = min(micro or share, share)
-    sizes = sorted({micro, share % micro or micro})
-    groups = sorted({max(g for g in (1, 2, 3, 4) if size % g == 0) for size in sizes})
-    if groups == [4]:
-        return ""
-    images, four = (" and ".join(map(str, numbers)) for numbers in (sizes, groups))
-    return (f"in micro-batches of {images} images the style discriminator compares groups of {four} images, "
-            "not of 4; batch per process and --micro-batch should be multiples of 4")
+    if stage not in ("phase1", "phase2") or run.config["discriminator"]["kind"] != "style":
+        return
+    if c["adv_weight"] and (batch // count % 4 or micro % 4):
+        print0(f"note: {stage}: the style discriminator compares groups of 4 images; the batch of a process "
+               "and --micro-batch should be multiples of 4")
 
 
 def check_labels(run, stage):
@@ -183,18 +167,3 @@ def check_labels(run, stage):
     if stage in ("ar", "nar") and run.config["conditional"]:
         raise UserError("this preset's priors are class-conditional and the data has no class sub-folders; "
                         "sort the images into folders or pass --set conditional=false")
-
-
-def check_folder(run, stages):
-    """raises: UserError for a checkpoint of a later stage that this run's values or images cannot continue"""
-    for stage in stages[1:]:  # the first one's is looked at, and set aside if damaged, when it starts
-        path = run.out / f"{stage}.pt"
-        try:
-            ckpt = header(path) if path.is_file() else {}
-        except UserError:
-            if intact(path):
-                raise
-            continue
-        if {"config", "fingerprint", "class_names"} <= ckpt.keys():
-            refuse_other_config(path, DEPENDS[stage], ckpt["config"], run.config)
-            refuse_other_images(path, ckpt, run)

@@ -4,7 +4,6 @@ import contextlib
 import datetime
 import hashlib
 import os
-import re
 import resource
 import sys
 
@@ -44,7 +43,7 @@ def on_rank0(action):
         try:
             result = action()
         except (UserError, OSError) as caught:
-            error = (str(caught), getattr(caught, "code", 1), True)
+            error = (str(caught), getattr(caught, "code", 1))
     if world() > 1:
         outcome = [(result, error)]
         dist.broadcast_object_list(outcome)
@@ -95,16 +94,17 @@ def one_line_errors():
         yield
         barrier()
     except torch.OutOfMemoryError:
-        print_error("out of GPU memory; pass a smaller --batch (visualize.py: --num)")
+        print_error("out of GPU memory; pass a smaller --micro-batch (train.py), --batch or --num")
         sys.exit(1)
     except Exception as error:
         place = "" if isinstance(error, UserError) else of_fork(error)
         if not place and not isinstance(error, UserError | OSError):
             raise
         print_traceback()
-        if speaks() or not getattr(error, "shared", False):
+        code = error.code if isinstance(error, UserError) else 1
+        if code == 1 or local_rank() == 0:  # bad input is the same in all processes
             print_error(place or error)
-        sys.exit(error.code if isinstance(error, UserError) else 1)
+        sys.exit(code)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -117,31 +117,28 @@ def setup_device(name, timeout=1800):
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    found = dict(cpu=lambda: True, cuda=torch.cuda.is_available, mps=torch.backends.mps.is_available)
-    if name not in found:
-        raise UserError(f"--device must be cuda, cpu, mps or auto, got {name!r}")
-    if not found[name]():
-        raise UserError(f"--device {name}, but torch sees no such GPU; use --device cpu or --device auto")
+    found = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
+    if not found.get(name):
+        raise UserError(f"--device must be cuda, cpu, mps or auto, and be there: torch has no {name!r} here")
     if name == "mps":
         warn("nobody has tried --device mps; it lacks float64, which training needs, but may sample")
-    gpu = local_rank()
-    if {"RANK", "LOCAL_RANK"} & os.environ.keys() and "WORLD_SIZE" not in os.environ:
-        warn("RANK or LOCAL_RANK is set without WORLD_SIZE, so neither counts: this is the only process")
-    if name == "cuda" and gpu >= torch.cuda.device_count():
-        raise UserError(
-            f"more processes than the {torch.cuda.device_count()} visible GPUs; lower --nproc_per_node",
-            shared=False)
-    device = torch.device(name, gpu) if name == "cuda" else torch.device(name)
+    gpus, wanted = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if name == "cuda" and launched() and wanted > gpus:
+        raise UserError(f"{wanted} processes for the {gpus} visible GPUs; lower --nproc_per_node")
+    device = torch.device(name, local_rank()) if name == "cuda" else torch.device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.deterministic = True
     else:
         keep_freed_memory()
-    if {"WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys() and not dist.is_initialized():
+    if launched() and not dist.is_initialized():
         # After a restart (torchrun --max-restarts) the store still holds the addresses of the dead workers:
         # every attempt gets a prefix of its own (pytorch issue 135712).
-        store, number, size = next(dist.rendezvous("env://"))
+        try:
+            store, number, size = next(dist.rendezvous("env://"))
+        except ValueError as error:
+            raise UserError(f"{error}; start with torchrun, or for one process: unset WORLD_SIZE") from None
         store = dist.PrefixStore(f"try{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=number,
@@ -179,8 +176,8 @@ def seeded_rows(batch, *shape, seed):
 
 
 def my_rows(batch):
-    """This process's contiguous rows of the global batch. Contiguous, so that groups of four images (the
-    discriminator's minibatch statistics) are the same for every number of processes."""
+    """This process's rows of the global batch. Contiguous, so that the discriminator's groups of four images
+    are the same for every number of processes."""
     share = batch // world()
     return slice(rank() * share, (rank() + 1) * share)
 
@@ -191,20 +188,17 @@ def to_device(x, device):
 
 
 class GlobalBatchNorm(nn.BatchNorm2d):
-    """BatchNorm over the global batch: in distributed training the moments are averaged over processes.
-
-    (torch's SyncBatchNorm does the same, on GPUs only.) Processes must hold equal shares of the batch.
-    """
+    """BatchNorm over the global batch, of which all processes hold equal shares, on CPUs too."""
 
     def forward(self, x):  # (B, C, H, W) -> (B, C, H, W)
-        if not (self.training and dist.is_available() and dist.is_initialized()):
+        if not self.training or world() == 1:
             return super().forward(x)
         x32 = x.float()
         moments = torch.stack([x32.mean((0, 2, 3)), x32.square().mean((0, 2, 3))])  # (2, C)
-        mean, square = all_reduce(moments) / dist.get_world_size()
+        mean, square = all_reduce(moments) / world()
         var = (square - mean.square()).clamp(min=0)  # rounding may leave it below
         with torch.no_grad():
-            count = x.numel() // x.shape[1] * dist.get_world_size()
+            count = x.numel() // x.shape[1] * world()
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
             self.num_batches_tracked += 1
@@ -213,33 +207,15 @@ class GlobalBatchNorm(nn.BatchNorm2d):
         return y.to(x.dtype)
 
 
-def speaks():
-    """Whether this process prints what all of its machine would, before there is a process group too."""
-    try:
-        return local_rank() == 0
-    except UserError:
-        return True
+def launched():
+    """Whether torchrun started this process; a RANK that another tool left behind means nothing alone."""
+    given = os.environ
+    return "WORLD_SIZE" in given and ("MASTER_ADDR" in given or given["WORLD_SIZE"] != "1")
 
 
 def local_rank():
-    """The number of this process on its machine, as torchrun sets it; 0 without torchrun.
-
-    WORLD_SIZE decides: a RANK or LOCAL_RANK that another tool left behind means nothing without it.
-    raises: UserError where the variables fit no launch
-    """
-    given, names = os.environ, ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")
-    alone = "MASTER_ADDR" not in given and given.get("WORLD_SIZE", "1") == "1"
-    if "WORLD_SIZE" not in given or alone:
-        return 0
-    found = {name: given.get(name, "0" if name == "LOCAL_RANK" else "") for name in names}
-    wrong = [f"{name}={value}" for name, value in found.items() if not re.fullmatch("[0-9]+", value)]
-    wrong += [] if given.get("MASTER_ADDR") else ["MASTER_ADDR="]
-    if not wrong and int(found["RANK"]) >= int(found["WORLD_SIZE"]):
-        wrong = [f"RANK={found['RANK']} of WORLD_SIZE={found['WORLD_SIZE']}"]
-    if wrong:
-        raise UserError(f"the environment has WORLD_SIZE={found['WORLD_SIZE']}, as torchrun sets it, but "
-                        f"{', '.join(wrong)}; start with torchrun, or for one process: unset WORLD_SIZE RANK")
-    return int(found["LOCAL_RANK"])
+    """The number of this process on its machine, as torchrun sets it; 0 without torchrun."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if launched() else 0
 
 
 def peak_memory():

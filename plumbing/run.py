@@ -22,6 +22,7 @@ from plumbing.dataset import batches
 from plumbing.errors import UserError, warn
 from plumbing.files import (
     FORMAT, claim, newest_intact, read_checkpoint, read_metrics, save_atomic, save_checkpoint, save_text,
+    writable,
 )
 from plumbing.hashes import not_finite, weights_hash
 from plumbing.images import make_sheet, to_float
@@ -47,19 +48,14 @@ class Run:
     def __init__(self, args, config):
         self.args, self.config = args, config
         self.out = args.out or Path("runs") / args.preset
-        there = next(p for p in (self.out, *self.out.absolute().parents) if p.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK) or self.out.absolute() == Path("/"):
-            raise UserError(f"--out {self.out}: {there} is no folder that can be written to")
+        writable(self.out / "metrics.jsonl")
         self.device, self.parent = setup_device(args.device, args.timeout), os.getppid()
         if args.compile:
             check_compiler(self.device)
-        if self.device.type == "cpu":
-            print0("note: on a CPU freed memory is kept for the next step (docs/speed.md)")
-            if config["precision"] == "bf16" and not args.precision and not bf16_instructions():
-                print0("note: this CPU has no bf16 instructions, so all is float32; --precision bf16 insists")
-                self.config = config = dict(config, precision="fp32")
-        if args.workers > 4 * os.cpu_count() and rank() == 0:
-            warn(f"--workers {args.workers} on {os.cpu_count()} cores")
+        slow = self.device.type == "cpu" and not bf16_instructions()
+        if slow and config["precision"] == "bf16" and not args.precision:
+            print0("note: this CPU has no bf16 instructions, so all is float32; --precision bf16 insists")
+            self.config = config = dict(config, precision="fp32")
         self.train, self.val = load_data(config)
         self.fingerprint = on_rank0(lambda: [self.train.fingerprint, self.val.fingerprint])
         self.train.bad_list = self.val.bad_list = self.out / "bad_files.txt"
@@ -129,7 +125,7 @@ class Run:
         on_rank0(self.claim)
         seen = stage in ("phase1", "phase2") and "vgg" in self.__dict__  # loaded, so in the loss
         self.seen_by = weights_hash(self.vgg) if seen else None
-        step, seconds, self.skips, self.skips_warned = 0, 0.0, {}, {}
+        step, seconds, self.skips = 0, 0.0, {}
         file = on_rank0(lambda: newest_intact(path))
         if file:
             ckpt = read_checkpoint(file, [stage])
@@ -149,20 +145,14 @@ class Run:
                     thing.load_state_dict(ckpt["model"] if name == "model" else ckpt["train"][name])
             step, seconds = ckpt["step"], ckpt["seconds"]
             self.skips = {name: torch.tensor(n, device=self.device) for name, n in ckpt["skips"].items()}
-            self.skips_warned = {name: skipped for name, (_, skipped) in ckpt["skips"].items()}
         share = f"{c['batch']} images" + (f" = {world()} processes x {c['batch'] // world()}" * (world() > 1))
         print0(f"\n{stage}: step {step} of {c['steps']}, {share} a step, lr {c['lr']}, "
                f"{self.config['precision']} -> {path}")
         if step >= c["steps"]:
             print0(f"{file or path} has all its steps: nothing to do")
-        if c["lr"] > 0.1 and rank() == 0:
-            warn(f"a learning rate of {c['lr']} is far above the usual")
-        slow = slow_average(stage, c)
-        if slow and step < c["steps"] and rank() == 0:
-            warn(slow)
-        if c["batch"] > len(self.train):
-            print0(f"note: one step sees each of the {len(self.train)} images "
-                   f"{c['batch'] / len(self.train):.1f} times")
+        if step < c["steps"] and c["ema"] ** c["steps"] > 0.15 and rank() == 0:  # of what it began with
+            warn(f"{SECTION[stage]}.ema={c['ema']:g} is slow for {c['steps']} steps: the averaged weights, "
+                 "which are measured and used, will be near those of the start; lower it with --set")
         self.clock, self.warned = time.time() - seconds, set()
         self.rows = on_rank0(lambda: self.cut_log(stage, step))
         return step
@@ -187,7 +177,6 @@ class Run:
                 yield step
                 if self.agreed > 1:
                     barrier()
-                    print0(f"stopped after {self.place}; the same command goes on from there")
                     sys.exit(self.agreed)
                 if self.agreed == self.request:
                     self.request = 0
@@ -204,9 +193,6 @@ class Run:
         with listening(self):
             try:
                 yield
-            except torch.OutOfMemoryError:
-                raise UserError("out of GPU memory; pass a smaller --micro-batch (the global batch stays)",
-                                code=1) from None
             except RuntimeError as error:
                 if re.match("DataLoader|Caught RuntimeError in DataLoader", str(error)):  # at any moment
                     raise UserError(f"{str(error).splitlines()[0]} Too little memory, or /dev/shm full? Try "
@@ -215,9 +201,10 @@ class Run:
                 if world() > 1 and re.search("gloo|nccl|connection|timed out", str(error), re.I):
                     warn(f"{self.place}: another process died or hangs; the same command goes on")
                 raise
-        if self.out.joinpath("bad_files.txt").exists():
-            count = (self.out / "bad_files.txt").read_bytes().count(b"\n")
-            print0(f"note: {count} images could not be read, see {self.out / 'bad_files.txt'}")
+        bad = self.out / "bad_files.txt"
+        if bad.exists():
+            count = bad.read_bytes().count(b"\n")
+            print0(f"note: {count} images could not be read, see {bad}")
         memory = peak_memory()
         if self.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated() / 2**20
@@ -258,20 +245,16 @@ class Run:
         optimizer.step()
 
     def count_skips(self):
-        """{optimizer: updates skipped so far}, read at log lines and saves, with a warning for new ones.
+        """{optimizer: updates skipped so far}, read at log lines and saves.
 
         raises: UserError, code 1, if the last MAX_SKIPS or more in a row were skipped
         """
         counts = {name: pair.tolist() for name, pair in self.skips.items()}
-        for name, (in_a_row, skipped) in counts.items():
-            if rank() == 0 and skipped > self.skips_warned.get(name, 0):
-                warn(f"{self.place}: a gradient of the {name} was not finite, so the update was skipped; "
-                     f"{skipped} so far")
-            self.skips_warned[name] = skipped
+        for name, (in_a_row, _) in counts.items():
             if in_a_row >= MAX_SKIPS:
                 raise UserError(f"{self.place}: the last {in_a_row} updates of the {name} were skipped, as a "
                                 "gradient was not finite; the last save is intact. Try a lower lr, or "
-                                "--precision fp32", code=1, shared=True)
+                                "--precision fp32", code=1)
         return {name: skipped for name, (_, skipped) in counts.items()}
 
     def log(self, stage, step, **values):
@@ -283,8 +266,7 @@ class Run:
         values = {k: float(f"{v:.6g}") if math.isfinite(v) else None for k, v in values.items()}
         values |= {f"skipped_{name}": skipped for name, skipped in self.count_skips().items() if skipped}
         row = dict(stage=stage, step=step + 1, **values, seconds=round(time.time() - self.clock, 1))
-        losses = [r for r in self.rows if "lr" in r][-5:]  # the warnings want no older ones
-        self.rows = [r for r in self.rows if "lr" not in r or r in losses] + [row]
+        self.rows.append(row)
 
         def append():
             with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
@@ -325,7 +307,7 @@ class Run:
         bad = not_finite(ckpt)
         if bad:
             raise UserError(f"{stage} step {step + 1}: {bad[1:]} is not finite, so nothing was written; the "
-                            "last save is intact. Try a lower lr, or --precision fp32", code=1, shared=True)
+                            "last save is intact. Try a lower lr, or --precision fp32", code=1)
         on_rank0(lambda: save_checkpoint(ckpt, self.out / f"{stage}.pt"))
 
     def sheet(self, name, images, columns):
@@ -334,16 +316,3 @@ class Run:
 
 
 MAX_SKIPS = 10  # updates with a gradient that is not finite, in a row
-
-
-def slow_average(stage, c, most=0.15):
-    """What to say of averaged weights that are slower than the run, or "".
-
-    After n updates the first weights still make up decay^n of the average; a share above `most` is reported.
-    """
-    share = c["ema"] ** c["steps"]
-    if not c["ema"] or share <= most:
-        return ""
-    name, fits = f"{SECTION[stage]}.ema", f"{max(0.0, 1 - 5 / max(1, c['steps'])):.6g}"
-    return (f"{name}={c['ema']:g} is slow for {c['steps']} steps: {share:.0%} of the averaged weights, which "
-            f"are measured and used, are those of the start; --set {name}={fits} fits, 0 is none")

@@ -2,8 +2,7 @@
 
 from plumbing.data import is_folder
 from plumbing.errors import UserError
-from plumbing.files import is_checkpoint, newest_intact, read_checkpoint
-from plumbing.processes import on_rank0
+from plumbing.files import is_checkpoint, read_checkpoint
 
 SECTION = dict(  # stage -> preset section
     vgg="classifier", resnet="classifier", phase1="phase1", phase2="phase2", ar="ar", nar="nar")
@@ -32,24 +31,10 @@ def refuse_other_config(path, keys, old, new):
 
 def refuse_other_images(path, ckpt, run):
     """A checkpoint is continued only on the images that it was made with, wherever their folder lies now."""
-    if ckpt["fingerprint"] == run.fingerprint and ckpt["class_names"] == run.train.class_names:
-        return
-    (was, _), (now, _) = ckpt["fingerprint"][0], run.fingerprint[0]
-    old, new = (f"{c['data']}" + f" and val = {c['val']}" * bool(c["val"])
-                for c in (ckpt["config"], run.config))
-    if old != new:
-        raise UserError(f"{path} was made with data = {old}, not {new} as here, and these are other images "
-                        f"(training images: {was} there, {now} here); use another --out")
-    raise UserError(f"the images changed since {path} was written (training images: {was} then, {now} now); "
-                    "restore them or use another --out")
-
-
-def needs_vgg(run):
-    """Whether a phase would train the run's own VGG first."""
-    if run.config["vgg"] != "own":
-        return False
-    own = on_rank0(lambda: newest_intact(run.out / "vgg.pt"))
-    return not (own and read_checkpoint(own, ["vgg"])["step"] >= run.steps("vgg"))
+    if ckpt["fingerprint"] != run.fingerprint or ckpt["class_names"] != run.train.class_names:
+        was, now = (fingerprint[0][0] for fingerprint in (ckpt["fingerprint"], run.fingerprint))
+        raise UserError(f"the images changed since {path} was written (training images: {was} then, {now} "
+                        "now); restore them or use another --out")
 
 
 def vgg_sizes(config):

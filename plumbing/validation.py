@@ -46,7 +46,8 @@ def evaluate_tokenizer(run, stage, step, tokenizer, limit=1000):
             usage_tokens=num_tokens)
     if num_tokens < PER_CODE * tokenizer.codebook_size and "few_tokens" not in run.warned:
         run.warned.add("few_tokens")
-        print0(f"note: {few_tokens(num_tokens, tokenizer.codebook_size)}")
+        print0(f"note: usage is counted on {num_tokens} validation tokens, few for {tokenizer.codebook_size} "
+               "codes: it says little, and no alarm is raised")
     x = torch.stack([run.val.view(i) for i in range(min(10, len(run.val)))])
     with run.autocast:
         x_hat = to_uint8(tokenizer.decode(tokenizer.encode(to_float(x, run.device))))
@@ -91,10 +92,10 @@ def early_warnings(rows, stage, c, codebook_size=0):
     rows: the lines of metrics.jsonl of this stage so far, oldest first;  c: its section of the preset
     codebook_size: K; a usage counted on less than PER_CODE * K tokens raises no alarm, its fall may be chance
     """
-    found, last = {}, {}
-    for name in ("usage", "loss_disc", "val_loss", "loss_per", "loss_rec"):
-        last[name] = [row[name] for row in rows if row.get(name) is not None]
-    usage, disc, val, per, rec = last.values()
+    found = {}
+    usage, disc, val, per, rec = (
+        [row[name] for row in rows if row.get(name) is not None]
+        for name in ("usage", "loss_disc", "val_loss", "loss_per", "loss_rec"))
     enough = all(row["usage_tokens"] >= PER_CODE * codebook_size for row in rows if "usage_tokens" in row)
     if enough and usage and usage[-1] < 0.8 * max(usage):
         found["usage"] = (f"codebook usage fell from {max(usage):.0%} to {usage[-1]:.0%}: codes die; raise "
@@ -113,11 +114,3 @@ def early_warnings(rows, stage, c, codebook_size=0):
 
 ROWS = 10  # of a sheet of samples
 PER_CODE = 10  # tokens for each code that a usage must be counted on before its fall means anything
-
-
-def few_tokens(num_tokens, codebook_size):
-    """The note for a usage that is counted on few tokens: how many, and what that does to it."""
-    most = min(1.0, num_tokens / codebook_size)
-    bound = f" and cannot exceed {most:.0%}" if most < 1 else ""
-    return (f"usage is counted on {num_tokens} validation tokens for {codebook_size} codes{bound}; below "
-            f"{PER_CODE} for each code it says little, and no alarm is raised")

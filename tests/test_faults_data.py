@@ -17,7 +17,6 @@ import helpers
 import numpy as np
 import pytest
 import torch
-import plumbing.console
 import plumbing.data
 import plumbing.dataset
 import plumbing.files
@@ -172,14 +171,6 @@ def test_names_of_any_bytes_are_escaped_wherever_they_are_told(tmp_path, capfd, 
     assert rf"{place}/caf\xe9/caf\xe9" in capfd.readouterr().err
 
 
-def test_what_an_encoding_lacks_is_printed_with_escapes():
-    for encoding, wanted in (("utf-8", b"caf\\udce9 \xe2\x86\x92"), ("latin-1", b"caf\\udce9 \\u2192")):
-        file = io.BytesIO()
-        steady = plumbing.console.Steady(io.TextIOWrapper(file, encoding, write_through=True))
-        steady.write("caf\udce9 \u2192")
-        assert file.getvalue() == wanted
-
-
 def test_only_what_torch_itself_says_of_a_worker_is_laid_to_memory(data, tmp_path):
     """The kind: errors out of a worker. Those that torch cannot make anew come as RuntimeError too."""
     run = open_run("phase1", tmp_path / "out", data)
@@ -315,7 +306,7 @@ def test_a_copy_that_lacks_one_file_is_refused_by_every_stage_that_builds_on_the
         shutil.copy(trained / "vgg.pt", out)
     before = contents(out)
     error = refusal(capsys, stage, out, copy)
-    assert f"not {copy} as here, and these are other images (training images: 60 there, 59 here)" in error
+    assert "the images changed" in error and "(training images: 60 then, 59 now)" in error
     assert contents(out) == before
 
 
@@ -472,16 +463,3 @@ def test_a_bad_place_for_results_is_known_before_the_work_and_no_file_is_overwri
     words = [str(run / word) if word == "." or "." in word and "=" not in word else word
              for word in words.split()]
     assert told in refused(capsys, script, *words, "--out", run / name) and contents(run) == before
-
-
-def test_a_bad_place_is_not_laid_to_the_disk_and_a_full_disk_is(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError) as stop:
-        plumbing.files.save_atomic(lambda p: p.write_text("x"), tmp_path / "file" / "x.png")
-    assert "could not be written" in str(stop.value) and "GB" not in str(stop.value)
-
-    def full(place):
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(UserError, match="GB are free"):
-        plumbing.files.save_atomic(full, tmp_path / "x.png")

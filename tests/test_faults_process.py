@@ -1,20 +1,12 @@
-"""Claims about what surrounds a run: its exit, its signals, its output, its file system, its compiler, its
-thread.
-
-As in test_reliability.py the runs are tiny and in forked children; a process of its own is started where the
-end of the interpreter, a closed descriptor or a terminal is what a claim is about.
-"""
+"""Claims about what surrounds a run: its exit and its signals. As in test_reliability.py the runs are tiny
+and in forked children."""
 
 import contextlib
 import errno
-import json
 import multiprocessing
 import os
 import pty
 import signal
-import subprocess
-import sys
-import threading
 import time
 
 import pytest
@@ -23,15 +15,10 @@ from torch.distributed.run import get_args_parser
 import plumbing.codes
 import plumbing.dataset
 import plumbing.shapes
-import plumbing.validation
-import studies.summary
-from helpers import ROOT, call, command, earlier, few, fork, forked, wait_for, wait_until
+from helpers import call, command, earlier, few, fork, forked, wait_for, wait_until
 from test_reliability import alive, at_step, check_equal, nap, napping, torchrun
 
-import train
 from plumbing.files import read_checkpoint
-
-ENV = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
 
 # Exceptions that nobody foresaw ---------------------------------------------------------------------------
 
@@ -48,8 +35,7 @@ def caught(*words, **sets):
         return error
 
 
-@pytest.mark.parametrize("stage, workers", few([
-    ("phase1", 4), *((stage, n) for stage in ("vgg", "phase2") for n in (0, 1, 4)), ("phase1", 0)], 0))
+@pytest.mark.parametrize("stage, workers", few([("vgg", 4), ("phase1", 1), ("phase2", 0)], 0))
 def test_no_loader_worker_outlives_an_exception_even_while_its_traceback_is_held(
     trained, data, tmp_path, stage, workers
 ):
@@ -99,52 +85,12 @@ def test_a_worker_that_does_not_end_when_asked_is_killed(data):
     assert forked(child) == 0 and time.monotonic() - begin < 30
 
 
-RAISE = """
-import json, sys
-import plumbing.codes, train
-from recipes.options import train_args
-def bug(*args):
-    raise RuntimeError("a bug")
-real = train.Run.due
-def due(run, what, stage, step):
-    return bug() if what == "log" and step == 2 else real(run, what, stage, step)
-train.Run.due = due
-if sys.argv[2] == "encoding":
-    plumbing.codes.encode_all = bug
-train.main(*train_args(json.loads(sys.argv[1])))
-"""
-
-
-def ended(folder, *words, patience=60, **how):
-    """(exit code, stdout, stderr) of a process of its own; nothing of it is left, whatever happened."""
-    with open(folder / "stdout", "w") as out, open(folder / "stderr", "w") as err:
-        how = dict(stdout=out, stderr=err) | how
-        job = subprocess.Popen([sys.executable, *map(str, words)], env=ENV, start_new_session=True, **how)
-        try:
-            code = job.wait(patience)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(job.pid, signal.SIGKILL)
-    return code, (folder / "stdout").read_text(), (folder / "stderr").read_text()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage, where", [("vgg", "loop"), ("phase1", "loop"), ("ar", "encoding")])
-def test_an_unforeseen_exception_ends_the_process_within_seconds(trained, data, tmp_path, stage, where):
-    out = earlier(trained, tmp_path / "out", stage)
-    (out / "codes.pt").unlink(missing_ok=True)
-    words = json.dumps(command(stage, out, data, "--workers", 4))
-    code, _, error = ended(tmp_path, "-c", RAISE, words, where)
-    assert code == 1 and "RuntimeError: a bug" in error
-    assert not alive(word=out)
-
-
 @pytest.mark.dist
 def test_an_unforeseen_exception_in_one_process_ends_all_with_their_workers(trained, data, tmp_path):
     out = earlier(trained, tmp_path / "out", "phase1")
     words = command("phase1", out, data, "--workers", 2)
     job = torchrun(tmp_path, dict(kind="raise", at=[3, 1]), words)
-    assert job.wait(90) == 1
+    assert job.wait(240) == 1
     assert "RuntimeError: a test" in (tmp_path / "log").read_text()
     wait_until(lambda: not alive(word=out), patience=10)
 
@@ -166,41 +112,19 @@ def test_sighup_stays_ignored_under_nohup(trained, data, tmp_path):
 
 
 @pytest.mark.slow
-def test_sighup_while_a_run_validates_saves_that_step(trained, data, tmp_path):
-    out = earlier(trained, tmp_path / "out", "nar")
+def test_sighup_between_two_stages_ends_at_once_and_the_same_command_goes_on(trained, data, tmp_path, capfd):
+    out = earlier(trained, tmp_path / "out", "ar")
 
     def child():
-        train.evaluate_prior = lambda *args: nap(out, 0.5)
-        call("nar", out, data, "--eval-every", 3, "--save-every", 100)
-
-    victim = fork(child)
-    wait_until((out / "napping").exists)
-    os.kill(victim, signal.SIGHUP)
-    assert wait_for(victim) == 129
-    assert read_checkpoint(out / "nar.pt", ["nar"])["step"] == 3
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("module, name, stage", [
-    (plumbing.codes, "encode_all", "ar"), (studies.summary, "summarize", "all")])
-def test_sighup_between_two_stages_ends_at_once_and_the_same_command_goes_on(
-    trained, data, tmp_path, capfd, module, name, stage
-):
-    out = tmp_path / "out"
-    out.mkdir()
-    for path in (*trained.glob("*.pt"), trained / "metrics.jsonl"):
-        if stage == "all" or path.name in ("vgg.pt", "phase1.pt", "phase2.pt"):
-            (out / path.name).write_bytes(path.read_bytes())
-
-    def child():
-        setattr(module, name, lambda *args: nap(out, 60))
-        call(stage, out, data)
+        plumbing.codes.encode_all = lambda *args: nap(out, 60)
+        (out / "codes.pt").unlink()
+        call("ar", out, data)
 
     victim = fork(child)
     wait_until((out / "napping").exists)
     os.kill(victim, signal.SIGHUP)
     assert wait_for(victim, 20) == 129
-    assert "stopped after the start, nothing saved is lost; the same command goes" in capfd.readouterr().out
+    assert "stopped after the start; the same command goes on" in capfd.readouterr().out
     call("ar", out, data)
     check_equal(trained, out, "ar")
 
@@ -241,28 +165,7 @@ def test_sighup_to_torchrun_under_nohup_saves_or_with_its_flag_is_ignored(
                        command("phase1", out, data, "--save-every", 100), *flags)
     finally:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    wait_until(lambda: "FAULT" in (tmp_path / "log").read_text())
+    wait_until(lambda: "FAULT" in (tmp_path / "log").read_text(), 240)
     job.send_signal(signal.SIGHUP)
-    assert (job.wait(60) != 0) == ends
+    assert (job.wait(240) != 0) == ends
     assert read_checkpoint(out / "phase1.pt", ["phase1"])["step"] == (3 if ends else 6)
-
-
-# Threads --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_run_in_a_thread_trains_the_same_without_handlers_and_says_so(
-    trained, data, tmp_path, capfd, workers
-):
-    out = earlier(trained, tmp_path / "out", "phase1")
-
-    def child():
-        thread = threading.Thread(target=call, args=("phase1", out, data, "--workers", workers))
-        thread.start()
-        thread.join()
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-
-    assert forked(child) == 0
-    assert capfd.readouterr().out.count("note: only a main thread can handle signals") == 1
-    check_equal(trained, out, "phase1")

@@ -214,7 +214,7 @@ def test_a_published_file_without_images_asks_for_data_and_for_no_preset(publish
 def test_what_is_no_tokenizer_at_all_is_refused(tmp_path, capsys):
     path, tensor = tmp_path / "x.pt", torch.zeros(2)
     for thing, told in (({"fc.weight": tensor}, "not a checkpoint of this project (it holds fc.weight)"),
-                        ({"net": {"a.weight": tensor}, "step": 3}, "it holds net of a.weight, step"),
+                        ({"net": {"a.weight": tensor}, "step": 3}, "it holds net, step"),
                         ([1, 2], "not a checkpoint"),
                         ({"state_dict": os.system}, "save its state dict alone")):  # as Lightning's objects
         torch.save(thing, path)
@@ -244,7 +244,7 @@ def test_phase_2_trains_the_decoder_of_a_public_tokenizer_and_leaves_its_tokens(
           "--references", tmp_path / "references", "--device", "cpu")
     study("export", tmp_path, "--out", tmp_path / "out")
     card = (tmp_path / "out/README.md").read_text()
-    assert f"with the fork `{family}`" in card and "| rfd |" in card
+    assert f"from weights of {family}" in card and "| rfd |" in card
     (begun, _), (model, _) = load_model(path, ("phase1",)), load_model(tmp_path / "out/phase2", ("phase2",))
     begun.add_attention()
     assert str(begun.decoder) == str(model.decoder) and latent_hash(begun) == latent_hash(model)

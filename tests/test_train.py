@@ -3,6 +3,7 @@
 What happens when something fails is in test_reliability.py.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import traceback
+import types
 from pathlib import Path
 from urllib.error import URLError
 
@@ -22,18 +24,15 @@ import plumbing.codes
 import plumbing.dataset
 import plumbing.images
 import plumbing.classifiers
-import plumbing.preflight
 import plumbing.processes
 import plumbing.run
-import plumbing.weights
 import recipes.ablations
 import recipes.options
 import recipes.paper
 import recipes.small
 import studies.cost
-import studies.summary
 from helpers import (
-    ROOT, SCRIPTS, STEPS, call, command, contents, differing, earlier, few, forked, open_run, refusal,
+    ROOT, STEPS, call, command, contents, differing, earlier, few, forked, open_run, refusal,
     refused, rows, script,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -42,7 +41,6 @@ import train
 from plumbing.files import read_checkpoint
 from plumbing.hashes import latent_hash
 from plumbing.models import load_model
-from tokenizer import TokenizerConfig, VQTokenizer
 
 # Schedules and presets ------------------------------------------------------------------------------------
 
@@ -128,27 +126,14 @@ def test_weight_decay_is_on_matrices_of_linear_layers_and_convolutions_only():
 @pytest.mark.parametrize(
     "words, message",
     [
-        ("--set phase1.lrr=1", "phase1.lrr"),
         ("--set nothing=1", "nothing"),
-        ("--set phase9.lr=1", "phase9.lr"),
         ("--set phase1.lr", "phase1.lr"),
-        ("--set phase1=3", "phase1"),
         ("--set phase1.lr=fast", "phase1.lr"),
-        ("--set phase1.lr=true", "phase1.lr"),
-        ("--set phase1.betas=0.9", "phase1.betas"),
         ("--set phase1.batch=0", "phase1.batch"),
-        ("--set phase1.batch=2.5", "phase1.batch"),
         ("--set conditional=maybe", "conditional"),
         ("--set phase1.betas=[2,3]", "phase1.betas"),
-        ("--set phase1.lr=0", "phase1.lr"),
-        ("--set phase1.lr=-1", "phase1.lr"),
         ("--set phase1.lr=NaN", "phase1.lr"),
-        ("--set phase1.lr=1e9", "phase1.lr"),
         ("--set phase1.gamma=Infinity", "phase1.gamma"),
-        ("--set phase1.beta=-1", "phase1.beta"),
-        ("--set phase1.steps=-1", "phase1.steps"),
-        ("--set sample.nar_steps=0", "sample.nar_steps"),
-        ("--set sample.top_p=0", "sample.top_p"),
         ("--set discriminator.kind=patchh", "discriminator.kind"),
         ("--set precision=fp8", "precision"),
         ("--set limit=abc", "limit"), ("--set limit=2.5", "limit must be a whole number"),
@@ -156,24 +141,16 @@ def test_weight_decay_is_on_matrices_of_linear_layers_and_convolutions_only():
         ("--set phase1.init=FILE", "phase1.init"), ("--set sample.guidance=2", "sample.guidance"),
         ("--set data=5", "data"),
         ("--precision fp16", "bf16"),
-        ("--workers -1", "--workers"),
         ("--timeout nan", "--timeout"),
-        ("--save-every 0", "--save-every"),
         ("--seed 1208925819614629174706176", "--seed"),
         ("--pres demo", "did you mean --preset?"),
-        ("--batch 0", "--batch"),
         ("--batch x", "--batch"),
-        ("--steps -1", "--steps"),
         ("--micro-batch -1", "--micro-batch"),
         ("--alpha 2", "alpha"),
-        ("--set phase2.alpha=-1", "alpha"),
-        ("--seed -1", "--seed"),
         ("--limit -3", "--limit"),
         ("--preset imagenette", "imagenet"),
-        ("--batchsize 4", "did you mean --batch?"),
         ("--stepz=5", "did you mean --steps?"),
         ("--stage all --steps 5", "phase1.steps"),
-        ("--stage all --batch 5", "phase1.batch"),
         ("--stage phase3", "phase3"),
         ("", "--stage is missing"),
     ],
@@ -196,12 +173,12 @@ def test_flags_and_set_are_written_into_a_copy_of_the_preset():
 # Resuming -------------------------------------------------------------------------------------------------
 
 
-def test_a_finished_stage_started_again_changes_no_checkpoint(trained, data, tmp_path):
+@pytest.mark.parametrize("stage", few(recipes.options.STAGES, 0))
+def test_a_finished_stage_started_again_changes_no_checkpoint(trained, data, tmp_path, stage):
     out = tmp_path / "again"
     shutil.copytree(trained, out)
     before = contents(out)
-    for stage in recipes.options.STAGES:
-        call(stage, out, data)
+    call(stage, out, data)
     assert contents(out) == before
 
 
@@ -209,17 +186,13 @@ def test_a_finished_stage_started_again_changes_no_checkpoint(trained, data, tmp
     "stage, sets, name",
     few([
         ("phase1", dict(phase1__lr=1e-3), "phase1.lr"),
-        ("phase1", dict(phase1__betas=[0.5, 0.9]), "phase1.betas"),
         ("phase2", dict(discriminator__max_width=4), "phase1.pt was made with discriminator.max_width"),
-        ("phase1", dict(tokenizer__codebook_size=64), "tokenizer.codebook_size"),
         ("phase1", dict(seed=1), "seed"),
         ("phase2", dict(phase2__per_weight=2.0), "phase2.per_weight"),
         ("vgg", dict(classifier__width=8), "classifier.width"),
         ("ar", dict(prior__n_embd=16), "prior.n_embd"),
-        ("ar", dict(conditional=False), "conditional"),
-        ("nar", dict(nar__lr=1e-3), "nar.lr"),
         ("nar", dict(limit=20), "limit"),
-    ], 0, 2, 7, 10),
+    ], 0, 1),
 )
 def test_a_run_is_not_continued_with_other_settings(trained, data, capsys, stage, sets, name):
     before = contents(trained)
@@ -269,25 +242,23 @@ def moments(train):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("adv_start", [0.0, 1.0])
-def test_micro_batches_of_the_tokenizer_equal_one_batch(trained, data, tmp_path, adv_start):
+@pytest.mark.parametrize("stage, micro, adv_start", [
+    ("phase1", 4, 0.0), ("phase1", 4, 1.0), ("ar", 3, 0.0), ("nar", 3, 0.0)])
+def test_micro_batches_equal_one_batch(trained, data, tmp_path, stage, micro, adv_start):
     """With the GAN too: groups of four neighbours share the minibatch statistics."""
-    for name, micro in (("one", 8), ("four", 4)):
-        out = earlier(trained, tmp_path / name, "phase1")
-        call_in_double("phase1", out, data, "--micro-batch", micro, phase1__adv_start=adv_start)
-    assert ("loss_disc" in rows(out)[0]) == (adv_start == 0)
-    check_same_sums(tmp_path / "four", tmp_path / "one", "phase1")
+    for name, size in (("one", 8), ("more", micro)):
+        out = earlier(trained, tmp_path / name, stage)
+        call_in_double(stage, out, data, "--micro-batch", size, phase1__adv_start=adv_start,
+                       prior__dropout=0.0)
+    assert stage != "phase1" or ("loss_disc" in rows(out)[0]) == (adv_start == 0)
+    check_same_sums(tmp_path / "more", tmp_path / "one", stage)
 
 
 class HostWaits(TorchDispatchMode):
-    """Notes what makes the host wait for a GPU: reading a value, and results whose size depends on values.
+    """Notes each value that is read, for which the host would wait for a GPU. Data, seeds and the counter of
+    AveragedModel are the host's own."""
 
-    It runs on the CPU, where nothing tells tensors of the device from the host's own. The latter are left
-    out by where they are read: seeds and data in HOST, and the counter of AveragedModel.
-    """
-
-    HOST = ("dataset.py", "processes.py", "codes.py")
-    OPERATIONS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "equal")
+    HOST = {"dataset.py", "processes.py", "codes.py", "swa_utils.py"}
 
     def __init__(self):
         super().__init__()
@@ -295,59 +266,42 @@ class HostWaits(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
-        mask = name.startswith("index") and isinstance(args[1], list | tuple) and any(
-            i is not None and i.dtype == torch.bool for i in args[1])
-        if mask or name.startswith(self.OPERATIONS):
-            self.note(name)
+        if name in ("_local_scalar_dense", "nonzero", "masked_select", "equal"):
+            files = {Path(frame.filename).name for frame in traceback.extract_stack()}
+            self.seen += [] if files & self.HOST else [name]
         return function(*args, **(kwargs or {}))
-
-    def note(self, name):
-        files = [Path(frame.filename) for frame in traceback.extract_stack()]
-        ours = [file.name for file in files if file.parent in (ROOT, ROOT / "plumbing")]
-        if ours and ours[-1] not in self.HOST and "swa_utils.py" not in [file.name for file in files]:
-            self.seen.append(f"{name} in {ours[-1]}")
 
 
 def host_waits(stage, monkeypatch, out, data):
     """What the third step of a stage waits for; it neither logs nor saves."""
-    real, waits, methods = plumbing.run.Run.loop, HostWaits(), ("cpu", "numpy", "tolist")
+    real, waits = plumbing.run.Run.loop, HostWaits()
 
     def loop(run, stage, start):
         for step in real(run, stage, start):
-            if step != 2:
-                yield step
-                continue
-            with waits, pytest.MonkeyPatch.context() as patch:
-                for name in methods:  # of a tensor on the CPU they are no operations
-                    method = getattr(torch.Tensor, name)
-                    patch.setattr(torch.Tensor, name, lambda x, n=name, f=method: (waits.note(n), f(x))[1])
+            with waits if step == 2 else contextlib.nullcontext():
                 yield step
 
     monkeypatch.setattr(plumbing.run.Run, "loop", loop)
-    call(stage, out, data, "--log-every", 100, "--save-every", 100, phase1__adv_start=0.0)
+    call(stage, out, data, "--log-every", 100, "--save-every", 100, phase1__adv_start=0.0, phase1__steps=4)
     return waits.seen
 
 
-@pytest.mark.parametrize("stage", few(["phase1", "vgg", "phase2", "ar", "nar"], 0))
+@pytest.mark.parametrize("stage", few(["ar", "vgg", "phase1", "phase2", "nar"], 0))
 def test_a_training_step_never_waits_for_the_device(trained, data, tmp_path, monkeypatch, stage):
     """R1 included: it is due at every second step of the tiny run."""
     out = earlier(trained, tmp_path / "out", stage)
     assert host_waits(stage, monkeypatch, out, data) == []
 
 
-@pytest.mark.parametrize("read", few([
-    lambda p: p.grad.norm().item(), lambda p: p.grad.cpu(), lambda p: p.grad[p.grad > 0],
-    lambda p: bool(p.grad.isfinite().all()), lambda p: p.grad.tolist()], 0))
-def test_that_one_which_reads_a_gradient_is_noticed(trained, data, tmp_path, monkeypatch, read):
-    real = train.set_lr
+@pytest.mark.slow
+def test_that_one_which_reads_a_gradient_is_noticed(trained, data, tmp_path, monkeypatch):
+    real = plumbing.run.Run.update
 
-    def set_lr(lr, optimizer):
-        real(lr, optimizer)
-        for parameter in optimizer.param_groups[0]["params"][:1]:
-            if parameter.grad is not None:
-                read(parameter)
+    def update(run, optimizer, *words):
+        optimizer.param_groups[0]["params"][0].grad.norm().item()
+        real(run, optimizer, *words)
 
-    monkeypatch.setattr(train, "set_lr", set_lr)
+    monkeypatch.setattr(plumbing.run.Run, "update", update)
     assert host_waits("ar", monkeypatch, earlier(trained, tmp_path / "out", "ar"), data) != []
 
 
@@ -357,14 +311,6 @@ def test_the_unigram_entropy_is_that_of_all_classes_in_whatever_order_the_images
     assert plumbing.codes.unigram_entropy(tokens[:7], 8) == 0  # fewer images than it draws
     pair = torch.stack([tokens, torch.zeros_like(tokens)], -1)  # the mean of two sub-codebooks
     assert plumbing.codes.unigram_entropy(pair, 8) == pytest.approx(math.log(4) / 2, abs=1e-3)
-
-
-@pytest.mark.parametrize("stage", few(["nar", "ar"], 0))
-def test_micro_batches_of_the_priors_equal_one_batch(trained, data, tmp_path, stage):
-    for name, micro in (("one", 8), ("three", 3)):
-        out = earlier(trained, tmp_path / name, stage)
-        call_in_double(stage, out, data, "--micro-batch", micro, prior__dropout=0.0)
-    check_same_sums(tmp_path / "three", tmp_path / "one", stage)
 
 
 DRIVER = DOUBLE + """
@@ -466,7 +412,7 @@ def test_before_adv_start_the_discriminator_is_untouched_and_the_loss_has_no_adv
     trained, data, tmp_path
 ):
     out = earlier(trained, tmp_path / "out", "phase1")
-    call("phase1", out, data, phase1__adv_start=1.0)
+    call("phase1", out, data, phase1__adv_start=1.0, phase1__steps=2)
     initial = train.build_discriminator(open_run("phase1", out, data), {}).state_dict()
     assert differing(read_checkpoint(out / "phase1.pt", ["phase1"])["train"]["disc"], dict(initial)) == []
     assert not any("loss_adv" in row or "loss_disc" in row for row in rows(out))
@@ -478,34 +424,23 @@ def test_before_adv_start_the_discriminator_is_untouched_and_the_loss_has_no_adv
 
 def test_each_player_s_step_leaves_the_other_player_alone(trained, data, tmp_path, monkeypatch):
     """Looks at weights and gradients of both whenever an optimizer steps."""
-    players, seen, real_step = [], [], torch.optim.Adam.step
-    real_tokenizer, real_disc = train.build_tokenizer, train.build_discriminator
-
-    def tokenizer(*words):
-        built = real_tokenizer(*words)
-        players.insert(0, built[0])
-        return built
-
-    def disc(*words):
-        players.append(real_disc(*words))
-        return players[-1]
+    players, seen, build, real = [], [], train.build_optimizer, plumbing.run.Run.update
 
     def copies():
         weights = [[p.detach().clone() for p in player.parameters()] for player in players]
         grads = [[None if p.grad is None else p.grad.clone() for p in x.parameters()] for x in players]
         return weights, grads
 
-    def step(optimizer, *words):
+    def update(run, optimizer, name, clip):
         before = copies()
-        real_step(optimizer, *words)
-        mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        seen.append((int(id(next(players[1].parameters())) in mine), before, copies()))
+        real(run, optimizer, name, clip)
+        seen.append((int(name == "discriminator"), before, copies()))
 
-    monkeypatch.setattr(train, "build_tokenizer", tokenizer)
-    monkeypatch.setattr(train, "build_discriminator", disc)
-    monkeypatch.setattr(torch.optim.Adam, "step", step)
-    call("phase1", earlier(trained, tmp_path / "out", "phase1"), data, phase1__adv_start=0.0)
-    assert [player for player, *_ in seen] == [0, 1] * STEPS
+    monkeypatch.setattr(train, "build_optimizer", lambda model, c: players.append(model) or build(model, c))
+    monkeypatch.setattr(plumbing.run.Run, "update", update)
+    call("phase1", earlier(trained, tmp_path / "out", "phase1"), data, phase1__adv_start=0.0,
+         phase1__steps=2)
+    assert [player for player, *_ in seen] == [0, 1] * 2
     for player, before, after in seen:
         assert differing(before[0][1 - player], after[0][1 - player]) == []
         assert differing(before[0][player], after[0][player])
@@ -538,16 +473,6 @@ def test_codes_are_reused_while_nothing_changes_and_made_again_for_another_token
     assert not torch.equal(made()[1], first[1])
 
 
-def test_codes_are_made_again_for_other_validation_images(trained, data, flat, tmp_path):
-    out = earlier(trained, tmp_path / "out", "ar")
-    tokenizer, _ = load_model(out / "phase2.pt", ["phase2"])
-    counts = [
-        len(plumbing.codes.cached_codes(open_run("ar", out, data / "train", "--val", val), tokenizer)["val"])
-        for val in (data / "val", data / "train")
-    ]
-    assert counts == [20, 60]
-
-
 def test_variants_0_and_1_are_the_central_crop_and_its_mirror_image(trained, data):
     run = open_run("ar", trained, data)
     tokenizer, _ = load_model(trained / "phase1.pt", ["phase1"])
@@ -576,14 +501,6 @@ def test_variants_from_2_on_are_random_crops_every_second_one_mirrored(trained, 
 
 
 # Refusals -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("stage", ["phase2", "ar", "nar"])
-def test_a_stage_without_the_one_before_it_is_refused(trained, data, tmp_path, capsys, stage):
-    out = earlier(trained, tmp_path / "out", "phase1")
-    before = contents(out)
-    error = refusal(capsys, stage, out, data)
-    assert "phase1.pt" in error and "--stage phase1" in error and contents(out) == before
 
 
 def test_shifted_images_are_crops_of_the_reflected_image_and_depend_on_seed_step_and_row_alone():
@@ -640,13 +557,14 @@ def test_the_gradients_of_a_step_are_those_of_eq_2_and_of_the_discriminator_s_lo
     torch.testing.assert_close(found["discriminator"], list(expected), rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_codebook_that_was_overwritten_starts_with_new_moments(trained, data, tmp_path):
     out = earlier(trained, tmp_path / "out", "phase1")
-    call("phase1", out, data, tokenizer__warm_start=4)
+    call("phase1", out, data, tokenizer__warm_start=2, phase1__steps=3)
     states = torch.load(out / "phase1.pt", weights_only=True)["train"]["opt_g"]["state"]
     names = [name for name, _ in load_model(out / "phase1.pt", ("phase1",))[0].named_parameters()]
     steps = {name: int(states[i]["step"]) for i, name in enumerate(names)}
-    assert steps.pop("quantizer.codebook.weight") == STEPS - 4 and set(steps.values()) == {STEPS}
+    assert steps.pop("quantizer.codebook.weight") == 1 and set(steps.values()) == {3}
 
 
 @pytest.mark.slow
@@ -664,16 +582,14 @@ def test_a_data_set_with_five_validation_images_goes_through_all_stages_to_its_s
     assert (tmp_path / "out" / "phases.png").exists()
 
 
-@pytest.mark.parametrize("stage", ["phase2", "ar", "nar"])
-def test_a_checkpoint_made_with_another_tokenizer_is_not_continued(trained, data, tmp_path, capsys, stage):
-    out = tmp_path / "out"
-    shutil.copytree(trained, out)
-    for name in ("phase1", *(["phase2"] if stage != "phase2" else [])):
-        ckpt = torch.load(out / f"{name}.pt", weights_only=True)
-        for weights in (ckpt["model"], ckpt["ema"] or {}):
-            if weights:
-                weights["quantizer.codebook.weight"] += 1e-3
-        torch.save(ckpt, out / f"{name}.pt")
+@pytest.mark.parametrize("stage, name", few([("phase2", "phase1"), ("ar", "phase2")], 0))
+def test_a_checkpoint_made_with_another_tokenizer_is_not_continued(
+        trained, data, tmp_path, capsys, stage, name):
+    out = earlier(trained, tmp_path / "out", stage)
+    shutil.copy(trained / f"{stage}.pt", out)
+    ckpt = torch.load(out / f"{name}.pt", weights_only=True)
+    ckpt["ema"]["quantizer.codebook.weight"] += 1e-3
+    torch.save(ckpt, out / f"{name}.pt")
     before = contents(out)
     assert "was made with tokenizer" in refusal(capsys, stage, out, data)
     assert contents(out) == before
@@ -684,26 +600,21 @@ def test_a_checkpoint_made_with_another_tokenizer_is_not_continued(trained, data
     [
         ("phase1", ["--data", "nowhere"], {}, "nowhere does not exist"),
         ("phase1", ["--data", "EMPTY"], {}, "no images under"),
+        ("phase2", [], {}, "run --stage phase1 first"),
+        ("ar", [], {}, "run --stage phase1 first"),
         ("vgg", ["--data", "FLAT"], {}, "needs labels"),
         ("ar", ["--data", "FLAT", "--tokenizer", "TRAINED/phase1.pt"], {}, "conditional=false"),
-        ("nar", ["--data", "FLAT", "--tokenizer", "TRAINED/phase1.pt"], {}, "conditional=false"),
         ("phase1", [], dict(image_size=36), "not divisible by"),
         ("phase1", [], dict(image_size=48), "power of two"),
-        ("phase1", [], dict(tokenizer__channel_mult=[]), "leave no width"),
-        ("phase1", [], dict(discriminator__max_width=0), "max_width"),
         ("phase2", ["--tokenizer", "TRAINED/phase1.pt"], dict(discriminator__max_width=4), "size mismatch"),
         ("vgg", [], dict(image_size=16), "32"),
-        ("phase1", ["--vgg", "nowhere.pth"], {}, "nowhere.pth is not a file"),
         ("phase1", ["--vgg", "nowhere.pt"], {}, "nowhere.pt"),
         ("phase1", ["--vgg", "TRAINED/ar.pt"], {}, "this needs vgg"),
         ("phase1", ["--vgg", "imagenet"], {}, "--vgg FILE"),
         ("phase2", ["--tokenizer", "TRAINED/ar.pt"], {}, "stage 'ar'; this needs phase1"),
         ("ar", ["--tokenizer", "TRAINED/vgg.pt"], {}, "stage 'vgg'; this needs phase1 or phase2"),
         ("ar", ["--tokenizer", "nowhere.pt"], {}, "no checkpoint nowhere.pt"),
-        ("ar", ["--tokenizer", "TRAINED/phase1.pt"], dict(prior__n_head=3), "n_head 3"),
         ("phase1", [], dict(tokenizer__codebook="big"), "codebook must be one of"),
-        ("phase1", [], dict(tokenizer__nothing=1), "nothing"),
-        ("phase1", [], dict(phase1__schedule="fast"), "schedule must be"),
         ("phase1", [], dict(phase1__gan="big"), "one of logistic, hinge"),
         ("phase1", ["--preset", "lsun-cat"], dict(image_size=32), "--tokenizer FILE"),
         ("phase1", ["--device", "tpu"], {}, "--device must be"),
@@ -735,13 +646,6 @@ def test_an_unconditional_prior_trains_on_a_folder_without_classes(trained, flat
         assert prior.config.num_classes == 0 and ckpt["class_names"] == [] and ckpt["step"] == STEPS
 
 
-def test_random_vgg_weights_are_noted_in_the_checkpoint(trained, data, tmp_path, monkeypatch):
-    small = load_model(trained / "vgg.pt", ["vgg"])[0].vgg
-    monkeypatch.setattr(plumbing.weights, "load_vgg16", lambda source: small)
-    call("phase1", tmp_path / "out", data, "--vgg", "random", "--steps", "2")
-    assert "random" in read_checkpoint(tmp_path / "out" / "phase1.pt", ["phase1"])["note"]
-
-
 @pytest.mark.slow
 def test_phase_1_trains_the_vgg_it_needs(trained, data, tmp_path):
     call("phase1", tmp_path, data)
@@ -767,21 +671,6 @@ def test_explain_prints_the_parameter_counts_of_the_paper(monkeypatch):
         assert count in base, count
     more = explain("--set", "prior.n_embd=1024", "--set", "tokenizer.num_attention=2")
     assert "304,650,240" in more and "61,363,971" in more  # Table 1, +Attention x2
-
-
-@pytest.mark.slow
-def test_importing_a_module_reads_no_network_and_no_command_line():
-    code = f"""
-import socket, sys
-def refuse(*args, **kwargs):
-    raise RuntimeError("network at import time")
-socket.socket.connect = socket.getaddrinfo = socket.create_connection = refuse
-sys.argv = ["x", "--nonsense"]
-import {", ".join(SCRIPTS)}
-"""
-    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
-    assert done.returncode == 0 and not done.stdout, done.stderr
 
 
 # Ablations ------------------------------------------------------------------------------------------------
@@ -851,55 +740,19 @@ def test_ablations_scale_with_a_small_preset_and_with_the_steps_it_is_given():
     assert (kmeans["kmeans_warmup"], kmeans["kmeans_every"], kmeans["kmeans_last"]) == (11, 2, 33)
 
 
-@pytest.mark.parametrize(
-    "name, decoder, total",  # parameters of the decoder and of the whole tokenizer, Table 1
-    [("baseline", 27_134_851, 54_532_867), ("+conv2", 42_480_515, 69_878_531),
-     ("+attention2", 33_965_955, 61_363_971), ("+2x", 27_134_851, 54_532_867),
-     ("fn", 27_134_851 - 224 * 512, 54_532_867 - 2 * 224 * 512 - 224)],  # 1x1 convolutions to 32 channels
-)
-def test_an_ablation_has_the_modules_and_parameter_counts_of_its_row(name, decoder, total):
-    sizes = config_of("--preset", "imagenet-ablation", "--ablation", name)["tokenizer"]
-    with torch.device("meta"):
-        tokenizer = VQTokenizer(TokenizerConfig(**sizes))
-    counts = [sum(p.numel() for p in part.parameters()) for part in (tokenizer.decoder, tokenizer)]
-    assert counts == [decoder, total]
-    units = [sum(1 for _ in stage.attention.children()) for stage in tokenizer.decoder.stages]
-    assert all(unit == (4 if name == "+attention2" else 0) for unit in units), units
-
-
-@pytest.mark.parametrize("name", ["vqgan", "fn", "kmeans", "entropy"])
-def test_a_codebook_of_table_5_has_its_losses_and_its_start(name):
-    sizes = config_of("--preset", "demo", "--ablation", name)["tokenizer"]
-    tokenizer = VQTokenizer(TokenizerConfig(image_size=32, **sizes)).train()
-    tokenizer.start_step(0)
-    _, _, losses = tokenizer(torch.rand(2, 3, 32, 32))
-    assert ("loss_entropy" in losses) == (name == "entropy")
-    assert getattr(tokenizer.quantizer, "bypass", False) == (
-        name == "kmeans"
-    )  # the only one that starts without quantization
-    norms = tokenizer.quantizer.codes.norm(dim=1)
-    assert torch.allclose(norms, torch.ones(len(norms))) == (name == "fn")
-
-
-@pytest.mark.parametrize("name", few(["alpha=0.4", "low", "A", "B", "C", "D", "sem", "E"], 0, 2))
-def test_the_perceptual_loss_of_a_row_of_table_6_has_its_layers(trained, data, tmp_path, monkeypatch, name):
-    real, weights = perceptual.perceptual_loss, []
-
-    def spy(vgg, x, x_hat, layers):
-        weights.append(layers)
-        return real(vgg, x, x_hat, layers)
-
-    monkeypatch.setattr(train, "perceptual_loss", spy)
-    call("phase1", earlier(trained, tmp_path / "run", "phase1"), data, "--ablation", name, phase1__steps=1)
+@pytest.mark.parametrize("name", ["alpha=0.4", "low", "A", "B", "C", "D", "sem", "E"])
+def test_the_perceptual_loss_of_a_row_of_table_6_has_its_layers(monkeypatch, name):
+    monkeypatch.setattr(train, "perceptual_loss", lambda vgg, x, x_hat, layers: layers)
+    c = config_of("--preset", "demo", "--ablation", name)["phase1"]
+    layers = train.build_perceptual(types.SimpleNamespace(vgg=None), c)(None, None)
     ends = {"alpha=0.4": perceptual.layer_weights(0.4)}
-    assert weights == [ends.get(name) or perceptual.LAYER_SETS[name]]
-    assert read_checkpoint(tmp_path / "run" / "phase1.pt", ["phase1"])["config"]["phase1"]["layers"] == (
-        name if name in "ABCDE" else None)
+    assert layers == (ends.get(name) or perceptual.LAYER_SETS[name])
+    assert c["layers"] == (name if name in "ABCDE" else None)
 
 
-def test_an_ablation_tells_its_flags_and_bad_ones_are_refused(trained, data, tmp_path, capsys):
-    call("phase1", earlier(trained, tmp_path / "run", "phase1"), data, "--ablation", "+attention2",
-         phase1__steps=1)
+def test_an_ablation_tells_its_flags_and_bad_ones_are_refused(data, tmp_path, capsys):
+    with open_run("phase1", tmp_path, data, "--ablation", "+attention2").session():
+        pass
     assert "ablation +attention2: --set phase1.alpha=0.0 --set tokenizer.num_attention=2" in (
         capsys.readouterr().out)
     for words, message in [
@@ -971,7 +824,7 @@ def test_explain_says_the_largest_micro_batch_that_a_gpu_holds_and_what_to_chang
     ("imagenet-ablation", [r"1000 classes assumed", "8 processes x 8"], "phase2"),
     ("demo", ["vgg, 10 classes:", "prior, 10 classes "], "H100|processes|1000 classes|assumed"),
     ("demo --data DIR", ["vgg, 10 classes assumed", "prior, 10 classes assumed "],
-     "H100|processes|1000 classes")], 0, 4))
+     "H100|processes|1000 classes")], 0))
 def test_explain_tells_of_each_stage_what_it_trains_and_no_more_than_is_known(
         preset, told, not_told, monkeypatch, capsys):
     """Frozen weights were trainable, a preset of one phase had two, ten classes were a thousand."""
