@@ -233,7 +233,8 @@ def figure_phases(figure, args, device):
     rows, numbers, names = [], [], []
     for path in args.ckpt:
         prior, ckpt = load_model(path, ("ar", "nar"), device)
-        files = args.tokenizer or [Path(path).with_name(f"{phase}.pt") for phase in ("phase1", "phase2")]
+        beside = [Path(path).with_name(phase + Path(path).suffix) for phase in ("phase1", "phase2")]
+        files = args.tokenizer or beside
         if len(files) != 2:
             raise UserError("--tokenizer takes two files here, of phase 1 and of phase 2")
         decoders = [load_tokenizer_of(path, ckpt, file, device) for file in files]

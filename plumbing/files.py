@@ -230,6 +230,9 @@ def read_export(folder):
         about |= dict(model=weights, ema=None, train={})
         if not {*EXPORTED} <= about.keys() or weights_hash(about["model"]) != about["weights_hash"]:
             raise ValueError
+        if about.get("latent_of"):  # of phase 1 the decoder only
+            latent = read_export(folder.with_name(about["latent_of"]))["model"]
+            about["model"] = {k: v for k, v in latent.items() if not k.startswith("decoder.")} | weights
     except Exception:  # safetensors has errors of its own
         raise UserError(f"{folder} is damaged or no exported model: config.json, model.safetensors"
                         ) from None

@@ -37,6 +37,12 @@ class OfflineKMeans:
         self.register_buffer("reservoir_keys", torch.full((self.RESERVOIR,), -1.0))
         self.key_seed = 0  # of the next random keys: a function of the step and the micro-batch
 
+    def _load_from_state_dict(self, state, prefix, *more):
+        """A rounded export holds no reservoir: an empty one takes its place."""
+        for name in ("reservoir", "reservoir_keys"):
+            state.setdefault(prefix + name, getattr(self, name))
+        super()._load_from_state_dict(state, prefix, *more)
+
     def fit(self, steps):
         """In a run that ends before the first re-estimation, which would never quantize, all come earlier:
         the first after a fifth of the steps. A function of the configuration, as the steps are."""

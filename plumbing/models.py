@@ -176,7 +176,7 @@ def vgg_of(run):
 
 def find_vgg(path, ckpt, device, names=None):
     """The VGG of the run that a checkpoint belongs to, or None; with `names` one of these classes only."""
-    places = [Path(path).with_name("vgg.pt"), Path(ckpt["config"]["vgg"])]
+    places = [Path(path).with_name("vgg" + Path(path).suffix), Path(ckpt["config"]["vgg"])]
     found = next((p for p in places if p.exists() and is_checkpoint(p)), None)
     vgg, about = load_model(found, ("vgg",), device) if found else (None, {})
     return None if names is not None and about.get("class_names") != names else vgg
