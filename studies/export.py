@@ -109,8 +109,9 @@ def card(run, models, out, effect):
     for name, values in found.items():
         numbers += ["", f"## {name}", "", "| | |", "|---|---|"]
         numbers += [f"| {key} | {value:.5g} |" for key, value in values.items() if isinstance(value, float)]
-    return CARD.format(title=out.absolute().name, data=first["config"]["data"] or "of a folder", stage=first["stage"],
-                       place=out / place, models="\n".join(lines), numbers="\n".join(numbers))
+    data = first["config"]["data"] or "of a folder"
+    return CARD.format(title=out.absolute().name, data=data, stage=first["stage"], place=out / place,
+                       models="\n".join(lines), numbers="\n".join(numbers))
 
 
 def export(args):

@@ -32,7 +32,8 @@ def rounding(before, after, num=1000, batch=50):
     x = to_float(torch.stack([data.view(i) for i in range(num)]), "cpu").split(batch)
     labels = torch.tensor([data.label(i) for i in range(num)]).split(batch)
     (old, tokens), (new, rounded) = (numbers(side, x, labels) for side in (before, after))
-    lines = [f"Numbers of the run are of its weights before rounding. On {num:,} validation images:", "", "| | before rounding | after |", "|---|---|---|"]
+    lines = [f"Numbers of the run are of its weights before rounding. On {num:,} validation images:", "",
+             "| | before rounding | after |", "|---|---|---|"]
     lines += [f"| {MEASURES[name]} | {old[name]:.4f} | {new[name]:.4f} |" for name in old]
     if len(tokens):
         lines += [f"| tokens that changed | | {(tokens != rounded).float().mean():.2%} |"]
