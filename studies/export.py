@@ -74,7 +74,7 @@ def write_model(checkpoint, folder, half=False, tokenizer_hash=None, latent_of=N
     folder.mkdir(parents=True, exist_ok=True)
     save_text(json.dumps(about, indent=1) + "\n", folder / "config.json")  # first: it marks a folder of ours
     write_bytes(save(weights), folder / "model.safetensors")
-    if half and ckpt["tokenizer_hash"]:
+    if half and ckpt["stage"] not in ("vgg", "resnet"):
         if ckpt["stage"] in ("phase1", "phase2"):
             tokenizer_hash = latent_hash(load_model(folder, (ckpt["stage"],))[0])
         about["tokenizer_hash"] = tokenizer_hash or ckpt["tokenizer_hash"]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import ROOT, study
 from PIL import Image
+from safetensors.torch import load_file
 
 import sample
 import visualize
@@ -89,6 +90,7 @@ def test_phase_1_holds_its_decoder_alone_and_takes_the_rest_from_phase_2(box):
         box / "nar", read_checkpoint(box / "nar", STAGES))[1]["tokenizer_hash"]
     assert (box / "phase1" / "model.safetensors").stat().st_size < (
         0.6 * (box / "phase2" / "model.safetensors").stat().st_size)
+    assert not any("reservoir" in name for name in load_file(box / "phase2" / "model.safetensors"))
     tokens = torch.randint(one.codebook_size, (2, *one.token_shape))
     assert not torch.equal(one.decode(tokens), two.decode(tokens))
 

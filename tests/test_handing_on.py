@@ -116,6 +116,8 @@ def test_a_run_in_half_precision_keeps_its_priors_and_its_tokenizer_together(tra
     assert {*hashes} == {latent_hash(tokenizer)} and hashes[0] != read_checkpoint(
         trained / "phase2.pt", ["phase2"])["tokenizer_hash"]
     draw("--ckpt", out / "ar", "--num", 2)
+    card = (out / "README.md").read_text()
+    assert "On 20 validation images" in card and "| AR prior, nats per token |" in card
     whole = sum((trained / f"{s}.pt").stat().st_size for s in ("phase2", "ar", "nar"))
     assert sum(p.stat().st_size for p in out.rglob("*.safetensors")) < whole / 4
 
