@@ -179,7 +179,6 @@ def test_a_command_that_prints_numbers_prints_those_beneath_it(monkeypatch):
     ("docs/results.md", "cifar10_summary", "**{seconds:,} s** of training"),
     ("docs/results.md", "cifar10_metrics_phase1", "rFD {rfid:.2f} to "),
     ("docs/results.md", "cifar10_metrics_phase2", " to {rfid:.2f}, rKID "),
-    ("docs/results.md", "first_cifar10_summary", "seed 0: {seconds:,} s of training. PSNR {psnr_phase1:.2f}"),
     ("docs/fqgan.md", "demo_fq_summary", "phase 1 + 2 {psnr_phase2:.2f} against"),
 ])
 def test_the_numbers_of_a_run_are_those_of_its_committed_row(page, rows, text):
