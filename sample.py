@@ -17,6 +17,7 @@ if __name__ == "__main__":
 
 # ruff: noqa: E402
 import json
+import math
 import os
 
 import numpy as np
@@ -72,7 +73,7 @@ def choose_classes(text, names):
 def sample(args, device):
     """Samples of an ar.pt or nar.pt, decoded by the tokenizer beside it.
 
-    returns: chunks(done) of (start, images), what identifies them, a name for the file, columns of a sheet
+    returns: chunks(done) of (start, images), what identifies them, a name for the file, the layout of a sheet
     """
     prior, ckpt = load_model(args.ckpt, ("ar", "nar"), device)
     tokenizer, decoder_ckpt = load_tokenizer_of(args.ckpt, ckpt, args.tokenizer, device)
@@ -93,7 +94,9 @@ def sample(args, device):
     def chunks(done=None):
         return image_chunks(prior, tokenizer, args.num, labels, args.seed, settings, args.batch, True, done)
 
-    return chunks, info, f"samples_{ckpt['stage']}", min(args.num, len(classes) if classes else 8)
+    columns = len(classes) if classes and 1 < len(classes) <= 16 else 8  # one a class, where there are few
+    names = [ckpt["class_names"][label] for label in labels or ()]
+    return chunks, info, f"samples_{ckpt['stage']}", dict(columns=min(args.num, columns), names=names)
 
 
 def reconstruct(args, device):
@@ -110,7 +113,9 @@ def reconstruct(args, device):
 
     info = dict(made_from="reconstructions", tokenizer=latent_hash(tokenizer), batch=args.batch,
                 decoder=weights_hash(tokenizer), data=data.fingerprint, note=ckpt["note"])
-    return chunks, info, f"reconstructions_{ckpt['stage']}", min(8, args.num)
+    columns = min(8, args.num)
+    sides = ["input", "reconstruction"] * math.ceil(args.num / columns)
+    return chunks, info, f"reconstructions_{ckpt['stage']}", dict(columns=columns, sides=sides)
 
 
 def same_folder(folder, info):
@@ -141,9 +146,12 @@ def write_files(chunks, info, folder, num):
             save_atomic(lambda p, x=image: make_sheet(x[None], 1, zoom=1).save(p, "PNG"), place(i))
 
 
-def write_one(chunks, info, path, columns, format):
-    """All images in one sheet or npz; the PNG or the npz also holds `info` as JSON."""
-    images, info_text = gather_images(chunks()), json.dumps(info)
+def write_one(chunks, info, path, layout, format):
+    """All images in one sheet or npz; the PNG or the npz also holds `info` as JSON.
+
+    layout: arguments of `make_sheet`
+    """
+    images, info_text, columns = gather_images(chunks()), json.dumps(info), layout["columns"]
     if images.dim() == 5:  # a row of inputs above a row of reconstructions; white fills the last rows
         filler = torch.full_like(images[:1], 255).expand(-len(images) % columns, -1, -1, -1, -1)
         images = torch.cat([images, filler])
@@ -156,7 +164,7 @@ def write_one(chunks, info, path, columns, format):
         else:
             text = PngInfo()
             text.add_text("info", info_text)
-            make_sheet(images, columns, info["note"]).save(temporary, "PNG", pnginfo=text)
+            make_sheet(images, note=info["note"], **layout).save(temporary, "PNG", pnginfo=text)
 
     on_rank0(lambda: save_atomic(write, path))
 
@@ -164,7 +172,7 @@ def write_one(chunks, info, path, columns, format):
 def main(args):
     with one_line_errors():
         device = setup_device(args.device)
-        chunks, info, name, columns = (reconstruct if args.reconstruct else sample)(args, device)
+        chunks, info, name, layout = (reconstruct if args.reconstruct else sample)(args, device)
         suffix = {"sheet": ".png", "npz": ".npz", "files": ""}[args.format]
         out = args.out or args.ckpt.with_name(name + suffix)
         if os.path.exists(out) and out.is_dir() != (args.format == "files"):
@@ -174,7 +182,7 @@ def main(args):
         if args.format == "files":
             write_files(chunks, info, out, args.num)
         else:
-            write_one(chunks, info, out, columns, args.format)
+            write_one(chunks, info, out, layout | dict(zoom=args.scale), args.format)
         print0(f"wrote {out}" + (f" ({info['note']})" if info["note"] else ""))
 
 

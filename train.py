@@ -355,7 +355,7 @@ def main(args, config):
         run = Run(args, config)
         stages = with_vgg(run, stages)
         check_stages(run, stages, networks)
-        with run.session():
+        with run.session(stages):
             for stage in stages:
                 train_stage(run, stage)
             if args.stage == "all":

@@ -17,6 +17,7 @@ if __name__ == "__main__":
 # ruff: noqa: E402
 import io
 import math
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from PIL import Image
 import forks
 from perceptual import LOGIT, lpips_like
 from plumbing.data import images_of
-from plumbing.drawing import draw_grid, new_figure, save_figure, writable_picture
+from plumbing.drawing import MARKERS, draw_grid, new_figure, save_figure, show, writable_picture
 from plumbing.errors import UserError
 from plumbing.files import read_checkpoint, read_metrics
 from plumbing.hashes import latent_hash
@@ -122,7 +123,7 @@ def load_images(config, num, data, ckpt):
 def load_pairs(ckpts, num, device, tokenizers=(), data=None):
     """What several AR priors make of the same images.
 
-    returns: [dict(name, view, numbers, ...)], and the images x (num, 3, S, S) in [-1, 1]
+    returns: [dict(name, view, numbers, classes)], and the images x (num, 3, S, S) in [-1, 1]
     raises:  UserError for a prior that is not autoregressive (a masked one would see what it predicts), for
              images of different sizes, and for fewer images than `num`
     """
@@ -146,17 +147,18 @@ def load_pairs(ckpts, num, device, tokenizers=(), data=None):
             num_images=len(x), **alpha_of(config), note=ckpt["note"] or tokenizer_ckpt["note"],
             **view_numbers(x, view, find_vgg(path, ckpt, device)))
         name = f"{Path(path).absolute().parent.name}\n{told_loss(config['phase1'])}"
-        pairs.append(dict(name=name, view=view, numbers=numbers, labels=labels))
+        classes = [names[label] for label in labels] if names else []
+        pairs.append(dict(name=name, view=view, numbers=numbers, classes=classes))
     return pairs, x
 
 
 def figure_views(figure, args, device):
     """Input beside reconstruction and AR prediction of each pair (Fig. 1b, 4, 5a, 11, and `view`)."""
     pairs, x = load_pairs(args.ckpt, args.num, device, args.tokenizer, args.data)
-    return views_grid(figure, pairs, x), [pair["numbers"] for pair in pairs]
+    return views_grid(figure, pairs, x, args.wide), [pair["numbers"] for pair in pairs]
 
 
-def views_grid(figure, pairs, x):
+def views_grid(figure, pairs, x, wide=False):
     """The grid of a figure out of VIEWS, from the pairs of `load_pairs` and the images x (num, 3, S, S)."""
     keys, side = VIEWS[figure], math.isqrt(pairs[0]["view"]["hits"].shape[1])
     if figure == "fig5a":
@@ -176,59 +178,58 @@ def views_grid(figure, pairs, x):
     else:
         rows = [[("input", x[i], ""), *(p for pair in pairs for p in panels(pair, i, f"{pair['name']}\n"))]
                 for i in range(min(len(x), 8 if figure == "view" else 6))]
-        names = [f"({letter})" for letter in "abcdef"[: len(rows)]] if figure == "fig11" else ()
+        names = pairs[0]["classes"][: len(rows)]
     notes = {pair["numbers"]["note"] for pair in pairs} - {""}
     note = "hits: yellow where the prediction is the true token" if "hits" in keys else ""
-    return draw_grid(rows, names, "  ".join([note, *notes]).strip())
+    return draw_grid(rows, names, "; ".join(filter(None, [note, *notes])), wide=wide)
 
 
 def figure_example(args, device):
-    """Fig. 3, one image step by step: tokens, the shifted input, the prediction, and both decoded."""
+    """Fig. 3, one image in five steps: tokens, the shifted input, one pass, its prediction, both decoded."""
     pairs, x = load_pairs(args.ckpt[:1], args.num, device, args.tokenizer, args.data)
     (pair,), side = pairs, math.isqrt(pairs[0]["view"]["hits"].shape[1])
-    view, label = pair["view"], pair["labels"]
+    view, condition = pair["view"], f"class {pair['classes'][0]}" if pair["classes"] else "no classes"
     tokens, predicted = (["/".join(map(str, token.view(-1).tolist())) for token in view[key][0]]
                          for key in ("tokens", "tokens_pred"))
-    shifted = ["c", *tokens[:-1]]
+    hits, nats = (view[key][0].view(side, side) for key in ("hits", "nats"))
     fig = new_figure(9, 4.4)
     grid = fig.subplots(2, 4)
 
-    def show(axis, image, title):
-        axis.imshow(to_uint8(image).permute(1, 2, 0).numpy(), interpolation="nearest")
-        axis.set(xticks=[], yticks=[])
-        axis.set_title(title, fontsize=8)
-
-    def table(axis, values, title, right=None):
-        wrong = torch.zeros(side, side) if right is None else 1.0 - right.view(side, side).cpu().float()
-        axis.imshow(wrong.numpy(), cmap="Wistia", vmin=0, vmax=2, interpolation="nearest")
-        for i, value in enumerate(values):
-            if side <= 16:
-                axis.text(i % side, i // side, value, ha="center", va="center", fontsize=max(2.5, 32 / side))
-        axis.set(xticks=[], yticks=[])
-        axis.set_title(title, fontsize=8)
+    def table(axis, values, title, missed):
+        show(axis, missed, title, cmap="Wistia", vmax=2)
+        for i, value in enumerate(values if side <= 16 else ()):
+            axis.text(i % side, i // side, value, ha="center", va="center", fontsize=max(2.5, 32 / side))
 
     show(grid[0, 0], x[0], "input x")
-    table(grid[0, 1], tokens, "1. tokens s = encode(x)\n")
-    table(grid[0, 2], shifted, "2. input of the prior:\nc, then s without its last")
-    title = "3. prediction s′ = argmax, one pass\n(dark where it is not s)"
-    table(grid[0, 3], predicted, title, view["hits"][0])
-    grid[1, 0].axis("off")
-    text = [pair["name"], "no classes" if label is None else f"condition c: class {label[0].item()}",
-            f"top-1: {view['hits'][0].float().mean():.0%} of {side * side} tokens",
-            f"{view['nats'][0].mean():.2f} nats a token"]
+    table(grid[0, 1], tokens, "1. tokens s = encode(x)", torch.zeros(side, side))
+    table(grid[0, 2], ["c", *tokens[:-1]], "2. input of the prior:\nc, then s without its last",
+          torch.zeros(side, side))
+    drawn = show(grid[0, 3], nats, "3. one pass: nats of each token of s", vmax=nats.max().item())
+    fig.colorbar(drawn, ax=grid[0, 3], shrink=0.8, label="nats (more: a surprise)")
+    text = [pair["name"], f"condition c: {condition}",
+            f"top-1: {hits.float().mean():.0%} of {side**2} tokens", f"{nats.mean():.2f} nats a token"]
+    show(grid[1, 0], None)
     grid[1, 0].text(0, 0.5, "\n".join(text), fontsize=8, va="center", transform=grid[1, 0].transAxes)
-    show(grid[1, 1], view["reconstruction"][0], "4. reconstruction decode(s)")
-    grid[1, 2].imshow(view["nats"][0].view(side, side).cpu().numpy(), cmap="cividis", interpolation="nearest")
-    grid[1, 2].set(xticks=[], yticks=[])
-    grid[1, 2].set_title("nats of each token (yellow: surprising)", fontsize=8)
-    show(grid[1, 3], view["prediction"][0], "4. AR prediction decode(s′)")
+    table(grid[1, 1], predicted, "4. prediction s′ = argmax of the pass\n(orange: not the token of s)",
+          1.0 - hits.float())
+    show(grid[1, 2], view["reconstruction"][0], "5. reconstruction decode(s)")
+    show(grid[1, 3], view["prediction"][0], "5. AR prediction decode(s′)")
     return fig, dict(pair["numbers"], tokens=tokens, prediction=predicted, image=0)
+
+
+def framed(image, place, width):
+    """(3, S, S) in [-1, 1] with a white frame around a square part, `place` in rows and columns."""
+    frame = torch.zeros_like(image, dtype=torch.bool)
+    inside = slice(place.start + width, place.stop - width)
+    frame[:, place, place] = True
+    frame[:, inside, inside] = False
+    return torch.where(frame, 1.0, image)
 
 
 def figure_phases(figure, args, device):
     """Fig. 7a and 9: the same sampled tokens decoded by the decoders of phase 1 and of phase 2.
 
-    Fig. 7a: one prior (of --ckpt), the difference beside; Fig. 9: every prior given, with crops enlarged.
+    Fig. 7a: one prior (of --ckpt), the difference beside; Fig. 9: every prior given, the middle enlarged.
     """
     rows, numbers, names = [], [], []
     for path in args.ckpt:
@@ -246,22 +247,25 @@ def figure_phases(figure, args, device):
         labels = torch.arange(num, device=device) % classes if classes else None
         tokens = generate_tokens(prior, labels, ckpt["config"]["seed"], range(num), ckpt["config"]["sample"])
         one, two = (decode(tokenizer, tokens) for tokenizer, _ in decoders)
-        change = (one - two).abs()
+        change, size = (one - two).abs(), one.shape[2]
         numbers.append(dict(
             ckpt=str(path), stage=ckpt["stage"], num_images=num, tokens=tokens.tolist(), note=ckpt["note"],
             mean_difference=change.mean().item(), largest_difference=change.max().item(),
             psnr_between=psnr(one, two).mean().item()))
         for i in range(min(num, 6 if figure == "fig7a" else 3)):
-            row = [("phase 1", one[i], ""), ("phase 1 + 2", two[i], "")]
+            both = {"phase 1": one[i], "phase 1 + 2": two[i]}
             if figure == "fig7a":
-                row.append(("difference × 4", (change[i].mean(0) * 2).clamp(0, 1), ""))
+                row = [*both.items(), ("difference", (change[i].mean(0) * 2).clamp(0, 1))]
             else:
-                quarter = slice(one.shape[2] // 4, 3 * one.shape[2] // 4)
-                row += [(f"{title}, enlarged", image[:, quarter, quarter], "")
-                        for title, image in (("phase 1", one[i]), ("phase 1 + 2", two[i]))]
-            rows.append(row)
-            names.append(f"{ckpt['stage'].upper()} sample {i}")
-    return draw_grid(rows, names), numbers
+                middle, line = slice(size // 4, 3 * size // 4), max(1, size // 64)
+                row = [(f"whole\n{title}", framed(image, middle, line)) for title, image in both.items()]
+                row += [(f"enlarged\n{title}", image[:, middle, middle]) for title, image in both.items()]
+            rows.append([(title, image, "") for title, image in row])
+            names.append(f"{ckpt['class_names'][labels[i]]}\n" * bool(classes)
+                         + f"{ckpt['stage'].upper()} sample {i}")
+    note = "difference, mean of the colours: blue 0, yellow 64 of 255 levels or more"
+    return draw_grid(rows, names, note if figure == "fig7a" else "white frame: what is enlarged",
+                     wide=args.wide), numbers
 
 
 def disturbed(x, seed=0):
@@ -308,7 +312,7 @@ def figure_stability(args, device):
         numbers.append(dict(ckpt=str(path), tokenizer_hash=latent_hash(tokenizer), num_images=len(x),
                             **alpha_of(ckpt["config"]), note=ckpt["note"], changed=stability(tokenizer, x)))
     note = "tokens: from blue, 0, to yellow, K - 1; changed: yellow; noise of deviation 0.01 on [0, 1]"
-    return draw_grid(rows, names, note), numbers
+    return draw_grid(rows, names, note, wide=args.wide), numbers
 
 
 def figure_losses(args, device):
@@ -326,14 +330,14 @@ def figure_losses(args, device):
         steps, losses = [row["step"] for row in rows], [row["val_loss"] for row in rows]
         relative = [loss / (entropy or math.nan) for loss in losses]  # one code has no entropy
         for axis, values in zip(axes, (losses, relative), strict=True):
-            axis.plot(steps, values, "osD^vPX"[i % 7] + "-", markersize=3, color=f"C{i}",
+            axis.plot(steps, values, MARKERS[i % 7] + "-", markersize=3,
                       label=f"{ckpt['stage'].upper()} {name} ({told_loss(ckpt['config']['phase1'])})")
         numbers.append(dict(ckpt=str(path), stage=ckpt["stage"], **alpha_of(ckpt["config"]), steps=steps,
                             val_loss=losses, unigram_entropy=entropy))
     for axis, label in zip(axes, ("nats per token", "relative to the unigram entropy"), strict=True):
         axis.set(xlabel="training step", ylabel=label)
-    fig.suptitle("validation loss", fontsize=9)
-    axes[0].legend(fontsize=6)
+    fig.suptitle("validation loss")
+    axes[0].legend()
     return fig, numbers
 
 
@@ -354,12 +358,23 @@ def draw(args, device):
     return figures[args.figure](args, device)
 
 
+def in_words(row):
+    """The single numbers of a figure's row, and those one level below, in lines that fit a screen."""
+    below = [(f"{name} {key}", v) for name, value in row.items() if isinstance(value, dict)
+             for key, v in value.items()]
+    words = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in [*row.items(), *below]
+             if isinstance(value, float)]
+    return textwrap.fill(f"{row['ckpt']}: {', '.join(words)}", 100, subsequent_indent="  ")
+
+
 def main(args):
     with one_line_errors():
         default = args.ckpt[0].parent / f"{args.figure}.png"
         out = writable_picture(args.out, default, ".json", *[".pdf"] * args.pdf)
         fig, numbers = draw(args, setup_device(args.device))
         save_figure(fig, out, numbers, args.pdf)
+        for row in numbers if isinstance(numbers, list) else [numbers]:
+            print0(in_words(row))
         print0(f"wrote {out} and the numbers in {out.with_suffix('.json').name}")
 
 

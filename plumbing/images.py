@@ -5,7 +5,7 @@ import warnings
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 
 class BadImage(Exception):
@@ -75,15 +75,34 @@ def psnr(x, x_hat):
     return 10 * torch.log10(255**2 / error.clamp(min=1e-10))
 
 
-def make_sheet(images, columns, note="", zoom=None):
-    """(n, 3, S, S) uint8 to one PIL image, rows of `columns`; a note is printed below the pictures."""
+def make_sheet(images, columns, note="", zoom=None, names=(), sides=()):
+    """(n, 3, S, S) uint8 to one PIL image, rows of `columns`.
+
+    note:  a line below the pictures;  zoom: pixels are enlarged so many times (default: to 64 at least)
+    names: one for each image, above it; written where a row's names are not those of the row above
+    sides: one for each row, at its left
+    """
     n, _, h, w = images.shape
-    zoom, gap = zoom or max(1, 64 // h), 2
-    h, w, rows = h * zoom, w * zoom, math.ceil(n / columns)
-    sheet = Image.new("RGB", (columns * (w + gap) - gap, rows * (h + gap) - gap + 14 * bool(note)), "white")
+    zoom, gap, rows = zoom or max(1, 64 // h), 2, math.ceil(n / columns)
+    h, w = h * zoom, w * zoom
+    font = ImageFont.load_default(max(11, w // 12))
+    line, left = int(font.size) + 4, max([0, *(int(font.getlength(side)) + 6 for side in sides)])
+    titles = [[*names[row * columns : (row + 1) * columns]] for row in range(rows)]
+    titled = [row for row, title in enumerate(titles)
+              if names and (row == 0 or title != titles[row - 1][: len(title)])]
+    height = rows * (h + gap) - gap + line * (len(titled) + bool(note))
+    sheet = Image.new("RGB", (left + columns * (w + gap) - gap, height), "white")
+    draw = ImageDraw.Draw(sheet)
     for i, image in enumerate(images):
+        row, column = divmod(i, columns)
+        x, y = left + column * (w + gap), row * (h + gap) + line * sum(above <= row for above in titled)
         picture = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((w, h), Image.Resampling.NEAREST)
-        sheet.paste(picture, (i % columns * (w + gap), i // columns * (h + gap)))
-    if note:
-        ImageDraw.Draw(sheet).text((2, sheet.height - 13), note, fill="black")
+        sheet.paste(picture, (x, y))
+        if row in titled:
+            fits = next(name for end in range(len(names[i]), -1, -1)
+                        if font.getlength(name := names[i][:end]) <= w)
+            draw.text((x + w / 2, y - line // 5), fits, fill="black", font=font, anchor="ms")
+        if sides and column == 0:
+            draw.text((0, y + h / 2), sides[row], fill="black", font=font, anchor="lm")
+    draw.text((2, height - line // 5), note, fill="black", font=font, anchor="ls")
     return sheet

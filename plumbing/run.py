@@ -32,6 +32,7 @@ from plumbing.processes import (
     agreed, all_reduce_mean, barrier, bf16_instructions, mix, on_rank0, peak_memory, print0, rank,
     setup_device, world,
 )
+from plumbing.progress import HIDDEN, Progress
 from plumbing.signals import listening
 from plumbing.stages import DEPENDS, SECTION, refuse_other_config, refuse_other_images
 from plumbing.validation import early_warnings
@@ -47,7 +48,7 @@ class Run:
 
     def __init__(self, args, config):
         self.args, self.config = args, config
-        self.out = args.out or Path("runs") / args.preset
+        self.out = args.out or Path("runs") / (args.preset + "-quick" * args.quick)
         writable(self.out / "metrics.jsonl")
         self.device, self.parent = setup_device(args.device, args.timeout), os.getppid()
         if args.compile:
@@ -62,8 +63,11 @@ class Run:
         self.autocast = torch.autocast(
             self.device.type, torch.bfloat16, enabled=config["precision"] == "bf16")
         self.note = "random VGG weights: a test run" if config["vgg"] == "random" else ""
+        if args.quick:
+            self.note = "--quick: a test run"
+            print0(f"note: {self.note}, with all schedules scaled down; pictures and checkpoints say so")
         self.lock, self.request, self.agreed, self.in_loop, self.place = None, 0, 0, False, "the start"
-        self.opened = None
+        self.opened, self.progress = None, Progress({}, "")
 
     @cached_property
     def vgg(self):
@@ -146,10 +150,12 @@ class Run:
             step, seconds = ckpt["step"], ckpt["seconds"]
             self.skips = {name: torch.tensor(n, device=self.device) for name, n in ckpt["skips"].items()}
         share = f"{c['batch']} images" + (f" = {world()} processes x {c['batch'] // world()}" * (world() > 1))
-        print0(f"\n{stage}: step {step} of {c['steps']}, {share} a step, lr {c['lr']}, "
-               f"{self.config['precision']} -> {path}")
+        name = self.progress.name(stage)
         if step >= c["steps"]:
-            print0(f"{file or path} has all its steps: nothing to do")
+            print0(f"\n{name}: {file or path} has all its steps: nothing to do")
+        else:
+            print0(f"\n{name}: step {step} of {c['steps']}, {share} a step, lr {c['lr']}, "
+                   f"{self.config['precision']} -> {path}")
         if step < c["steps"] and c["ema"] ** c["steps"] > 0.15 and rank() == 0:  # of what it began with
             warn(f"{SECTION[stage]}.ema={c['ema']:g} is slow for {c['steps']} steps: the averaged weights, "
                  "which are measured and used, will be near those of the start; lower it with --set")
@@ -167,11 +173,12 @@ class Run:
 
     def loop(self, stage, start):
         """Step numbers with a progress bar; seeds every random draw of the step, and ends when asked to."""
-        bar = tqdm(range(start, self.steps(stage)), stage, initial=start, total=self.steps(stage),
-                   disable=None if rank() == 0 else True, dynamic_ncols=True)
+        self.bar = tqdm(range(start, self.steps(stage)), self.progress.name(stage), initial=start,
+                        total=self.steps(stage), disable=None if rank() == 0 else True, dynamic_ncols=True)
         self.in_loop = True
+        self.progress.begin(start)
         try:
-            for step in bar:
+            for step in self.bar:
                 self.place, self.means = f"{stage} step {step + 1}", {}
                 torch.manual_seed(mix(self.config["seed"], stage, step, rank()))
                 yield step
@@ -184,9 +191,10 @@ class Run:
             self.in_loop = False
 
     @contextlib.contextmanager
-    def session(self):
+    def session(self, stages=()):
         """Around all stages of a command: signals are answered, and errors of torch become one line."""
         begin = time.time()
+        self.progress = Progress({stage: self.steps(stage) for stage in stages}, self.args.preset)
         if self.args.ablation:
             sets = (f"--set {k}={v}" for k, v in self.args.expanded.items())
             print0(f"ablation {self.args.ablation}:", *sets)
@@ -219,8 +227,8 @@ class Run:
             self.agreed = agreed(128 + signal.SIGTERM if orphaned else self.request)
             if self.agreed:
                 return True
-        steps = self.steps(stage)
-        default = {"eval": max(1, steps // 5), "save": min(2000, max(1, steps // 10))}
+        steps, times = self.steps(stage), 1 if self.args.quick else 5
+        default = {"eval": max(1, steps // times), "save": min(2000, max(1, steps // 10))}
         every = getattr(self.args, f"{what}_every")
         if what == "eval" and every == 0:
             return False
@@ -276,7 +284,12 @@ class Run:
 
         on_rank0(append)
         if rank() == 0:
-            shown = (f"{k} {v}" if v is None else f"{k} {v:.4g}" for k, v in values.items())
+            seen = {k: v for k, v in values.items() if k not in HIDDEN}
+            shown = [f"{k} {v}" if v is None else f"{k} {v:.4g}" for k, v in seen.items()]
+            if stage in self.progress.steps and "lr" in values:  # of the loop, not of a validation
+                words = self.progress.words(stage, step)
+                self.bar.set_postfix_str("".join(words[3:]))
+                shown += [f"({', '.join(words)})"] * bool(self.bar.disable)  # no terminal shows the bar
             print0(f"{stage} {step + 1:>6}  " + "  ".join(shown))
             K = self.config["tokenizer"].get("codebook_size", 1024)
             for name, message in early_warnings(self.rows, stage, self.config[SECTION[stage]], K).items():
@@ -310,8 +323,9 @@ class Run:
                             "last save is intact. Try a lower lr, or --precision fp32", code=1)
         on_rank0(lambda: save_checkpoint(ckpt, self.out / f"{stage}.pt"))
 
-    def sheet(self, name, images, columns):
-        picture = make_sheet(images, columns, self.note)
+    def sheet(self, name, images, columns, **words):
+        """A picture in the run folder. words: `names` and `sides` of `make_sheet`"""
+        picture = make_sheet(images, columns, self.note, **words)
         on_rank0(lambda: save_atomic(lambda p: picture.save(p, "PNG"), self.out / f"{name}.png"))
 
 

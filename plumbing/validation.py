@@ -51,7 +51,7 @@ def evaluate_tokenizer(run, stage, step, tokenizer, limit=1000):
     x = torch.stack([run.val.view(i) for i in range(min(10, len(run.val)))])
     with run.autocast:
         x_hat = to_uint8(tokenizer.decode(tokenizer.encode(to_float(x, run.device))))
-    run.sheet(f"reconstructions_{stage}", torch.cat([x, x_hat]), len(x))
+    run.sheet(f"reconstructions_{stage}", torch.cat([x, x_hat]), len(x), sides=("input", "reconstruction"))
 
 
 @torch.no_grad()
@@ -83,7 +83,7 @@ def evaluate_prior(run, stage, step, prior, tokenizer, codes, limit=5000, batch=
     labels = [i % columns for i in range(num)] if classes else None
     with eager(), run.autocast:
         images = generate_images(prior, tokenizer, num, labels, seed, settings, batch=min(num, 50))
-    run.sheet(f"samples_{stage}", images, columns)
+    run.sheet(f"samples_{stage}", images, columns, names=[run.train.class_names[c] for c in labels or ()])
 
 
 def early_warnings(rows, stage, c, codebook_size=0):

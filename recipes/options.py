@@ -7,7 +7,7 @@ import sys
 import forks
 from plumbing.console import steady_process
 from plumbing.paths import expanded
-from recipes import paper
+from recipes import paper, small
 from recipes.ablations import TABLES, expand_ablation
 from recipes.flags import PRESETS, STAGES, new_parser, read, unread
 from recipes.values import KINDS, check_values, hint
@@ -21,17 +21,18 @@ FIGURES = dict(
     fig9="as fig7a, of several priors, enlarged", fig10="validation losses of several ar.pt or nar.pt",
     fig11="reconstructions and AR predictions of several ar.pt, image by image")
 TRAIN = ("stage preset data val out.train tokenizer.train vgg steps batch micro_batch alpha ablation arch "
-         "seed limit set workers device timeout precision compile log_every eval_every save_every explain "
-         "memory")
+         "seed limit set quick workers device timeout precision compile log_every eval_every save_every "
+         "explain memory")
 NAR = "nar_steps token_temperature choice_temperature confidence_space guidance"
 SAMPLING = f"tokenizer classes seed.sample temperature top_k top_p {NAR} precision.sample"
-SAMPLE = f"ckpt num reconstruct images format out {SAMPLING} batch.sample device"
-DRAW = "figure ckpt.figure tokenizer.figure num images pdf out device"
+SAMPLE = f"ckpt num reconstruct images format scale out {SAMPLING} batch.sample device"
+DRAW = "figure ckpt.figure tokenizer.figure num images wide pdf out device"
 UNREAD = {  # flags that a stage, a kind of picture or a figure does not read
     **dict.fromkeys(("vgg", "resnet"), "tokenizer vgg alpha ablation micro_batch"),
     **dict.fromkeys((*STAGES[1:], "all"), "arch"),
     "samples": "data", "--reconstruct": SAMPLING.replace(".sample", ""),
-    **dict.fromkeys(("fig7a", "fig9"), "data"), "fig8": "tokenizer", "fig10": "tokenizer data num"}
+    **dict.fromkeys(("fig7a", "fig9"), "data"), "fig8": "tokenizer",
+    "fig3": "wide", "fig10": "tokenizer data num wide"}
 MOVED = {  # what sample.py and visualize.py once did, and the study that does it now
     "--metrics": "metrics", "--sweep": "sweep", "--edit": "edit", "claims": "arena", "forks": "arena",
     **{name: name for name in (*TABLES, "metrics", "balance", "compare", "report")}}
@@ -130,7 +131,7 @@ def refuse_ignored(config, preset):
 def build_config(args):
     """The preset of the command line with `--data`, `--steps`, ... and every `--set` written into it."""
     preset = find_preset(args.preset)
-    config = paper.variant(preset)
+    config = small.quick(preset) if args.quick else paper.variant(preset)
     for item in args.set:
         put(config, item)
     for key in ("data", "val", "vgg", "seed", "limit", "precision"):
@@ -173,6 +174,8 @@ def sample_args(words=None):
     refuse_moved(parser, [word for word in words if word.startswith("--")])
     args = read(parser, words)
     refuse(parser, args, "--reconstruct" if args.reconstruct else "samples")
+    if args.scale and args.format != "sheet":
+        parser.error(f"--scale enlarges a sheet; --format {args.format} writes images as they are")
     return args
 
 

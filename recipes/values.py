@@ -21,7 +21,7 @@ BOUNDS = dict(  # of flags and of values of a preset, wherever a name occurs; VG
     r1_gamma=ANY, r1_every=COUNT, disentangle=ANY, represent=ANY, clip=ANY, lr=(1e-12, 1e3), lr_end=(0, 1e3),
     lr_start=(0, 1e12), warmup=(0, 1e12), ema=(0, 0.999999), weight_decay=(0, 1e3), top_p=(1e-9, 1),
     temperature=ANY, token_temperature=ANY, choice_temperature=ANY, nar_steps=(1, 1e6), guidance=(0, 1e3),
-    top_k=ANY, memory=(0.1, 1e6))
+    top_k=ANY, memory=(0.1, 1e6), scale=(1, 64))
 
 
 def check_values(values, name):

@@ -31,7 +31,7 @@ STUDIES = dict(
              "Sizes and gradients of the perceptual loss's layers beside L1's."),
     arena=("arena.arena", "run pilot rows seeds data workers.rows samples out.rows device",
            "The paper's claims and the field's cheap numbers, decided on the same rows."),
-    report=("report.report", "folder num images out watch device", "One HTML page of the folder of a run."),
+    report=("report.report", "folder num images out device", "One HTML page of the folder of a run."),
     export=("export.export", "folder out.export half",
             "Hands a run on: config.json, model.safetensors and a card."),
     watch=("watch.watch", "folder to every once", "Shows a run in TensorBoard or Weights & Biases."))

@@ -12,14 +12,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from perceptual import LOGIT
 from plumbing.drawing import writable_picture
 from plumbing.errors import UserError
 from plumbing.files import save_atomic, save_text, writable
 from plumbing.hashes import weights_hash
 from plumbing.images import BadImage, load_rgb, make_sheet, to_float, to_square, to_uint8
-from plumbing.models import find_vgg, load_model, load_tokenizer_of
-from plumbing.processes import on_rank0, print0, rank, setup_device
+from plumbing.models import load_model, load_tokenizer_of
+from plumbing.processes import on_rank0, print0, setup_device
 from plumbing.slices import decode, generate_tokens
 from sample import choose_classes, same_folder, sample_settings
 
@@ -38,24 +37,10 @@ def read(path, flag, alpha=False):
 
 
 def read_mask(path):
-    """A PIL image, 1 where the image is redrawn: where a mask is white, or painted on a transparent layer.
-
-    raises: UserError for light and dark paint on a transparent layer, for colours on an opaque one, and for
-            an opaque mask that is mostly grey: they may mean either
-    """
+    """A PIL image, 1 where the image is redrawn: where a mask is white, or painted on a transparent layer."""
     image = read(path, "--mask", alpha=True)
-    grey = np.array(image.convert("L"))
-    if image.mode == "RGBA" and image.getextrema()[3][0] < 255:
-        redrawn = np.array(image.getchannel("A")) > 127
-        unclear = len(np.unique(grey[redrawn] > 127)) > 1
-    else:
-        redrawn = grey > 127
-        coloured = np.ptp(np.array(image.convert("RGB")), 2) > 64
-        unclear = coloured.mean() > 0.01 or ((grey > 63) & (grey < 192)).mean() > 0.5
-    if unclear:
-        raise UserError(f"--mask {path} does not say what is redrawn: paint that white on black, or in one "
-                        "colour on a transparent layer")
-    return Image.fromarray(redrawn)
+    layer = image.mode == "RGBA" and image.getextrema()[3][0] < 255
+    return Image.fromarray(np.array(image.getchannel("A") if layer else image.convert("L")) > 127)
 
 
 def numbers(text, names, flag):
@@ -114,20 +99,6 @@ def blend(x, drawn, redrawn, f):
     return drawn * weight + x * (1 - weight)
 
 
-def label_of(args, ckpt, prior, x):
-    """The classes to draw in turn; without --classes the one that the run's VGG sees in the image."""
-    names = ckpt["class_names"] if prior.config.num_classes else []
-    if names and not args.classes:
-        vgg = find_vgg(args.ckpt, ckpt, x.device, names)
-        if vgg is None:
-            raise UserError(f"{args.ckpt} is conditional: name what is to be seen with --classes, one of "
-                            f"{', '.join(names[:20])}")
-        seen = vgg(x, [LOGIT])[LOGIT].argmax(1).item()
-        print0(f"the VGG sees {names[seen]}; --classes draws another class")
-        return [seen]
-    return choose_classes(args.classes, names)
-
-
 @torch.no_grad()
 def edit(args):
     """Writes one picture, rows of the input with its mask, the candidates and the composites, and a JSON; or
@@ -154,8 +125,9 @@ def edit(args):
     tokens = tokenizer.encode(x)  # (1, N) or (1, N, k)
     given = tokens.clone()
     given[:, cells.flatten()] = prior.mask_id
-    settings, classes = sample_settings(args, ckpt["config"], prior), label_of(args, ckpt, prior, x)
     note, names = ckpt["note"] or decoder_ckpt["note"], ckpt["class_names"]
+    classes = choose_classes(args.classes, names if prior.config.num_classes else [])
+    settings = sample_settings(args, ckpt["config"], prior)
     about = dict(
         image=str(args.edit), box=args.box, mask=args.mask and str(args.mask), onto=args.onto, seed=args.seed,
         classes=classes and [names[c] for c in classes], prior=weights_hash(prior), note=note,
@@ -176,15 +148,15 @@ def edit(args):
     redrawn = F.interpolate(cells[None, None].float(), scale_factor=f)[0, 0] > 0
     composites = blend(pixels.float(), images.float(), redrawn, f).round().byte()
     shown = pixels.clone()
-    shown[:, hidden] = (shown[:, hidden] // 2 + 64).byte()  # greyed where it is redrawn
+    shown[:, redrawn] = (shown[:, redrawn] // 2 + 64).byte()  # the cells that are redrawn are greyed
     info = about | dict(tokens=drawn.tolist(), steps=steps.view(num, side, side).tolist())
-    write(out, many, pixels, shown, images, composites, info)
+    words = f"redraws {int(cells.sum())} of {cells.numel()} tokens" + (f"; {note}" if note else "")
+    on_rank0(lambda: write(out, many, pixels, shown, images, composites, info, words))
+    print0(f"{words}: wrote {out}" + ("" if many else f" and {out.with_suffix('.json').name}"))
 
 
-def write(out, many, pixels, shown, images, composites, info):
+def write(out, many, pixels, shown, images, composites, info, words):
     text = json.dumps(info, indent=None) + "\n"
-    if rank() > 0:
-        return
     if many:
         pictures = {"input": pixels, "masked": shown}
         pictures |= {f"candidate_{i:03d}": image for i, image in enumerate(images)}
@@ -192,10 +164,11 @@ def write(out, many, pixels, shown, images, composites, info):
         save_text(text, out / "info.json")  # first: it is how a later call knows the folder
         for name, image in pictures.items():
             save_atomic(lambda p, x=image: make_sheet(x[None], 1, zoom=1).save(p, "PNG"), out / f"{name}.png")
-    else:
-        rows = torch.stack([shown, *images, pixels, *composites])  # above: what is drawn; below: blended
-        picture = make_sheet(rows, 1 + len(images), info["note"])
-        save_atomic(lambda p: picture.save(p, "PNG"), out)
-        save_text(text, out.with_suffix(".json"))
-    print0(f"wrote {out}" + ("" if many else f" and {out.with_suffix('.json').name}")
-           + (f" ({info['note']})" if info["note"] else ""))
+        return
+    rows = torch.stack([pixels, *images, shown, *composites])  # above: what is drawn; below: blended
+    kinds = info["classes"] or ["drawn"]
+    drawn = [f"{kinds[i % len(kinds)]} {i}" for i in range(len(images))]
+    names = ["input", *drawn, "redrawn", *(f"blended {i}" for i in range(len(images)))]
+    picture = make_sheet(rows, 1 + len(images), words, names=names)
+    save_atomic(lambda p: picture.save(p, "PNG"), out)
+    save_text(text, out.with_suffix(".json"))

@@ -3,15 +3,16 @@
 import base64
 import html
 import io
+import json
 import math
-import time
+from pathlib import Path
 
 import torch
 
 from plumbing.codes import codebook_usage, count_codes, kept_codes
 from plumbing.data import images_of, with_data
-from plumbing.drawing import literal, new_figure
-from plumbing.errors import UserError
+from plumbing.drawing import new_figure
+from plumbing.errors import ROOT, UserError
 from plumbing.files import header, read_metrics, save_text, writable
 from plumbing.hashes import latent_hash
 from plumbing.images import make_sheet, to_float, to_uint8
@@ -19,34 +20,28 @@ from plumbing.models import load_model, load_tokenizer_of
 from plumbing.processes import print0, setup_device
 from plumbing.slices import decode, generate_images, generate_tokens
 from plumbing.stages import DEPENDS
+from recipes.options import STAGES
 from studies.metrics import HOW, read_result
+from studies.summary import headline
 from visualize import load_images, load_pairs
 
-AGAIN = '\n<meta http-equiv="refresh" content="10">'  # the browser reads it again, as somebody watches
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">%(again)s
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <title>%(title)s</title><style>
 :root { color-scheme: light dark; --line: #8886; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem;
+  overflow-wrap: anywhere; }
 h2 { border-top: 1px solid var(--line); padding-top: 1rem; margin-top: 2rem; }
 img { max-width: 100%%; } img.pixels { image-rendering: pixelated; width: 100%%; display: block; }
-img.plot { background: white; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; }
-td.best { font-weight: bold; }
-td, th { border: 1px solid var(--line); padding: .2rem .5rem; text-align: left; vertical-align: top; }
-.row { display: grid; grid-template-columns: repeat(%(shown)d, 1fr); gap: 3px; }
-.stack { position: relative; } .stack img + img { position: absolute; inset: 0; }
-input[type=range] { width: 100%%; }
+img.plot { background: white; width: 100%%; max-width: 36rem; }
+.scroll { overflow-x: auto; margin: .5rem 0; } table { border-collapse: collapse; font-size: .85rem; }
+td, th { border: 1px solid var(--line); padding: .2rem .5rem; text-align: left; vertical-align: top;
+  overflow-wrap: normal; min-width: 4rem; }
+.curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: .5rem; }
 </style></head><body><h1>%(title)s</h1>
 %(body)s
-<script>
-function slide(input) {
-  for (const top of input.closest("section").querySelectorAll(".stack img + img"))
-    top.style.clipPath = `inset(0 0 0 ${input.value}%%)`;
-}
-document.querySelectorAll("input[type=range]").forEach(slide);
-</script></body></html>
+</body></html>
 """
 
 
@@ -65,53 +60,35 @@ def picture(images, columns, alt):
 
 
 def plot(fig, alt):
-    source = data_uri(lambda f: literal(fig).savefig(f, format="png", dpi=110))
+    source = data_uri(lambda f: fig.savefig(f, format="png", dpi=110))
     return f'<img class="plot" src="{source}" alt="{html.escape(alt)}">'
 
 
-def stacks(images):
-    """A row of pictures; those of a second name lie over the first, with a slider that uncovers these.
-
-    images: {name: (n, 3, S, S)}, one or two
-    """
-    lists = [[picture(x[None], 1, f"{name} {i}") for i, x in enumerate(part)]
-             for name, part in images.items()]
-    row = "".join(f'<div class="stack">{"".join(stack)}</div>' for stack in zip(*lists, strict=True))
-    first, second = [*images, ""][:2]
-    slider = (f"<label>Slide from {second} (left) to {first} (right): "
-              '<input type="range" min="0" max="100" value="50" oninput="slide(this)"></label>')
-    return f'<div class="row">{row}</div>' + slider * bool(second)
+def labelled(images):
+    """Rows of pictures, {label: (n, 3, S, S)}, each under its label."""
+    return "".join(f"<p>{label}</p>{picture(part, len(part), label)}" for label, part in images.items())
 
 
-def html_table(lines, best=()):
-    """best: places (row, column) of the cells that are marked"""
+def html_table(lines):
+    """The first line is the head."""
     rows = []
     for i, line in enumerate(lines):
-        tags = ["th" if i == 0 else 'td class="best"' if (i, j) in best else "td" for j in range(len(line))]
-        cells = [f"<{tag}>{html.escape(str(word))}</{tag[:2]}>" for tag, word in zip(tags, line, strict=True)]
+        tag = "td" if i else "th"
+        cells = (f"<{tag}>{html.escape(str(word))}</{tag}>" for word in line)
         rows.append(f"<tr>{''.join(cells)}</tr>")
     return f'<div class="scroll"><table>{"".join(rows)}</table></div>'
 
 
-def configuration(config, stages):
-    """{section: values} as each stage was made with them; of stages that are not there nothing.
-
-    config: of the run, for what belongs to no stage;  stages: {stage: configuration in its checkpoint}
-    """
-    keys = {stage: [*DEPENDS[stage], *["sample"] * (stage in ("ar", "nar"))] for stage in DEPENDS}
-    shown = {key: value for key, value in config.items() if key not in sum(keys.values(), [])}
-    for stage, own in stages.items():
-        for key in keys[stage]:
-            same = shown.get(key, own.get(key)) == own.get(key)
-            shown[key if same else f"{key} of {stage}"] = own.get(key)
-    return shown
-
-
-LOW = ("fid", "kid", "fd", "kd", "l1", "lpips", "nats")  # what is better when it is lower; of usage none is
+def flat(config, sections):
+    """{"section.key": value} of a configuration: values that stand in no section, and those of `sections`."""
+    values = {key: value for key, value in config.items() if not isinstance(value, dict)}
+    for section in [key for key in sections if isinstance(config.get(key), dict)]:
+        values |= {f"{section}.{key}": value for key, value in config[section].items()}
+    return values
 
 
 def metric_tables(results):
-    """A table for each way of measuring: a row for each result, a column for each number, the best marked.
+    """A table for each way of measuring: a row for each result, a column for each number.
 
     results: {name: result of `metrics`}
     """
@@ -121,72 +98,109 @@ def metric_tables(results):
     for group in groups.values():
         first = next(iter(group.values()))
         names = [name for name, value in first["results"].items() if isinstance(value, float)]
-        columns = [[result["results"].get(key, math.nan) for result in group.values()] for key in names]
-        cells = [["-" if math.isnan(value) else f"{value:.4g}" for value in column] for column in columns]
-        lines, best = [["", *names], *zip(group, *cells, strict=True)], set()
-        for j, (key, column) in enumerate(zip(names, columns, strict=True), 1):
-            if len(set(column)) > 1 and not any(map(math.isnan, column)):
-                top = min(column) if any(part in key for part in LOW) else max(column)
-                best |= {(i, j) for i, value in enumerate(column, 1) if value == top}
+        lines = [[name, *(f"{result['results'].get(key, math.nan):.4g}" for key in names)]
+                 for name, result in group.items()]
         yield (f"<p>{html.escape(first['protocol'])}: {first['num_images']:,} images, features of "
-               f"{html.escape(first['extractor'])}.</p>" + html_table(lines, best))
+               f"{html.escape(first['extractor'])}.</p>" + html_table([["", *names], *lines]))
 
 
-CURVES = ("loss", "loss_rec", "loss_per", "loss_disc", "val_loss")
+CURVES_OF = Path(ROOT) / "assets" / "curves"
+CURVES = dict(  # in words, with the unit
+    loss="training loss", loss_rec="L1 of reconstructions", loss_per="perceptual loss",
+    loss_disc="loss of the discriminator", val_loss="validation loss (nats)", val_top1="validation top-1",
+    val_psnr="validation PSNR (dB)", usage="codebook usage", val_accuracy="validation accuracy")
 
 
-def draw_curves(rows):
-    """Loss curves of all stages that logged one of CURVES in training; validation losses as dots."""
-    stages = list(dict.fromkeys(row["stage"] for row in rows))
-    fig = new_figure(9, 2.1 * math.ceil(len(stages) / 2))
-    for i, stage in enumerate(stages):
-        axis = fig.add_subplot(math.ceil(len(stages) / 2), 2, i + 1)
-        mine = [row for row in rows if row["stage"] == stage]
-        for j, name in enumerate(CURVES):
-            points = [(row["step"], row[name]) for row in mine if row.get(name) is not None]
-            if points:
-                axis.plot(*zip(*points, strict=True), ("-", "--", ":", "-.", "o-")[j], label=name,
-                          linewidth=1, markersize=3)
-        axis.set_title(stage, fontsize=9)
-        axis.set_xlabel("step", fontsize=7)
-        axis.set_ylabel("loss (log scale)", fontsize=7)
-        axis.set_yscale("log")
-        axis.legend(fontsize=6)
+def curve(rows, name):
+    """(steps, values) of what a stage logged under a name; a value that is not finite was logged as None"""
+    points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+    return tuple(zip(*points, strict=True)) or ((), ())
+
+
+def reference_runs():
+    """[(configuration, rows of the log)] of the runs in assets/curves, see tests/benchmarks/curves.py."""
+    for path in sorted(CURVES_OF.glob("*.jsonl")):
+        head, *rows = map(json.loads, path.read_text("utf-8").splitlines())
+        yield head["config"], rows
+
+
+def like(stage, config):
+    """(rows of the reference runs whose stage, and what it builds on, was made as this one but for the seed
+    and the precision, in words what differs where there is none)"""
+    sections = {section for name in ("vgg", "phase1", stage) for section in DEPENDS[name]}
+    ours, found, others = flat(config, sections), [], []
+    for other, rows in reference_runs():
+        theirs = flat(other, sections)
+        unlike = [f"{key} is {theirs.get(key)}, not {value}" for key, value in ours.items()
+                  if value != theirs.get(key) and key not in ("seed", "precision", "val")]
+        if not unlike:
+            found.append([row for row in rows if row["stage"] == stage])
+        elif config["data"] == other["data"]:
+            others.append(unlike)
+    if found or not others:
+        return found, ""
+    closest = min(others, key=len)
+    more = f", and {len(closest) - 4} more values" if len(closest) > 4 else ""
+    return [], f"{stage} has no band: of the reference runs {', '.join(closest[:4])}{more}"
+
+
+def band(runs, name):
+    """{step: (lowest, highest)} of several runs, at the steps that all of them logged"""
+    values = [dict(zip(*curve(rows, name), strict=True)) for rows in runs]
+    steps = sorted(set.intersection(*map(set, values))) if values else []
+    return {step: (min(of[step] for of in values), max(of[step] for of in values)) for step in steps}
+
+
+def draw_curve(rows, name, title, behind):
+    """One panel: a line, with points where there are few; behind it the band {step: (low, high)}."""
+    fig = new_figure(3.4, 2.3)
+    axis, (steps, values) = fig.subplots(), curve(rows, name)
+    if behind:
+        axis.fill_between([*behind], *zip(*behind.values(), strict=True), color="#e69f00", alpha=0.5)
+    axis.plot(steps, values, "o-" if len(steps) < 20 else "-", markersize=3)
+    axis.set(xlabel="step", title=title)
     return fig
 
 
-def report(args):
-    """`python -m studies report RUN`; with --watch again whenever the run has new files, until stopped."""
-    run, seen = args.run, None
-    args.out = args.out or run / "report.html"
-    writable(args.out, suffix=".html")
-    if not args.watch:
-        return write_report(args)
-    print0(f"watching {run}; Ctrl-C ends it")
-    try:
-        while True:
-            try:
-                if (now := news(run)) != seen:
-                    seen = now
-                    write_report(args)
-            except (UserError, OSError) as error:  # the run renames files meanwhile
-                print0(f"waiting: {error}")
-            time.sleep(2)
-    except KeyboardInterrupt:
-        if args.out.exists():
-            save_text(args.out.read_text("utf-8").replace(AGAIN, "", 1), args.out)
+def curves(rows, ckpts):
+    """HTML parts: a panel for each of CURVES that a stage logged, with the band of the reference runs, and in
+    words where a curve ends beside it by more than its width, and why a stage has none."""
+    panels, words, banded = [], [], []
+    for stage in dict.fromkeys(row["stage"] for row in rows):
+        mine = [row for row in rows if row["stage"] == stage]
+        runs, why = like(stage, ckpts[stage]["config"]) if stage in ckpts else ([], "")
+        words += [why] * bool(why)
+        for name in [name for name in CURVES if curve(mine, name)[0]]:
+            title, behind = f"{stage}: {CURVES[name]}", band(runs, name)
+            panels.append(plot(draw_curve(mine, name, title, behind), title))
+            last, value = curve(mine, name)[0][-1], curve(mine, name)[1][-1]
+            low, high = behind.get(last, (value, value))
+            if not 2 * low - high <= value <= 2 * high - low:
+                words.append(f"{title} ends at {value:.4g}; the {len(runs)} reference runs end between "
+                             f"{low:.4g} and {high:.4g}")
+        banded += [stage] * bool(runs)
+    if banded:
+        words.insert(0, f"The band ({', '.join(banded)}) is of runs with the same values and other seeds")
+    return f'<div class="curves">{"".join(panels)}</div>', *(f"<p>{html.escape(text)}.</p>" for text in words)
 
 
-def news(run):
-    """What tells that a run went on: the times of its checkpoints and results."""
-    files = [path for pattern in ("*.pt", "metrics*.json*") for path in sorted(run.glob(pattern))]
-    return {path.name: path.stat().st_mtime_ns for path in files if path.is_file()}
+def stage_line(stage, ckpt, rows):
+    """What a stage took and reached; folded away, the values that its own checkpoint was made with."""
+    mine = [row for row in rows if row["stage"] == stage]
+    reached = [f"{CURVES[name]} {curve(mine, name)[1][-1]:.4g}" for name in CURVES
+               if name.startswith(("val", "usage")) and curve(mine, name)[0]]
+    words = ", ".join([f"{ckpt['step']:,} steps", f"{ckpt['seconds']:,.0f} s", *reached])
+    values = flat(ckpt["config"], [*DEPENDS[stage], *["sample"] * (stage in ("ar", "nar"))])
+    return (f"<details><summary>{stage}: {words}</summary>"
+            + html_table([["value", "of this stage"], *values.items()]) + "</details>")
 
 
 @torch.no_grad()
-def write_report(args):
-    """One self-contained HTML page of a run folder: no network, images inside."""
+def report(args):
+    """`python -m studies report RUN`: one self-contained HTML page of a run folder, images inside."""
     run, sections, device = args.run, [], setup_device(args.device)
+    args.out = args.out or run / "report.html"
+    writable(args.out, suffix=".html")
     places = {s: run / f"{s}.pt" for s in ("phase1", "phase2", "ar", "nar", "vgg")}
     found = {s: path for s, path in places.items() if path.is_file()}
     tokenizers = {s: load_model(found[s], (s,), device)[0] for s in ("phase1", "phase2") if s in found}
@@ -199,18 +213,23 @@ def write_report(args):
     def section(title, *parts):
         sections.append(f"<section><h2>{html.escape(title)}</h2>\n" + "\n".join(parts) + "</section>")
 
-    metrics = {}
+    rows, metrics = read_metrics(run / "metrics.jsonl"), {}
+    if (run / "summary.json").exists():
+        summary = json.loads((run / "summary.json").read_text("utf-8"))
+        about = [(key, summary[key]) for key in ("command", "commit", "torch", "threads") if summary.get(key)]
+        section("At a glance", html_table([["", "", "what it is"], *headline(summary)]), html_table(
+            [["how", ""], ["time", f"{summary['seconds']:,} s of training"], *about]))
+    section("Stages, and the values that each was made with", *(
+        stage_line(stage, ckpts[stage], rows) for stage in STAGES if stage in ckpts))
     for path in sorted(run.glob("metrics_*.json")):
         try:
             metrics |= {path.stem: read_result(path)}
         except UserError as error:
             print0(f"note: {error}; it is left out")
     if metrics:
-        section("Metrics", *metric_tables(metrics), '<p>Tables do not compare with each other. '
-                "The best value of a column is bold.</p>")
-    rows = [row for row in read_metrics(run / "metrics.jsonl") if any(row.get(c) is not None for c in CURVES)]
+        section("Metrics", *metric_tables(metrics), "<p>Tables do not compare with each other.</p>")
     if rows:
-        section("Loss curves", plot(draw_curves(rows), "loss curves of all stages"))
+        section("Curves", *curves(rows, ckpts))
 
     count = min(args.num or 64, 200, len(images_of(found[first], config, args.data)[1]))
     x = to_float(load_images(config, count, args.data, found[first])[1], device)
@@ -220,24 +239,22 @@ def write_report(args):
     counted = codes["val"].long() if codes else tokens.cpu()
     counts = count_codes(counted, last.codebook_size)
     usage, perplexity = codebook_usage(counts)
-    counts, fig = counts.flatten(), new_figure(9, 2)  # k sub-codebooks in one row
+    counts, fig = counts.flatten(), new_figure(5, 2)  # k sub-codebooks in one row
     fig.subplots().bar(range(len(counts)), counts.sort(descending=True).values.numpy(), width=1)
     fig.axes[0].set(xlabel="codes, the most frequent first", ylabel="times chosen")
     section("Codebook", f"<p>{usage:.1%} of {len(counts)} codes are chosen for {len(counted):,} validation "
             f"images; perplexity {perplexity:.1f}.</p>", plot(fig, "histogram of the codes"))
 
     decoded = {s: decode(t, tokens[:shown]) for s, t in tokenizers.items()}
-    section("Reconstructions", "<p>Inputs:</p>", picture(x[:shown], shown, "inputs"),
-            "<p>Decoded from the same tokens:</p>", stacks(decoded))
+    section("Reconstructions", labelled(dict(input=x[:shown]) | decoded))
 
     if "ar" in found:
         pairs, _ = load_pairs([found["ar"]], len(x), device, (), args.data)
         view, numbers = pairs[0]["view"], pairs[0]["numbers"]
-        section("Teacher-forced view", "<p>Reconstruction, and over it what the AR prior predicts for every "
-                f"token given the true ones before: {numbers['top1']:.1%} of tokens are right, "
-                f"{numbers['nats_per_token']:.3f} nats a token. Inputs, then the two:</p>",
-                picture(x[:shown], shown, "inputs"),
-                stacks({key: view[key][:shown] for key in ("reconstruction", "prediction")}))
+        section("Teacher-forced view", "<p>The prediction decodes what the AR prior takes for each token, "
+                f"given the true ones before: {numbers['top1']:.1%} of tokens are right, "
+                f"{numbers['nats_per_token']:.3f} nats a token.</p>", labelled(dict(input=x[:shown]) | {
+                    key: view[key][:shown] for key in ("reconstruction", "prediction")}))
     for stage in [s for s in ("ar", "nar") if s in found]:
         prior, ckpt = load_model(found[stage], (stage,), device)
         tokenizer, _ = load_tokenizer_of(found[stage], ckpt, None, device)
@@ -251,13 +268,8 @@ def write_report(args):
         if stage == "nar":
             strip = decoding_strip(prior, tokenizer, settings, classes, device)
             section("NAR decoding, step by step", *strip)
-    values = configuration(config, {stage: ckpt["config"] for stage, ckpt in ckpts.items()})
-    section("Configuration", html_table([["section", "values"], *(
-        [key, ", ".join(f"{k} = {v}" for k, v in value.items()) if isinstance(value, dict) else value]
-        for key, value in values.items())]))
     title = f"SeQ-GAN run: {run.absolute().name}" + f" ({note})" * bool(note)
-    page = PAGE % dict(title=html.escape(title), shown=shown, body="\n".join(sections),
-                       again=AGAIN * bool(args.watch))
+    page = PAGE % dict(title=html.escape(title), body="\n".join(sections))
     save_text(page, args.out)
     print0(f"wrote {args.out} ({len(page) / 2**20:.1f} MB)")
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+import subprocess
 import sys
 
 import torch
@@ -10,6 +12,7 @@ from tqdm import tqdm
 from perceptual import LOGIT, lpips_like
 from plumbing.codes import codebook_usage, count_codes
 from plumbing.drawing import save_figure
+from plumbing.errors import ROOT
 from plumbing.files import header, read_metrics, save_text
 from plumbing.hashes import latent_hash
 from plumbing.images import psnr, to_float, to_uint8
@@ -66,7 +69,9 @@ def sample_summary(run, stage, tokenizer, num):
     labels = [i % classes for i in range(num)] if classes else None
     images = generate_images(
         prior, tokenizer, num, labels, run.config["seed"], run.config["sample"], 50, True)
-    run.sheet(f"samples_{stage}", images[: 10 * min(classes or 10, 10)], min(classes or 10, 10))
+    columns = min(classes or 10, 10)
+    names = [run.train.class_names[label] for label in labels[: 10 * columns]] if classes else ()
+    run.sheet(f"samples_{stage}", images[: 10 * columns], columns, names=names)
     rows = read_metrics(run.out / "metrics.jsonl")
     result = {}
     for last in [row for row in rows if row["stage"] == stage and "val_loss" in row][-1:]:
@@ -83,9 +88,9 @@ def sample_summary(run, stage, tokenizer, num):
 def summarize(run):
     """The table that ends `--stage all`, printed and written to summary.json, with the run's pictures.
 
-    Each prior draws 1,000 samples, or ten for each validation image where there are few.
+    Each prior draws 1,000 samples, 200 with --quick, or ten for each validation image where there are few.
     """
-    num = min(1000, 10 * len(run.val))
+    num = min(200 if run.args.quick else 1000, 10 * len(run.val))
     names = [name for name in ("phase1", "phase2") if name in run.config.get("stages", STAGES)]
     phases = {name: load_model(run.out / f"{name}.pt", (name,), run.device)[0] for name in names}
     second = phases[names[-1]]
@@ -97,7 +102,8 @@ def summarize(run):
         summary |= sample_summary(run, stage, second, num)
     x = torch.stack([run.val.view(i) for i in range(min(10, len(run.val)))])
     tokens = phases["phase1"].encode(to_float(x, run.device))
-    run.sheet("phases", torch.cat([x, *(to_uint8(t.decode(tokens)) for t in phases.values())]), len(x))
+    run.sheet("phases", torch.cat([x, *(to_uint8(t.decode(tokens)) for t in phases.values())]), len(x),
+              sides=("input", "phase 1", "phase 1 + 2")[: 1 + len(phases)])
     pairs, x = load_pairs([run.out / "ar.pt"], min(64, len(run.val)), run.device)
     summary["view"] = pairs[0]["numbers"]
     save_figure(views_grid("view", pairs, x), run.out / "view.png", [summary["view"]])
@@ -107,23 +113,66 @@ def summarize(run):
         latent_hash=latent_hash(second), **alpha_of(run.config), note=run.note,
         seconds_by_stage=seconds, seconds=sum(seconds.values()),
         peak_rss_mb=round(peak_memory()),
-        threads=torch.get_num_threads(), torch=torch.__version__, command=" ".join(["python", *sys.argv]),
+        threads=torch.get_num_threads(), torch=torch.__version__, commit=commit(),
+        command=" ".join(["python", *sys.argv]),
     )
     summary = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in summary.items()}
     if rank() == 0:
         save_text(json.dumps(summary, indent=1) + "\n", run.out / "summary.json")
-    for name, words in summary_lines(summary):
-        print0(f"  {name:28s} {words}")
-    print0(f"pictures: {run.out}/phases.png, samples_ar.png, samples_nar.png, view.png")
+    print0(ending(summary, run.out))
 
 
-def summary_lines(numbers, prefix=""):
-    """(name, value in a few words) of the summary: floats with four digits, a dict's entries one by one.
-    Maps, as the view's nats by position, are in summary.json alone."""
-    for name, value in numbers.items():
-        if isinstance(value, dict):
-            yield from summary_lines(value, f"{prefix}{name}.")
-        elif not (isinstance(value, list) and any(isinstance(part, list) for part in value)):
-            parts = value if isinstance(value, list) else [value]
-            words = (f"{part:.4g}" if isinstance(part, float) else str(part) for part in parts)
-            yield prefix + name, ", ".join(words)
+def ending(summary, folder):
+    """What `--stage all` prints at its end: the numbers that say how the run went, and what to do next."""
+    last = "phase2" if "psnr_phase2" in summary else "phase1"
+    lines = [f"  {what:<21s}{value:<17s}{words}" for what, value, words in headline(summary)]
+    lines = ["", *lines, "", f"all numbers: {folder}/summary.json; pictures: phases.png, samples_ar.png, "
+             "samples_nar.png, view.png", "next:"]
+    if summary["note"]:
+        lines.insert(1, f"  {summary['note']}")
+    commands = {
+        f"sample.py --ckpt {folder}/ar.pt": "a sheet, one column per class",
+        f"sample.py --ckpt {folder}/{last}.pt --reconstruct --num 16": "inputs, reconstructions",
+        f"visualize.py view --ckpt {folder}/ar.pt": "input, reconstruction, AR prediction"}
+    width = max(map(len, commands))
+    lines += [f"  python {command:<{width}s}  # {words}" for command, words in commands.items()]
+    return "\n".join(lines)
+
+
+def headline(summary):
+    """[(what, value with its unit, what that is)] of the numbers that say how a run went. What the summary
+    has not, as class accuracy without classes, is left out."""
+    phases = [phase for phase in ("phase1", "phase2") if f"psnr_{phase}" in summary]
+    after = "after phase 1, 2" if len(phases) == 2 else "after phase 1"
+
+    def of(*names, scale=1, form=".1f"):
+        values = [summary.get(name) for name in names]
+        return None if None in values else ", ".join(f"{scale * value:{form}}" for value in values)
+
+    def of_phases(name, **how):
+        return of(*(f"{name}_{phase}" for phase in phases), **how)
+
+    lines = [
+        ("codebook usage", of("usage", scale=100), "%",
+         f"of the codes, chosen for {summary['num_val']:,} held-out images"),
+        ("tokens changed", of("phase2_tokens_changed", form=","), "", "by phase 2, which trains the decoder"),
+        ("PSNR", of_phases("psnr", form=".2f"), "dB", f"of reconstructions {after}; higher is better"),
+        ("LPIPS-like distance", of_phases("lpips_like", form=".3f"), "",
+         "of reconstructions, features of the VGG; lower is better"),
+        ("class kept", of_phases("recon_class_accuracy", scale=100), "%",
+         "of reconstructions, as the VGG sees them"),
+        *((f"class accuracy, {stage}", of(f"{stage.lower()}_class_accuracy", scale=100), "%",
+           f"of {summary['num_samples']:,} samples the VGG sees the class asked for")
+          for stage in ("AR", "NAR")),
+        ("AR loss", of("ar_nats_per_token", form=".3f"), "nats",
+         f"a token; unigram entropy {of('unigram_entropy', form='.3f')}, ln K {of('ln_K', form='.3f')}"),
+        ("NAR loss", of("nar_nats_per_token", form=".3f"), "nats", "a masked token")]
+    return [(what, f"{value} {unit}".rstrip(), words) for what, value, unit, words in lines if value]
+
+
+def commit():
+    """The commit of the code, "-dirty" where files differ from it; None without git or outside of a clone."""
+    git = shutil.which("git")
+    done = git and subprocess.run([git, "-C", ROOT, "describe", "--always", "--dirty", "--exclude=*"],
+                                  capture_output=True, text=True)
+    return done.stdout.strip() or None if done else None

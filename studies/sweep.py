@@ -1,9 +1,9 @@
 """`python -m studies sweep NAME=V1,V2,...`: measures over a setting of the sampler."""
 
 import argparse
-import functools
+from pathlib import Path
 
-from plumbing.drawing import literal, new_figure
+from plumbing.drawing import MARKERS, new_figure
 from plumbing.files import read_checkpoint, save_atomic, save_text, writable
 from plumbing.processes import on_rank0, print0, setup_device
 from studies.metrics import evaluate
@@ -17,8 +17,7 @@ def sweep(args):
     name, rows = args.values[0][0], []
     stem = args.out or args.ckpt.with_name(f"sweep_{args.ckpt.stem}_{name}")
     csv, png = (stem.with_name(stem.name + suffix) for suffix in (".csv", ".png"))
-    for place in (stem / "1.json", csv, png):
-        on_rank0(functools.partial(writable, place))
+    on_rank0(lambda: [writable(place) for place in (stem / "1.json", csv, png)])
     for _, value in args.values:
         print0(f"\n{name} = {value}")
         out = stem / f"{value}.json"
@@ -36,16 +35,16 @@ def sweep(args):
 
 
 def draw_sweep(rows, name, result, path):
-    """Frechet distance, and beside it precision, recall and class accuracy, over a sampler setting."""
-    fig = new_figure(8, 3.2)
+    """Fréchet distance, and beside it precision, recall and class accuracy, over a sampler setting."""
+    fig = new_figure(7, 2.8)
     left, right = fig.subplots(1, 2)
-    x = [row[name] for row in rows]
+    x, axis = [row[name] for row in rows], name.replace("_", " ").replace("nar steps", "decoding steps")
     left.plot(x, [row["fid" if "fid" in row else "fd"] for row in rows], "o-")
-    left.set(xlabel=name, ylabel="Frechet distance")
-    for key, marker in zip(("precision", "recall", "class_accuracy"), "s^D", strict=True):
+    left.set(xlabel=axis, ylabel="Fréchet distance (lower is better)")
+    for key, marker in zip(("precision", "recall", "class_accuracy"), MARKERS, strict=False):
         if key in rows[0]:
             right.plot(x, [row[key] for row in rows], f"{marker}-", label=key.replace("_", " "))
-    right.set(xlabel=name, ylabel="share of images")
-    right.legend(fontsize=7)
-    fig.suptitle(f"{result['num_images']:,} samples, features of {result['extractor']}", fontsize=8)
-    save_atomic(lambda p: literal(fig).savefig(p, format="png", dpi=200), path)
+    right.set(xlabel=axis, ylabel="share of images (higher is better)")
+    right.legend()
+    fig.suptitle(f"{result['num_images']:,} samples, features of {Path(result['extractor']).stem}")
+    save_atomic(lambda p: fig.savefig(p, format="png", dpi=200), path)

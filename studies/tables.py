@@ -14,8 +14,10 @@ from plumbing.files import header, save_text, writable
 from plumbing.paths import as_path
 from plumbing.preflight import build_on_meta
 from plumbing.processes import print0
+from plumbing.stages import SECTION
 from recipes.ablations import TABLES
 from recipes.options import STAGES, find_preset, train_args
+from recipes.small import MILLISECONDS
 from studies.distances import plain
 from studies.extractors import feature_layer
 from studies.metrics import HOW, read_result
@@ -198,29 +200,44 @@ class Table:
             command=shown(["-m", "studies", self.name, "--preset", self.args.preset, *words]),
             how={stage: {key: result[key] for key in ("extractor", *HOW)} for stage, result in first.items()},
             threads=torch.get_num_threads(), torch=torch.__version__, rows=rows)
-        self.root.mkdir(parents=True, exist_ok=True)
-        for suffix, content in (("json", json.dumps(about, indent=1)), ("md", text)):
-            save_text(content + "\n", self.root / f"{self.name}.{suffix}")
+        if any(row["ours"] for row in rows):
+            for suffix, content in (("json", json.dumps(about, indent=1)), ("md", text)):
+                save_text(content + "\n", self.root / f"{self.name}.{suffix}")
+            print0(f"\nwrote {self.root / self.name}.json and .md")
         if self.name == "fig5b" and all(names["rfid"] in row["ours"] for row in rows):
             draw_alpha(rows, first["phase1"]["extractor"], names, self.root / "fig5b_curves.png")
-        for label, commands, _ in missing(self.rows()):
-            if commands:
+        self.tell_missing()
+
+    def tell_missing(self):
+        """A line for each row that lacks something, and how long --run takes, where recipes/small.py has the
+        time of a step. Of other presets the commands, which whoever has several machines runs on these."""
+        rows = [(label, commands) for label, commands, _ in missing(self.rows()) if commands]
+        known, seconds = MILLISECONDS.get(self.args.preset), 0
+        for label, commands in rows:
+            names = [path.stem for path, _ in commands]
+            if known:
+                print0(f"  missing for {label}: {', '.join(names)}")
+                steps = {name: self.config[SECTION[name]]["steps"] for name in names if name in known}
+                seconds += sum(known[name] * count for name, count in steps.items()) / 1000
+            else:
                 print0("\n".join([f"\nmissing for {label}:", *(
                     f"  {shown(words, self.args.nproc)}" for _, words in commands)]))
-        print0(f"\nwrote {self.root / self.name}.json and .md")
+        if seconds:
+            print0(f"--run makes them, in about {math.ceil(seconds / 60)} minutes on 2 cores and the time of "
+                   "measuring")
 
 
 def draw_alpha(rows, extractor, names, path):
     """Fig. 5b: distances of reconstructions and of both priors' samples over alpha; ours alone."""
     alphas = [float(row["ablation"].removeprefix("alpha=")) for row in rows]
-    fig = new_figure(7, 3)
+    fig = new_figure(6.5, 2.8)
     left, right = fig.subplots(1, 2)
-    for axis, key, style in ((left, "rfid", "ko-"), (right, "ar_fid", "C0s--"), (right, "nar_fid", "C1^:")):
+    for axis, key, style in ((left, "rfid", "o-"), (right, "ar_fid", "s-"), (right, "nar_fid", "^-")):
         axis.plot(alphas, [row["ours"].get(names[key], math.nan) for row in rows], style)
     left.set(xlabel="α", ylabel="Fréchet distance", title="reconstructions")
     right.set(xlabel="α", title="samples")
-    right.legend(["AR", "NAR"], fontsize=7)
-    fig.suptitle(f"features of {extractor}", fontsize=7)
+    right.legend(["AR", "NAR"])
+    fig.suptitle(f"lower is better; features of {Path(extractor).stem}")
     save_figure(fig, path, [dict(alpha=a, **row["ours"]) for a, row in zip(alphas, rows, strict=True)])
 
 

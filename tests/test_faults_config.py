@@ -17,7 +17,6 @@ import plumbing.run
 import plumbing.stages
 import plumbing.validation
 import recipes.options
-import studies.summary
 import perceptual
 import train
 from helpers import ROOT, call, command, contents, earlier, few, refusal, refused, rows
@@ -86,16 +85,6 @@ def test_the_log_says_on_how_many_tokens_usage_was_counted_and_notes_where_they_
     assert told == [20 * 16] * 2  # validation images times tokens
     assert said.count("320 validation tokens, few for 512 codes") == 1
     assert json.loads((trained / "summary.json").read_text())["usage_tokens"] == 320
-
-
-def test_the_summary_tells_the_view_number_by_number_in_short_lines(trained):
-    summary = json.loads((trained / "summary.json").read_text())
-    lines = dict(studies.summary.summary_lines(summary))
-    assert lines["view.top1"] == f"{summary['view']['top1']:.4g}"
-    assert "view" not in lines and "view.nats_by_position" not in lines
-    assert all(len(text) < 80 for name, text in lines.items() if name not in ("command", "data"))
-    assert lines.keys() - {f"view.{name}" for name in summary["view"]} >= summary.keys() - {
-        "view", "seconds_by_stage"}
 
 
 @pytest.mark.slow

@@ -32,4 +32,4 @@ def figure_alone(args, device):
                    cos_between_codebooks=mean_cosine(maps).mean().item())
     rows = [[("input", x[i], ""), *((name, images[i], "") for name, images in columns.items())]
             for i in range(min(len(x), 6))]
-    return draw_grid(rows, note=ckpt["note"]), numbers
+    return draw_grid(rows, note=ckpt["note"], wide=args.wide), numbers

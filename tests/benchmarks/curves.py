@@ -1,0 +1,35 @@
+"""Thins the log of a finished run for assets/curves, the band of `python -m studies report`:
+
+    python -m tests.benchmarks.curves runs/demo assets/curves/demo_0.jsonl
+
+The first line is the configuration, the others are lines of metrics.jsonl with the report's curves alone.
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+from plumbing.files import header, read_metrics
+from studies.report import CURVES
+
+
+def thin(rows, most=60):
+    """Rows of a log: of each stage all validations, about `most` training steps at most, and the last one."""
+    kept = []
+    for stage in dict.fromkeys(row["stage"] for row in rows):
+        mine = [row for row in rows if row["stage"] == stage]
+        steps = [row["step"] for row in mine if "lr" in row]
+        chosen = {*steps[:: math.ceil(len(steps) / most)], *steps[-1:]}
+        for row in mine:
+            values = {name: row[name] for name in CURVES if row.get(name) is not None}
+            if values and ("lr" not in row or row["step"] in chosen):
+                kept.append(dict(stage=stage, step=row["step"], **values))
+    return kept
+
+
+if __name__ == "__main__":
+    run, out = map(Path, sys.argv[1:])
+    lines = [dict(config=header(run / "nar.pt")["config"]), *thin(read_metrics(run / "metrics.jsonl"))]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
