@@ -145,7 +145,8 @@ def check_batch(run, stage):
     c, count = run.config[SECTION[stage]], world()
     batch, micro = c["batch"], run.args.micro_batch or 4
     if batch % count:
-        raise UserError(f"{SECTION[stage]}.batch={batch} cannot be split over {count} processes")
+        raise UserError(f"{SECTION[stage]}.batch={batch} cannot be split over {count} processes; use a "
+                        f"multiple of {count}")
     if c["schedule"] != "constant" and c["lr_start"] >= max(1, c["steps"]):
         name = f"{SECTION[stage]}.lr_start"
         print0(f"note: {stage}: the learning rate does not decay in {c['steps']} steps; that would begin at "

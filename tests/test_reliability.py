@@ -305,7 +305,7 @@ def test_a_checkpoint_from_a_gpu_and_one_of_the_old_form_are_read_everywhere(tra
     assert differing(read_checkpoint(tmp_path / "ar.pt", ["ar"]), ckpt) == []
     assert header(tmp_path / "ar.pt")["step"] == STEPS
     save_from_gpu(ckpt["model"], tmp_path / "x.pth", **how)
-    assert not differing(plumbing.weights._read_state_dict(tmp_path / "x.pth"), ckpt["model"])
+    assert not differing(plumbing.weights.read_state_dict(tmp_path / "x.pth"), ckpt["model"])
 
 
 def test_only_a_wrong_checksum_is_called_damage_and_nothing_else_is_to_be_deleted(tmp_path, monkeypatch):
@@ -736,12 +736,12 @@ def test_no_steps_build_everything_and_fewer_steps_than_done_do_nothing(trained,
     assert "has all its steps" in capsys.readouterr().out and contents(out) == before
 
 
-def test_one_image_and_images_without_classes_are_told_of(tmp_path, capsys):
+def test_one_image_is_enough_and_images_without_classes_are_noted(tmp_path, capsys):
     Image.new("RGB", (40, 40)).save(tmp_path / "one.png")
     run = open_run("phase1", tmp_path / "out", tmp_path)
     assert len(run.train) == len(run.val) == 1
     said = capsys.readouterr().out
-    assert "both training and validation" in said and "carry no labels" in said
+    assert "carry no labels" in said
 
 
 def test_a_later_stage_takes_over_the_note_of_random_vgg_weights_and_warns_of_an_unfinished_one(
