@@ -47,5 +47,5 @@ RECIPES = dict(  # of phase 2: what the pilot compares; the preset's is a consta
     low="--set phase2.lr=3e-5",
     r1="--set phase2.schedule=cosine --set phase2.lr_end=3e-5 --set phase2.r1_gamma=10",
     no_adversary="--set phase2.adv_weight=0")
-CHOSEN = "cosine"  # by the pilot
+CHOSEN = "constant"  # by the pilot: assets/arena_pilot.json
 PILOT_SEED = 100
