@@ -144,10 +144,7 @@ def published(ckpt):
 
 def results_of(protocol, rows, reference, info, extractor, names):
     """The numbers of one protocol from the rows of all images: {name: number}, named by `plain`"""
-    numbers, (images, width) = fidelity(rows["features"], rows["logits"], reference), rows["features"].shape
-    if images < 2 * width:
-        print0(f"note: {images:,} images are few for {width:,} features: a Fréchet distance of so few is too "
-               "large, and compares with those of as many images alone")
+    numbers = fidelity(rows["features"], rows["logits"], reference)
     if protocol != "gfid-train":  # the scores of samples say nothing of reconstructions
         usage, perplexity = codebook_usage(count_codes(rows["tokens"], info["K"]))
         numbers = {f"{protocol[0]}{name}": numbers[name] for name in ("fid", "kid") if name in numbers}
