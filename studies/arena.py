@@ -8,7 +8,6 @@ import json
 import math
 import os
 import platform
-import subprocess
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from recipes.arena import CHOSEN, CONFIGURATIONS, FIRST, ORDER, PILOT_SEED, PRES
 from studies.distances import plain_names
 from studies.metrics import read_result
 from studies.rows import compare, finished, measure, passed, run, seconds_of, shown
+from studies.summary import commit
 from studies.tables import number, print_table
 from studies.verdicts import show
 
@@ -115,15 +115,6 @@ class Arena:
         """A command without this machine's folders."""
         text = shown(words).replace(str(self.root), "runs/arena")
         return text.replace(self.args.data, "DIR") if self.args.data else text
-
-
-def commit():
-    """The commit of the code, with a + where files differ from it."""
-    def git(*words):
-        return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True).stdout.strip()
-
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
-    return git("rev-parse", "--short=12", "HEAD") + "+" * bool(changed)
 
 
 def machine():

@@ -171,8 +171,11 @@ def headline(summary):
 
 
 def commit():
-    """The commit of the code, "-dirty" where files differ from it; None without git or outside of a clone."""
-    git = shutil.which("git")
-    done = git and subprocess.run([git, "-C", ROOT, "describe", "--always", "--dirty", "--exclude=*"],
-                                  capture_output=True, text=True)
-    return done.stdout.strip() or None if done else None
+    """The commit of the code, with a + where files differ from it; None without git or outside of a clone."""
+    def git(*words):
+        return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True).stdout.strip()
+
+    if not shutil.which("git"):
+        return None
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
+    return (git("rev-parse", "--short=12", "HEAD") + "+" * bool(changed)) or None
