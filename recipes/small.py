@@ -22,14 +22,16 @@ CLAIMS = variant(  # for the experiment on the paper's claims: a run in half an 
     sample=dict(top_p=0.92, token_temperature=1.0))  # the paper's sampler: cifar10's was chosen at alpha = 1
 DEMO = variant(  # minutes on a CPU
     CIFAR10, data="shapes", code_variants=2,
-    tokenizer=dict(channel_mult=[1, 2, 4, 4], codebook_size=64, codebook_dim=32, warm_start=100),
+    tokenizer=dict(
+        base_width=16, channel_mult=[1, 2, 4, 4], codebook_size=64, codebook_dim=32, warm_start=100),
     discriminator=dict(max_width=16),
-    classifier=dict(hidden=128, batch=64, steps=500, skip_pools=1),
-    phase1=dict(batch=32, steps=550, lr=1e-3, lr_end=5e-5, per_weight=0.03, ema=0.99),
-    phase2=dict(batch=32, steps=120, per_weight=0.03, r1_gamma=10.0, ema=0.98),
+    classifier=dict(hidden=128, batch=64, steps=300, skip_pools=1),
+    phase1=dict(batch=32, steps=500, lr=1e-3, lr_end=5e-5, per_weight=0.03, ema=0.99),
+    phase2=dict(batch=32, steps=80, lr=1e-4, schedule="cosine", lr_end=1e-5, per_weight=0.03, adv_weight=0.02,
+                r1_gamma=10.0, ema=0.95),
     prior=dict(n_layer=4, n_head=4, n_embd=128),
-    ar=dict(batch=128, steps=1000, lr=2e-3, lr_start=360, lr_end=1e-4, warmup=100, ema=0.99),
-    nar=dict(batch=128, steps=3000, lr=2e-3, lr_start=1000, warmup=150, ema=0.99),
+    ar=dict(batch=128, steps=850, lr=2e-3, lr_start=300, lr_end=1e-4, warmup=90, ema=0.99),
+    nar=dict(batch=128, steps=1800, lr=2e-3, lr_start=600, warmup=120, ema=0.99),
 )
 MILLISECONDS = dict(  # of a step, on 2 cores of an EPYC: their ratio tells the time left of all stages
     demo=dict(vgg=76, phase1=275, phase2=467, ar=114, nar=73),
