@@ -188,7 +188,7 @@ def checked(stage, micro=None, **changes):
     plumbing.preflight.check_batch(types.SimpleNamespace(config=config, args=args), stage)
 
 
-@pytest.mark.parametrize("steps, noted", [(361, False), (360, True), (2, True)])
+@pytest.mark.parametrize("steps, noted", [(301, False), (300, True), (2, True)])
 def test_a_learning_rate_that_never_decays_is_noted(steps, noted, capsys):
     checked("ar", steps=steps)
     checked("ar", steps=steps, schedule="constant")
