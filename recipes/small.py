@@ -34,7 +34,7 @@ DEMO = variant(  # minutes on a CPU
     nar=dict(batch=128, steps=1800, lr=2e-3, lr_start=600, warmup=120, ema=0.99),
 )
 MILLISECONDS = dict(  # of a step, on 2 cores of an EPYC: their ratio tells the time left of all stages
-    demo=dict(vgg=76, phase1=275, phase2=467, ar=114, nar=73),
+    demo=dict(vgg=57, phase1=122, phase2=262, ar=60, nar=43),
     cifar10=dict(vgg=544, phase1=1396, phase2=1517, ar=776, nar=736))
 PRESETS = {"cifar10": CIFAR10, "demo": DEMO, "claims": CLAIMS}
 

@@ -532,7 +532,7 @@ def test_one_sub_codebook_alone_is_the_decoder_on_zeros_for_the_others(monkeypat
     figures, pixels = forks.fqgan.figures, torch.stack([Shapes("val", 2, 32).view(i) for i in range(2)])
     monkeypatch.setattr(figures, "load_model", lambda *args: (tokenizer, dict(config={}, note="")))
     monkeypatch.setattr(figures, "load_images", lambda *args: (None, pixels))
-    args = types.SimpleNamespace(ckpt=["x"], tokenizer=None, num=2, data=None)
+    args = types.SimpleNamespace(ckpt=["x"], tokenizer=None, num=2, data=None, wide=False)
     found = figures.figure_alone(args, "cpu")[1]["psnr"]
     x = pixels / 127.5 - 1
     with torch.no_grad():
