@@ -1,6 +1,6 @@
 """Thins the log of a finished run for assets/curves, the band of `python -m studies report`:
 
-    python -m tests.benchmarks.curves runs/demo assets/curves/demo_0.jsonl
+    PYTHONPATH=. python tests/benchmarks/curves.py runs/demo assets/curves/demo_0.jsonl
 
 The first line is the configuration, the others are lines of metrics.jsonl with the report's curves alone.
 """
