@@ -54,7 +54,7 @@ def decode(tokenizer, tokens):
     x = in_slices(tokenizer.decode, tokens)
     if not x.isfinite().all():
         raise UserError("the decoder's images hold values that are not finite; is the tokenizer damaged, or "
-                        "was it trained with too high a rate?", shared=False)
+                        "was it trained with too high a rate?")
     return x
 
 

@@ -20,7 +20,7 @@ from plumbing.errors import UserError
 from plumbing.files import read_checkpoint
 from plumbing.hashes import latent_hash
 from plumbing.models import load_model
-from recipes.arena import CONFIGURATIONS, FORKS, ORDER
+from recipes.arena import CHOSEN, CONFIGURATIONS, FORKS, ORDER
 from studies.verdicts import Gap
 
 import train
@@ -107,7 +107,7 @@ def test_the_recipes_of_the_pilot_are_the_protocol_s():
         constant=("constant", 2e-4, lr_end, 0.1, 0.1), cosine=("cosine", 2e-4, 3e-5, 0.1, 0.1),
         low=("constant", 3e-5, lr_end, 0.1, 0.1), r1=("cosine", 2e-4, 3e-5, 10, 0.1),
         no_adversary=("constant", 2e-4, lr_end, 0.1, 0))
-    assert recipes.arena.CHOSEN in found
+    assert CHOSEN in found
 
 
 def test_the_pilot_s_choice_is_the_lowest_mean_rank_and_a_tie_goes_to_the_cosine():
@@ -345,8 +345,8 @@ def test_rows_are_trained_measured_and_appended_and_phase_2_shares_the_tokens(ti
     assert list(rows) == ["A1", "P1", "C2", "NAR1"] and len(tiny) == 2 + 7 + 2 * 5 + 3
     runs = tmp_path / "runs"
     first, second, control = (load_model(runs / name, (stage,)) for name, stage in (
-        ("A1,seed=0/phase1.pt", "phase1"), ("P1,seed=0,cosine/phase2.pt", "phase2"),
-        ("C2,seed=0,cosine/phase2.pt", "phase2")))
+        ("A1,seed=0/phase1.pt", "phase1"), (f"P1,seed=0,{CHOSEN}/phase2.pt", "phase2"),
+        (f"C2,seed=0,{CHOSEN}/phase2.pt", "phase2")))
     assert len({latent_hash(model) for model, _ in (first, second, control)}) == 1
     sizes = [sum(p.numel() for p in model.parameters()) for model, _ in (first, second, control)]
     assert sizes[0] == sizes[2] < sizes[1]  # C2 has no attention

@@ -449,7 +449,7 @@ BELOW, CANNOT = "view.png/below/x", "cannot be written"  # below a file
     # a picture whose numbers would take the place of the run's own
     (commands, "edit view.png --ckpt nar.pt --box 0,0,9,9", "summary.png", "would overwrite"),
     (visualize, "view --ckpt ar.pt", "summary.png", "would overwrite"),
-    (visualize, "view --ckpt ar.pt --pdf", "tensorboard.png", "tensorboard.json cannot be written: it is a"),
+    (visualize, "view --ckpt ar.pt --pdf", "tensorboard.png", "would overwrite"),
     # what is edited
     (commands, "edit view.png --ckpt nar.pt --box 0,0,9,9", "view.png", "would overwrite what is edited"),
     (commands, "edit samples_nar.png --ckpt nar.pt --mask view.png", "view.png", "would overwrite what"),

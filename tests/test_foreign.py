@@ -244,7 +244,7 @@ def test_phase_2_trains_the_decoder_of_a_public_tokenizer_and_leaves_its_tokens(
           "--references", tmp_path / "references", "--device", "cpu")
     study("export", tmp_path, "--out", tmp_path / "out")
     card = (tmp_path / "out/README.md").read_text()
-    assert f"from weights of {family}" in card.lower() and "| rfd |" in card
+    assert "from weights of" in card and family in card.lower() and "| rfd |" in card
     (begun, _), (model, _) = load_model(path, ("phase1",)), load_model(tmp_path / "out/phase2", ("phase2",))
     begun.add_attention()
     assert str(begun.decoder) == str(model.decoder) and latent_hash(begun) == latent_hash(model)

@@ -120,7 +120,7 @@ BROKEN = {
     ("raises.demo", "fork raises cannot be imported: raises.py:2: ZeroDivisionError"),
     ("syntax.demo", "fork syntax cannot be imported: syntax.py:1: SyntaxError"),
     ("empty.demo", "has no function parts()"), ("nobody.demo", "there is no fork 'nobody'"),
-    ("mine.other", "--preset mine.other"), ("nothing", "--preset nothing"),
+    ("mine.other", "no preset mine.other"), ("nothing", "no preset nothing"),
     ("../mine.demo", "no plain word"), ("os.path.demo", "no plain word"), ("a b.demo", "no plain word"),
 ], 0, 3, 6))
 def test_a_fork_that_is_missing_or_broken_is_one_line(folder, tmp_path, preset, told):
