@@ -733,11 +733,11 @@ def test_the_ablation_setting_is_the_paper_s_and_every_row_of_its_tables_has_a_n
 
 def test_ablations_scale_with_a_small_preset_and_with_the_steps_it_is_given():
     demo = ["--preset", "demo"]
-    assert config_of(*demo, "--ablation", "+2x")["phase1"]["steps"] == 1100
+    assert config_of(*demo, "--ablation", "+2x")["phase1"]["steps"] == 1000
     assert config_of(*demo, "--ablation", "+2x", "--set", "phase1.steps=50")["phase1"]["steps"] == 100
     fn, kmeans = (config_of(*demo, "--ablation", name)["tokenizer"] for name in ("fn", "kmeans"))
     assert (fn["codebook_dim"], fn["codebook_size"], fn["warm_start"]) == (32 // 8, 64 * 8, 0)
-    assert (kmeans["kmeans_warmup"], kmeans["kmeans_every"], kmeans["kmeans_last"]) == (11, 2, 33)
+    assert (kmeans["kmeans_warmup"], kmeans["kmeans_every"], kmeans["kmeans_last"]) == (10, 2, 30)
 
 
 @pytest.mark.parametrize("name", ["alpha=0.4", "low", "A", "B", "C", "D", "sem", "E"])
