@@ -1,9 +1,13 @@
-"""The numbers of docs/bugs.md: PYTHONPATH=. python tests/bugs/measure.py [NAME ...]
+"""The numbers and pictures of docs/bugs.md:
 
-Copies the tree, measures in the copy, first as it is, then with the patch of each bug NAME (all: five
-CPU-minutes). Prints a line for each number of the code as it is, and for each that a bug changes.
+    PYTHONPATH=. python tests/bugs/measure.py [NAME ...] [--pictures assets/bugs]
+
+Copies the tree, measures in the copy, first as it is, then with the patch of each bug NAME (all: twenty
+CPU-minutes). Prints a line for each number of the code as it is, and for each that a bug changes. The models
+are those of the box, assets/models/demo, or stages of `demo` that are trained here, at few steps (SHORT).
 """
 
+import argparse
 import contextlib
 import io
 import os
@@ -19,30 +23,39 @@ from types import SimpleNamespace
 import torch
 import torch._dynamo
 import torchvision.models.vgg  # noqa: F401  (slow to import: here once, not in every child)
+from PIL import Image
 from torch.nn import functional as F
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
-    from test_bugs import copy_tree, patch
+    from test_bugs import CATCHES, copy_tree, patch
 else:  # in a child and the copy
     import perceptual as P
     import train
-    from helpers import call, rows, write_pictures
+    from helpers import rows
     from plumbing.dataset import batches
-    from plumbing.images import psnr, to_float, to_uint8
+    from plumbing.images import make_sheet, psnr, to_float, to_uint8
+    from plumbing.models import load_model
     from plumbing.parallel import begin_step
     from plumbing.shapes import Shapes
-    from plumbing.slices import generate_images, generate_tokens
+    from plumbing.slices import decode, generate_images, generate_tokens
     from plumbing.weights import build_vgg16, vgg_from_state_dict
-    from prior_ar import ARPrior, PriorConfig, sample_logits, top_p_filter
-    from prior_nar import NARPrior, decode_counts, mask_tokens
+    from prior_ar import sample_logits, top_p_filter
+    from prior_nar import decode_counts, mask_tokens
+    from recipes.options import train_args
     from studies.distances import ssim
-    from test_prior_ar import tiny_prior
     from test_tokenizer import images, tiny_tokenizer
     from tokenizer import TokenizerConfig, VectorQuantizer, VQTokenizer
 
+BOX = Path("assets/models/demo")
 TOY = dict(image_size=16, base_width=8, channel_mult=(1, 2, 2), codebook_size=64, codebook_dim=8)
-RULE = (torch.arange(33) * 5 + 3) % 16  # of the chains of tokens
+SHORT = dict(  # what a training of `demo` here changes
+    phase1=f"--vgg {BOX / 'vgg'} --set tokenizer.warm_start=20 --set phase1.batch=16"
+           " --set phase1.steps=100 --set phase1.ema=0.9",
+    ar=f"--tokenizer {BOX / 'phase2'} --limit 4000 --set ar.steps=200 --set ar.warmup=20"
+       " --set ar.lr_start=80 --set ar.ema=0.95",
+    nar=f"--tokenizer {BOX / 'phase2'} --limit 4000 --set nar.steps=300 --set nar.warmup=30"
+        " --set nar.lr_start=100 --set nar.ema=0.95")
 
 
 def seeded(seed):
@@ -71,24 +84,69 @@ def fit(optimizer, steps, loss_of):
     return loss
 
 
-def toy(codebook):
-    x = shapes()
-    model = VQTokenizer(TokenizerConfig(**TOY, num_res_blocks=1, num_mid_blocks=0, codebook=codebook))
+def as_seen(x, x_hat, labels):
+    """What is measured of images, and a sheet of them."""
+    logits = load_model(BOX / "vgg", ("vgg",))[0](x_hat.clamp(-1, 1), [P.LOGIT])[P.LOGIT]
+    sheet = to_uint8(x_hat)[:15] if x is None else torch.cat([to_uint8(x)[:5], to_uint8(x_hat)[:5]])
+    found = {"share whose class VGG sees": logits.argmax(1) == labels, "sheet": make_sheet(sheet, 5, zoom=2)}
+    return found if x is None else found | {
+        "PSNR": psnr(x, x_hat), "SSIM": ssim(to_uint8(x), to_uint8(x_hat)), "L1": (x_hat - x).abs().mean()}
 
-    def loss_of(step):
-        batch = x[torch.randint(256, (16,), generator=seeded(step))]
-        x_hat, _, latent = model(batch)
-        return (x_hat - batch).abs().mean() + written(
-            "train.py", r"loss = \(loss_rec \+ (\(.*\))\n", c=dict(beta=0.25, gamma=0.1),
-            **{"loss_entropy": 0.0} | latent)
 
-    loss = fit(torch.optim.Adam(model.parameters(), 2e-3), 100, loss_of)
-    x_hat, tokens, latent = model.eval()(x[:128])
+@torch.no_grad()
+def reconstructions(path=BOX / "phase1"):
+    """Of the first 200 validation images, by the decoder in the box or another one."""
+    data, tokenizer = Shapes("val", 1000, 32), load_model(path, ("phase1",))[0]
+    x = to_float(torch.stack([data.view(i) for i in range(200)]), "cpu")
+    tokens = tokenizer.encode(x)
     share = tokens.flatten().bincount(minlength=64).double() / tokens.numel()
-    norms = model.quantizer.codebook.weight.norm(dim=1)
-    return {"L1": (x_hat - x[:128]).abs().mean(), "codes used": (share > 0).sum(), "loss": loss,
-            "perplexity": torch.special.entr(share).sum().exp(), "codebook's term": latent["loss_codebook"],
-            "least norm of a code": norms.min(), "largest norm of a code": norms.max()}
+    near = x + 0.002 * torch.randn(x.shape, generator=seeded(0))
+    x_hat, levels, norms = decode(tokenizer, tokens), torch.arange(256), tokenizer.quantizer.codebook.weight
+    inside = x_hat.abs() <= 1
+    return as_seen(x, x_hat, torch.tensor([data.label(i) for i in range(200)])) | {
+        "codes used": (share > 0).sum(), "perplexity": torch.special.entr(share).sum().exp(),
+        "least norm of a code": norms.norm(dim=1).min(), "largest norm": norms.norm(dim=1).max(),
+        "share of values outside": ~inside, "PSNR of a near copy": psnr(x, near),
+        "error in levels": (to_uint8(x_hat) - (x_hat + 1) * 127.5)[inside],
+        "share of levels that survive": to_uint8(levels / 127.5 - 1) == levels}
+
+
+@torch.no_grad()
+def samples(stage, dropout="0", path=None):
+    """500 images by the prior in the box, or another one; as the preset samples."""
+    prior, ckpt = load_model(path or BOX / stage, (stage,))
+    for module in prior.modules():
+        module.p = module.dropout = float(dropout)
+    torch.manual_seed(0)
+    labels, rounds, table = torch.arange(500) % 10, [], prior.transformer.token_table
+    again = [prior.train(), labels, 0, range(500), ckpt["config"]["sample"]]
+    tokens = generate_tokens(*again)
+    hook = table.register_forward_pre_hook(lambda _, seen: rounds.append(seen[0].clone()))
+    second = generate_tokens(*again)
+    hook.remove()
+    found = {"tokens an image that differ in a second call": (tokens != second).sum() / 500}
+    if stage == "nar":
+        changed = [((old != prior.mask_id) & (old != new)).sum()
+                   for old, new in zip(rounds, [*rounds[1:], second], strict=True)]
+        found |= {"fixed tokens an image that change": sum(changed) / 500,
+                  "share of images with [MASK]": (tokens == prior.mask_id).any(1)}
+    try:
+        return found | as_seen(None, decode(load_model(BOX / "phase2", ("phase2",))[0], tokens), labels)
+    except IndexError as error:
+        return found | {"the decoder ends": str(error)}
+
+
+def trained(stage, *sets):
+    """What a short training of `demo` ends with, and its samples or reconstructions."""
+    with tempfile.TemporaryDirectory() as out:
+        words = ["--stage", stage, "--preset", "demo", "--out", out, *SHORT[stage].split()]
+        words += [word for item in sets for word in ("--set", item)]
+        train.main(*train_args([*words, "--log-every", "5", "--eval-every", "9999"]))
+        found, path = rows(Path(out), stage), Path(out, f"{stage}.pt")
+        tail = [row for row in found if "lr" in row][-4:]
+        numbers = {name: sum(row[name] for row in tail) / len(tail) for name in tail[-1] if "loss" in name}
+        numbers |= {name: value for name, value in found[-1].items() if name == "val_loss"}
+        return numbers | (reconstructions(path) if stage == "phase1" else samples(stage, path=path))
 
 
 def quantizer():
@@ -162,18 +220,6 @@ def discriminator():
             "gradient of fake logits": zeros.grad[1].sum()}
 
 
-def adversarial():
-    train.build_perceptual = lambda run, c: lambda x, x_hat: x_hat.new_zeros(())
-    with tempfile.TemporaryDirectory() as out:
-        call("phase1", Path(out), write_pictures(Path(out, "data")), "--vgg", "random",
-             phase1__steps=40, phase1__per_weight=0.0, phase1__adv_start=0.0, phase1__adv_ramp=0.0,
-             phase1__adv_weight=1.0, phase1__r1_gamma=0.0)
-        found = rows(Path(out), "phase1")
-    tail = [row for row in found if "loss_rec" in row][-10:]
-    return {name: sum(row[name] for row in tail) / 10 for name in ("loss_adv", "loss_disc")} | {
-        "L1": found[-1]["val_l1"]}
-
-
 def training():
     model = tiny_tokenizer().freeze_latent_space().train()
     tokens, mode = model.encode(images(8)), model.encoder.training
@@ -193,52 +239,8 @@ def training():
             "share of images in their old place": sum(map(int.__eq__, *places)) / 200}
 
 
-def chains(count, seed):
-    """(count, 12) int64 in [0, 16)."""
-    generator = seeded(seed)
-    tokens = torch.randint(16, (count, 1), generator=generator)
-    for _ in range(11):
-        other = torch.randint(16, (count, 1), generator=generator)
-        follows = torch.rand(count, 1, generator=generator) < 0.9
-        tokens = torch.cat([tokens, torch.where(follows, RULE[tokens[:, -1:]], other)], 1)
-    return tokens
-
-
-def prior(kind, dropout=0.0):
-    kind, rounds = dict(ar=ARPrior, nar=NARPrior)[kind], []
-    torch.manual_seed(0)
-    sizes = dict(codebook_size=32, num_tokens=12, n_layer=2, n_head=2, n_embd=64)
-    model = kind(PriorConfig(**sizes, dropout=float(dropout)))
-
-    def loss_of(step, count=32, seed=None):
-        tokens = chains(count, step)
-        inputs, mask = model.inputs(tokens, torch.rand(count, 13, generator=seeded(seed or step)))
-        return model.loss(model(inputs), tokens, mask)[0]
-
-    loss = fit(torch.optim.AdamW(model.parameters(), 4e-3), 250, loss_of)
-    model.eval()
-    val, again = [loss_of(10**6, 256, 1) for _ in range(2)]
-    shape = model.noise_shape(model.SAMPLER | dict(nar_steps=6))
-    noise = torch.rand(256, *shape, generator=seeded(2))
-    tokens = model.train().generate(None, noise)
-    model.transformer.token_table.register_forward_pre_hook(lambda _, seen: rounds.append(seen[0].clone()))
-    second = model.generate(None, noise)
-    found = {"loss": loss, "validation": val, "validation again": again,
-             "share of steps by the rule": tokens[:, 1:] == RULE[tokens[:, :-1]],
-             "tokens an image that differ in a second call": (tokens != second).sum() / 256}
-    if kind is NARPrior:
-        changed = [((old != model.mask_id) & (old != new)).sum()
-                   for old, new in zip(rounds, [*rounds[1:], second], strict=True)]
-        found |= {"fixed tokens an image that change": sum(changed) / 256,
-                  "share of the mask": tokens == model.mask_id}
-    return found
-
-
 def sampling():
-    torch.manual_seed(0)
-    model = NARPrior(PriorConfig(codebook_size=32, num_tokens=12, n_layer=1, n_head=2, n_embd=32, dropout=0))
-    found = {"share of images with index K": (model.generate(None, torch.rand(512, 4, 2, 12)) == 32).any(1)}
-    noise = torch.rand(2000, 257, generator=seeded(0))
+    found, noise = {}, torch.rand(2000, 257, generator=seeded(0))
     noise[0, 0] = 0
     masked = mask_tokens(torch.zeros(2000, 256, dtype=torch.int64), 1, noise)[1].float().mean(1)
     sure = torch.tensor([[0.95, 0.03, 0.02]])
@@ -249,57 +251,51 @@ def sampling():
     try:
         sample_logits(sure.log(), torch.tensor([0.5]), top_p=0.92)
     except RuntimeError as error:
-        found["the draw ends"] = error
+        found["the draw ends"] = str(error)
     gumbel = written("prior_nar.py", r"gumbel = (.*)", torch=torch, t=0,
                      noise=torch.rand(1, 1, 1, 10**6, generator=seeded(0)))
-    ar, ones = tiny_prior(), torch.ones(64, dtype=torch.int64)
-    whole, *parts = [generate_tokens(ar, ones[: len(i)], 0, i, ar.SAMPLER)
+    ar, tokenizer = (load_model(BOX / name, (name,))[0] for name in ("ar", "phase2"))
+    labels = torch.arange(64) % 10
+    whole, *parts = [generate_tokens(ar, labels[i.start : i.stop], 0, i, ar.SAMPLER)
                      for i in (range(64), *(range(start, start + 16) for start in (0, 16, 32, 48)))]
-    ar = tiny_prior(num_tokens=16, codebook_size=15)  # of the 16 of the tokenizer
     return found | {
         "masked at r = 0": masked[0], "masked on average": masked, "mean of the Gumbel noise": gumbel,
         "holes after 12 rounds": decode_counts(256, 12)[-1],
         "share of equal images": (whole == torch.cat(parts)).all(1),
-        "images of 50": len(generate_images(ar, tiny_tokenizer(), 50, None, 0, ar.SAMPLER, batch=16))}
-
-
-def pixels():
-    x, generator, levels = shapes(), seeded(0), torch.arange(256)
-    y, near = (x + sigma * torch.randn(x.shape, generator=generator) for sigma in (0.05, 0.002))
-    inside = y.abs() <= 1
-    double = [F.interpolate(to_uint8(images).float(), scale_factor=2).byte() for images in (x, y)]
-    return {"share of values outside": ~inside, "PSNR": psnr(x, y), "PSNR of a near copy": psnr(x, near),
-            "SSIM": ssim(*double), "error in levels": (to_uint8(y) - (y + 1) * 127.5)[inside],
-            "share of levels that survive": to_uint8(levels / 127.5 - 1) == levels}
+        "images of 50": len(generate_images(ar, tokenizer, 50, [0] * 50, 0, ar.SAMPLER, batch=16))}
 
 
 MEASURES = {
-    "toy plain": "beta_on_the_codebook codebook_term_after_straight_through both_terms_detached_alike"
-                 " straight_through_reaches_codes flattened_without_permute",
-    "toy fn": "codes_not_normalised", "toy entropy": "entropy_sign mean_of_entropies",
     "quantizer": "flattened_without_permute entropy_of_each_part distances_in_bf16",
     "losses": "images_not_normalised taps_before_the_relu weights_not_loaded r1_under_autocast",
     "discriminator": "logits_as_labels fakes_called_real lazy_r1_without_its_factor",
-    "adversarial": "discriminator_gradients_pile_up fakes_not_detached",
     "training": "frozen_encoder_in_training_mode rate_restarts_on_resume images_repeat_after_resume"
                 " every_epoch_in_one_order",
-    "prior ar": "target_in_the_input no_causal_mask cache_without_positions",
-    "prior nar": "mask_is_a_code loss_on_visible_tokens fixed_tokens_change",
-    "prior nar 0.1": "dropout_of_attention_in_eval sampling_in_training_mode",
-    "sampling": "head_predicts_mask masked_share_inverted top_p_drops_the_crossing_code top_p_keeps_none"
+    "sampling": "masked_share_inverted top_p_drops_the_crossing_code top_p_keeps_none"
                 " gumbel_sign holes_are_left one_seed_a_batch last_batch_dropped",
-    "pixels": "pixels_wrap_around pixels_truncated psnr_of_unrounded_images ssim_of_the_wrong_range"}
+    "reconstructions": "pixels_wrap_around pixels_truncated psnr_of_unrounded_images ssim_of_the_wrong_range",
+    "samples ar": "cache_without_positions top_p_drops_the_crossing_code",
+    "samples nar": "gumbel_sign fixed_tokens_change holes_are_left",
+    "samples nar 0.1": "dropout_of_attention_in_eval sampling_in_training_mode",
+    "trained ar": "target_in_the_input no_causal_mask averaged_weights_unused",
+    "trained nar": "mask_is_a_code head_predicts_mask loss_on_visible_tokens masked_share_inverted",
+    "trained phase1": "beta_on_the_codebook codebook_term_after_straight_through both_terms_detached_alike"
+                      " straight_through_reaches_codes flattened_without_permute entropy_sign"
+                      " mean_of_entropies images_not_normalised logits_as_labels fakes_called_real"
+                      " discriminator_gradients_pile_up fakes_not_detached",
+    "trained phase1 tokenizer.codebook=fn": "codes_not_normalised"}
 
 
 def child(measure, copy):
-    """{number: its mean} of a measure in the copy, whose modules are imported here and nowhere else."""
+    """A measure in the copy, whose modules are imported nowhere else.  returns: its sheet, {number: mean}"""
     os.chdir(copy)
     sys.path[:0] = [str(copy), str(copy / "tests")]
     name, *words = measure.split()
     with contextlib.redirect_stdout(io.StringIO()):
         found = runpy.run_path("tests/bugs/measure.py")[name](*words)
-    return {key: value if isinstance(value, Exception) else f"{torch.as_tensor(value).double().mean():.5g}"
-            for key, value in found.items()}
+    sheet = found.pop("sheet", None)
+    return sheet, {name: value if isinstance(value, str) else f"{torch.as_tensor(value).double().mean():.5g}"
+                   for name, value in found.items()}
 
 
 def run(*arguments):
@@ -307,26 +303,38 @@ def run(*arguments):
         return pool.submit(child, *arguments).result()
 
 
-def main(names):
-    if unknown := {*names} - {*" ".join(MEASURES.values()).split()}:
-        print(f"error: no measure of {', '.join(sorted(unknown))}; name bugs of docs/bugs.md with values",
-              file=sys.stderr)
-        return 2
+def side_by_side(right, wrong, path):
+    both = Image.new("RGB", (2 * right.width + 24, right.height), "white")
+    both.paste(right)
+    both.paste(wrong, (right.width + 24, 0))
+    both.quantize(96).save(path, optimize=True)
+
+
+def main(names, pictures):
     with tempfile.TemporaryDirectory() as work:
         copy = copy_tree(Path(work, "copy"))
         for measure, caught in MEASURES.items():
             bugs = [bug for bug in caught.split() if bug in names or not names]
-            clean = run(measure, copy) if bugs else {}
+            right, clean = run(measure, copy) if bugs else (None, {})
             for number, value in clean.items():
                 print(f"as it is, {measure}: {number} {value}", flush=True)
             for bug in bugs:
                 patch(copy, bug).check_returncode()
-                for number, value in run(measure, copy).items():
-                    if value != clean.get(number):
-                        print(f"{bug}: {number} {value} instead of {clean.get(number, 'none')}", flush=True)
+                wrong, found = run(measure, copy)
+                for number in [name for name, value in found.items() if value != clean.get(name)]:
+                    old, new = clean.get(number, "none"), found[number]
+                    print(f"{bug}, {measure}: {number} {new} instead of {old}", flush=True)
+                if pictures and right and wrong:
+                    side_by_side(right, wrong, pictures / f"{bug}.png")
                 patch(copy, bug, "--reverse").check_returncode()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    sys.exit(main(sys.argv[1:]))
+    parser = argparse.ArgumentParser(description="The numbers and pictures of docs/bugs.md")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of bugs; all, if none")
+    parser.add_argument("--pictures", type=Path, metavar="DIR", help="right | wrong, of samples and images")
+    ARGUMENTS = parser.parse_args()
+    if UNKNOWN := {*ARGUMENTS.names} - {*CATCHES}:
+        parser.error(f"docs/bugs.md has no {', '.join(sorted(UNKNOWN))}")
+    main(**vars(ARGUMENTS))
