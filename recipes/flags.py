@@ -75,6 +75,7 @@ ENTRIES = {  # a flag: type, choices or bool; help; default; further arguments, 
     "guidance": (float, "scale of classifier-free guidance, for priors of guidance.demo; 1 is none"),
     "batch.sample": (int, "images per forward pass (default 32)", 32),
     "precision.sample": (("fp32", "bf16"), "of the weights that sample (default: fp32)", "fp32"),
+    # figures
     "figure": (str, "one of the figures above", None, dict(names=["figure"], metavar="FIGURE")),
     "ckpt.figure": (FILE, "checkpoints of the figure", [], dict(nargs="+")),
     "tokenizer.figure": (FILE, "one per CKPT (default: found beside each); fig7a, fig9: that of phase 1 and "
