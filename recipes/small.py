@@ -4,20 +4,20 @@ from recipes.paper import IMAGENET, variant
 
 CIFAR10 = variant(
     IMAGENET, data="cifar10", image_size=32, vgg="own", code_variants=1,
-    tokenizer=dict(base_width=24, channel_mult=[1, 2, 4], codebook_size=256, codebook_dim=64, warm_start=200),
-    discriminator=dict(max_width=32),
+    tokenizer=dict(base_width=16, channel_mult=[1, 2, 4], codebook_size=256, codebook_dim=64, warm_start=200),
+    discriminator=dict(max_width=16),
     classifier=dict(width=8, hidden=256, batch=128, steps=2500, lr=2e-3, skip_pools=2, scale_taps=True),
     phase1=dict(
-        batch=64, steps=1500, lr=6e-4, lr_end=3e-5, gamma=0.1, per_weight=0.1, r1_gamma=0.1, ema=0.995),
+        batch=64, steps=2000, lr=6e-4, lr_end=3e-5, gamma=0.1, per_weight=0.1, r1_gamma=0.1, ema=0.995),
     phase2=dict(batch=64, steps=600, lr=2e-4, per_weight=0.1, r1_gamma=0.1, ema=0.99),
-    prior=dict(n_layer=6, n_head=6, n_embd=192, dropout=0.0),
-    ar=dict(batch=64, steps=1500, lr=1e-3, lr_start=500, lr_end=3e-5, warmup=150, ema=0.995),
-    nar=dict(batch=64, steps=2200, lr=1e-3, lr_start=900, warmup=200, ema=0.995),
+    prior=dict(n_layer=4, n_head=4, n_embd=112, dropout=0.0),
+    ar=dict(batch=64, steps=2500, lr=1e-3, lr_start=800, lr_end=3e-5, warmup=150, ema=0.995),
+    nar=dict(batch=64, steps=3500, lr=1e-3, lr_start=1200, warmup=200, ema=0.995),
     sample=dict(top_p=0.8, token_temperature=0.7),
 )
 CLAIMS = variant(  # for the experiment on the paper's claims: a run in half an hour of one core
-    CIFAR10, tokenizer=dict(base_width=16), discriminator=dict(max_width=16), classifier=dict(steps=3000),
-    phase1=dict(steps=1000), phase2=dict(steps=400), prior=dict(n_layer=4, n_head=4, n_embd=128),
+    CIFAR10, classifier=dict(steps=3000), phase1=dict(steps=1000), phase2=dict(steps=400),
+    prior=dict(n_embd=128),
     ar=dict(steps=800, lr_start=300, warmup=100), nar=dict(steps=1200, lr_start=500, warmup=150),
     sample=dict(top_p=0.92, token_temperature=1.0))  # the paper's sampler: cifar10's was chosen at alpha = 1
 DEMO = variant(  # minutes on a CPU

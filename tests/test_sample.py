@@ -412,9 +412,18 @@ def test_tokens_of_an_image_depend_on_its_index_and_not_on_its_place_in_a_batch(
 
 @pytest.mark.parametrize("rows", [1, 7, 8, 9, 20])
 def test_slices_have_exactly_eight_rows_and_the_filling_is_cut_off_again(rows):
-    x, sizes = torch.randn(rows, 2, generator=torch.Generator().manual_seed(0)), []
+    x, sizes = torch.randn(rows, 2, 4, generator=torch.Generator().manual_seed(0)), []
     assert torch.equal(plumbing.fast.in_slices(lambda part: sizes.append(len(part)) or part + 1, x), x + 1)
     assert sizes == [8] * math.ceil(rows / 8)
+
+
+@pytest.mark.parametrize("shape, size", [
+    ((3, 32, 32), 256), ((3, 128, 128), 128), ((3, 256, 256), 32), ((3, 1024, 1024), 8), ((64,), 128),
+    ((256,), 32), ((256, 2), 32)])
+def test_slices_on_a_gpu_hold_two_million_pixels_and_at_most_256_rows(shape, size):
+    x, sizes = torch.zeros(5, *shape, device="meta"), []
+    plumbing.fast.in_slices(lambda part: sizes.append(len(part)) or part, x)
+    assert sizes == [size]
 
 
 def test_classes_are_chosen_by_name_or_number():
