@@ -176,6 +176,7 @@ def measure_reconstructions(args, extractor, data, device):
     on the scale of [-1, 1], as in Eq. 2."""
     tokenizer, ckpt = load_model(args.ckpt, PHASES, device)
     lpips = load_lpips(args.lpips, device)
+    place = device if device.type == "cuda" else "cpu"  # of float64, which mps lacks
     decoded = (perturbed_reconstructions if args.perturb else
                interpolated_reconstructions if args.interpolate else reconstructions)
 
@@ -183,7 +184,8 @@ def measure_reconstructions(args, extractor, data, device):
         for start, x, x_hat, tokens in decoded(tokenizer, data, args.num, args.batch, device, done):
             a, b, indices = to_float(x, device), to_float(x_hat, device), range(start, start + len(x))
             rows = extractor(x_hat) | dict(
-                tokens=tokens.int().cpu(), psnr=psnr(a, b), ssim=ssim(x, x_hat),
+                tokens=tokens.int().cpu(), psnr=psnr(a, b),
+                ssim=ssim(x.to(place), x_hat.to(place)).cpu(),
                 l1=(a - b).abs().mean((1, 2, 3)).cpu(), labels=torch.tensor([data.label(i) for i in indices]))
             if lpips:
                 rows["lpips"] = lpips(a, b).flatten().cpu()

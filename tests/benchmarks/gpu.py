@@ -80,8 +80,9 @@ def training(args, device, folder, name, stage, batch, *more):
     """Runs some steps of a stage; returns (times of single steps, which of them had R1, all losses)."""
     words = ["--preset", args.preset, "--stage", stage, "--data", "shapes", "--limit", str(max(64, batch)),
              "--batch", str(batch), "--steps", str(args.steps), "--device", args.device, "--eval-every", "0",
-             "--log-every", "1", "--set", "code_variants=1", "--set", "tokenizer.warm_start=0",
-             "--set", f"{stage}.ema=0.0", "--out", str(folder / name), *more]
+             "--log-every", "1", "--save-every", "1000000000", "--set", "code_variants=1",
+             "--set", "tokenizer.warm_start=0", "--set", f"{stage}.ema=0.0", "--out", str(folder / name),
+             *more]
     words += ["--vgg", "random", "--set", f"{stage}.adv_start=0.0"] if stage.startswith("phase") else []
     words += ["--tokenizer", str(folder / "phase1" / "phase1.pt")] if stage != "phase1" else []
     run, times = plumbing.run.Run(*recipes.options.train_args(words)), []
