@@ -203,7 +203,7 @@ def draw(rows, found, path):
         x, y = zip(*points, strict=True)
         color, marker = f"C{i % 10}", "o" if name in FORKS else "s" if name in FIRST else "^"
         axis.plot(x, y, color=color, marker=marker, markersize=4, linewidth=0.8, alpha=0.8)
-        axis.annotate(name, (np.mean(x), np.mean(y)), (4, 4), textcoords="offset points", fontsize=8,
+        axis.annotate(name, points[-1], (5, 3 if i % 2 else -9), textcoords="offset points", fontsize=8,
                       color=color)
         numbers[name] = points
     title = "" if found is None else (
