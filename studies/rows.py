@@ -65,8 +65,8 @@ def finished(path, words):
 
 
 def missing(rows):
-    """[(label, commands still to be run, rows that come first)]: earlier rows, by their place in the list,
-    which make a file that this one has or names.
+    """[(label, commands still to be run, what comes first)]: files that this row has or names and an earlier
+    one makes, {file: place of that row in the list}.
 
     rows: [(label, [(file that it makes, words)])]
     """
@@ -75,7 +75,7 @@ def missing(rows):
         left = [(path, words) for path, words in commands
                 if str(path) not in maker and not finished(path, words)]
         named = {str(path) for path, _ in commands} | {word for _, words in commands for word in words}
-        found.append((label, left, {place for path, place in maker.items() if path in named}))
+        found.append((label, left, {path: place for path, place in maker.items() if path in named}))
         maker |= {str(path): len(found) - 1 for path, _ in left}
     return found
 
@@ -118,7 +118,10 @@ def run(rows, nproc=1, workers=1, threads=0, after=None):
     """
     rows, begin, failed, at_work = missing(rows), time.time(), [], {}
     waiting, busy, done = list(range(len(rows))), {}, set()
-    count, made = sum(len(commands) for _, commands, _ in rows), []
+    count, made = sum(len(commands) for _, commands, _ in rows), set()
+
+    def ready(i):
+        return all(path in made or place in done for path, place in rows[i][2].items())
 
     def steps(label, commands):
         """A row: yields as long as a command is at work."""
@@ -130,7 +133,7 @@ def run(rows, nproc=1, workers=1, threads=0, after=None):
             del at_work[label]
             if why:
                 raise UserError(f"{path.name} was not made, its command {why}")
-            made.append(path)
+            made.add(str(path))
             minutes = (time.time() - begin) / 60 / len(made) * (count - len(made))
             print0(f"{label}, {path.name}: {time.time() - command.start:.0f} s; {len(made)} of {count} done, "
                    f"about {minutes:.0f} minutes left")
@@ -139,7 +142,7 @@ def run(rows, nproc=1, workers=1, threads=0, after=None):
 
     try:
         while waiting or busy:
-            for i in [i for i in waiting if rows[i][2] <= done][: workers - len(busy)]:
+            for i in [i for i in waiting if ready(i)][: workers - len(busy)]:
                 waiting.remove(i)
                 busy[i] = steps(*rows[i][:2])
             for i, row in list(busy.items()):

@@ -26,6 +26,8 @@ if "slow" in more:
         time.sleep(0.5)
         open(out + ".saved", "w").close()
         sys.exit(130)
+if "pause" in more:
+    time.sleep(2)
 with open(out, "w") as file:
     print(os.environ.get("OMP_NUM_THREADS"), file=file)
 with open(os.path.join(os.path.dirname(out), "order"), "a") as file:
@@ -70,10 +72,11 @@ def test_rows_are_made_in_their_order_and_a_shared_file_once(command, tmp_path):
 def test_workers_run_rows_side_by_side_with_one_thread_each_and_wait_for_what_a_row_builds_on(
         command, tmp_path):
     first = command("base")
-    rows = [("base", [first]), ("other", [command("x")]), ("built", [command("y", "--ckpt", first[0])])]
+    rows = [("base", [first, command("later", "pause")]), ("other", [command("x")]),
+            ("built", [command("y", "--ckpt", first[0])])]
     assert studies.rows.run(rows, workers=3, threads=1) == []
     lines = order(tmp_path)
-    assert lines.index("end base") < lines.index("begin y") and len(lines) == 6
+    assert lines.index("end base") < lines.index("begin y") < lines.index("end later") and len(lines) == 8
     assert lines.index("begin x") < lines.index("begin y")
     assert (tmp_path / "out" / "x").read_text() == "1\n"
 
@@ -87,6 +90,11 @@ def test_a_row_that_fails_is_reported_and_the_others_go_on(command, tmp_path, ca
     out = capsys.readouterr().out
     assert "; the next row goes on" in out and f"\nfailed: {failed}" in out and "2 of 3" not in out
     assert "many lines\nerror: out of luck" in (tmp_path / "out" / "log.txt").read_text()
+
+
+def test_a_row_whose_base_failed_is_tried_and_reported_too(command):
+    rows = [("bad", [command("a", "fail")]), ("built", [command("b", "fail", command("a")[0])])]
+    assert [line.split(":")[0] for line in studies.rows.run(rows, workers=2)] == ["bad", "built"]
 
 
 def test_a_row_whose_end_is_refused_is_reported_and_the_others_go_on(command):
