@@ -70,10 +70,12 @@ def test_the_view_and_phase_1_against_phase_2_are_drawn_beside_the_prior(box, tm
     data = pictures(box, "ar", tmp_path / "data")
     visualize.main(visualize_args(["view", "--ckpt", str(box / "ar"), "--num", "10", *data]))
     (view,) = json.loads((box / "view.json").read_text())
-    assert view["num_images"] == 10 and "class_kept_by_prediction" in view  # as its VGG sees it
-    visualize.main(visualize_args(["fig7a", "--ckpt", str(box / "ar"), "--num", "6"]))
-    (phases,) = json.loads((box / "fig7a.json").read_text())
-    assert phases["mean_difference"] > 0
+    assert view["num_images"] == 10
+    assert ("class_kept_by_prediction" in view) == (box / "vgg").exists()  # as its VGG sees it
+    if (box / "phase1").exists():
+        visualize.main(visualize_args(["fig7a", "--ckpt", str(box / "ar"), "--num", "6"]))
+        (phases,) = json.loads((box / "fig7a.json").read_text())
+        assert phases["mean_difference"] > 0
 
 
 def test_an_edit_of_an_image_without_its_class_keeps_what_is_outside_the_box(box):
@@ -85,7 +87,8 @@ def test_an_edit_of_an_image_without_its_class_keeps_what_is_outside_the_box(box
     assert about["classes"][0] in ckpt["class_names"] and (box / "edit.png").exists()
 
 
-def test_phase_1_holds_its_decoder_alone_and_takes_the_rest_from_phase_2(box):
+def test_phase_1_holds_its_decoder_alone_and_takes_the_rest_from_phase_2():
+    box = BOX / "demo"
     (one, _), (two, _) = (load_model(box / stage, (stage,)) for stage in ("phase1", "phase2"))
     assert latent_hash(one) == latent_hash(two) == load_tokenizer_of(
         box / "nar", read_checkpoint(box / "nar", STAGES))[1]["tokenizer_hash"]
@@ -122,14 +125,16 @@ def test_a_rounding_whose_images_are_not_there_is_not_measured(tmp_path):
     assert "was not measured" in line and "nowhere" in line
 
 
+def test_every_card_says_what_the_rounding_did():
+    for name in MODELS:
+        text = (BOX / name / "README.md").read_text()
+        assert "before rounding" in text and "tokens that changed" in text and "ar_class_accuracy" in text
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
-def test_the_card_has_the_numbers_of_the_rounded_model(name):
-    """Where its images are in the box too: those of `shapes`."""
-    paths = {stage: BOX / name / stage for stage in MEASURES}
-    if read_checkpoint(paths["phase2"], STAGES)["config"]["data"] != "shapes":
-        assert "before rounding" in (BOX / name / "README.md").read_text()
-        return
+def test_the_card_has_the_numbers_of_the_rounded_model():
+    """Of `demo`, whose images are in the box too."""
+    name, paths = "demo", {stage: BOX / "demo" / stage for stage in MEASURES}
 
     def after(text):
         rows = re.findall(r"^\| ([^|]+) \| [\d.]+ \| ([\d.]+) \|$", text, re.M)
