@@ -45,7 +45,7 @@ class Arena:
     def measures(self, name, folder, ckpt, *words, by="ab"):
         """What measures a checkpoint by both classifiers, or by one of them."""
         more = ("--num", self.args.samples or SAMPLES) if ckpt.stem in ("ar", "nar") else ("--lpips", "none")
-        batch = 100 if self.args.device in ("auto", "cpu") else 500  # a GPU waits for the host with few
+        batch = 500 if on_gpu(self.args) else 100  # a GPU waits for the host with few
         words = [*more, "--batch", batch, *passed(self.args, "device"), *words]
         return [measure(ckpt, EXTRACTORS[letter], self.root / "references",
                         folder / f"metrics_{name}_{letter}.json", *words) for letter in by]
@@ -108,7 +108,7 @@ class Arena:
             probe = json.loads(path.read_text())[0]
             row |= dict(probe=probe["relative"], probe_bits=probe["bits_per_image"])
         return row | dict(
-            vgg=next(iter(ckpts.values()))["vgg_hash"], commit=commit(), machine=machine(self.args.device),
+            vgg=next(iter(ckpts.values()))["vgg_hash"], commit=commit(), machine=machine(self.args),
             seconds=round(sum(seconds_of(path) for path, _ in commands)),
             commands=[self.told(words) for _, words in commands])
 
@@ -118,13 +118,17 @@ class Arena:
         return text.replace(self.args.data, "DIR") if self.args.data else text
 
 
-def machine(device):
-    """Processor, threads of a command, and torch; of --device cuda the GPU."""
+def on_gpu(args):
+    return args.device in ("auto", "cuda") and torch.cuda.is_available()
+
+
+def machine(args):
+    """Processor, threads of a command, torch, and the GPU if commands run there."""
     about = Path("/proc/cpuinfo")
     lines = about.read_text().splitlines() if about.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     about = dict(cpu=(names or [platform.processor()])[0], threads=1, torch=torch.__version__)
-    return about | (dict(gpu=torch.cuda.get_device_name()) if device == "cuda" else {})
+    return about | (dict(gpu=torch.cuda.get_device_name()) if on_gpu(args) else {})
 
 
 def append(path, row):
@@ -230,7 +234,7 @@ def pilot(args, path):
         for row in found)])
     if len(tried) == len(RECIPES):
         about = dict(seed=PILOT_SEED, best=best(ranks), ranks=ranks, commit=commit(),
-                     machine=machine(args.device), rows=found)
+                     machine=machine(args), rows=found)
         save_text(json.dumps(about, indent=1) + "\n", path)
         print0(f"\n{best(ranks)} has the lowest mean rank; wrote {path}")
     return failed
