@@ -189,11 +189,3 @@ def test_the_quick_start_shows_the_end_of_its_run_to_the_letter():
     assert f"```{ending(row, 'runs/demo')}\n\ndone in " in README.read_text()
     classless = {name: None if "class_accuracy" in name else value for name, value in row.items()}
     assert "class" not in " ".join(what for what, _, _ in headline(classless)) and len(headline(row)) == 9
-
-
-def test_the_tables_of_results_hold_lines_of_the_committed_tables():
-    lines = (ROOT / "docs/results.md").read_text().splitlines()
-    squeezed = {re.sub(" +", " ", line) for line in (ROOT / "assets/forks.md").read_text().splitlines()}
-    first = next(i for i, line in enumerate(lines) if line.startswith("| plain "))
-    table = [re.sub(" +", " ", line) for line in lines[first : lines.index("", first)]]
-    assert len(table) > 10 and not {*table} - squeezed
