@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from plumbing.codes import codebook_usage, count_codes, kept_codes
-from plumbing.data import images_of, with_data
+from plumbing.data import images_of, is_folder, with_data
 from plumbing.drawing import new_figure
 from plumbing.errors import ROOT, UserError
 from plumbing.files import header, read_metrics, save_text, writable
@@ -126,19 +126,22 @@ def reference_runs():
 
 def like(stage, config):
     """(rows of the reference runs whose stage, and what it builds on, was made as this one but for the seed
-    and the precision, in words what differs where there is none)"""
+    and the precision, their images; or, where there is none, in words what differs)"""
     sections = {section for name in ("vgg", "phase1", stage) for section in DEPENDS[name]}
-    ours, found, others = flat(config, sections), [], []
+    ours, found, others, images = flat(config, sections), [], [], ""
     for other, rows in reference_runs():
         theirs = flat(other, sections)
+        if config["data"] != other["data"] and not (is_folder(config["data"]) and other["data"] == "cifar10"):
+            continue  # a folder may hold CIFAR-10
         unlike = [f"{key} is {theirs.get(key)}, not {value}" for key, value in ours.items()
-                  if value != theirs.get(key) and key not in ("seed", "precision", "val")]
-        if not unlike:
-            found.append([row for row in rows if row["stage"] == stage])
-        elif config["data"] == other["data"]:
+                  if value != theirs.get(key) and key not in ("seed", "precision", "data", "val")]
+        if unlike:
             others.append(unlike)
+        else:
+            found.append([row for row in rows if row["stage"] == stage])
+            images = other["data"]
     if found or not others:
-        return found, ""
+        return found, images
     closest = min(others, key=len)
     more = f", and {len(closest) - 4} more values" if len(closest) > 4 else ""
     return [], f"{stage} has no band: of the reference runs {', '.join(closest[:4])}{more}"
@@ -168,8 +171,8 @@ def curves(rows, ckpts):
     panels, words, banded = [], [], []
     for stage in dict.fromkeys(row["stage"] for row in rows):
         mine = [row for row in rows if row["stage"] == stage]
-        runs, why = like(stage, ckpts[stage]["config"]) if stage in ckpts else ([], "")
-        words += [why] * bool(why)
+        runs, what = like(stage, ckpts[stage]["config"]) if stage in ckpts else ([], "")
+        words += [what] * bool(what and not runs)
         for name in [name for name in CURVES if curve(mine, name)[0]]:
             title, behind = f"{stage}: {CURVES[name]}", band(runs, name)
             panels.append(plot(draw_curve(mine, name, title, behind), title))
@@ -178,9 +181,11 @@ def curves(rows, ckpts):
             if not 2 * low - high <= value <= 2 * high - low:
                 words.append(f"{title} ends at {value:.4g}; the {len(runs)} reference runs end between "
                              f"{low:.4g} and {high:.4g}")
-        banded += [stage] * bool(runs)
+        if runs:
+            banded, images = [*banded, stage], what
     if banded:
-        words.insert(0, f"The band ({', '.join(banded)}) is of runs with the same values and other seeds")
+        words.insert(0, f"The band ({', '.join(banded)}) is of runs on {images} with the same values, in "
+                        "assets/curves")
     return f'<div class="curves">{"".join(panels)}</div>', *(f"<p>{html.escape(text)}.</p>" for text in words)
 
 

@@ -170,12 +170,12 @@ def test_a_command_that_prints_numbers_prints_those_beneath_it(monkeypatch):
     ("README.md", "demo_summary", "its {seconds} s add up"),
     ("docs/speed.md", "demo_summary", "| {psnr_phase1:.2f}, {psnr_phase2:.2f} dB |"),
     ("README.md", "cifar10_summary", "; {psnr_phase1:.2f} dB | "),
-    ("README.md", "cifar10_summary", "DIR`, {seconds:,} s of training"),
-    ("README.md", "cifar10_metrics_phase2", "| {rfid:.2f}; {psnr:.2f} dB |"),
+    ("README.md", "cifar10_metrics_phase2", "| {rfd:.2f}; {psnr:.2f} dB |"),
+    ("docs/results.md", "cifar10_summary", "{ar_nats_per_token:.2f} instead of 4.43 nats"),
+    ("README.md", "cifar10_metrics_ar", "| {fd:.2f}; "),
     ("docs/results.md", "cifar10_summary", "is {psnr_phase1:.2f} dB after phase 1 and {psnr_phase2:.2f} dB"),
-    ("docs/results.md", "cifar10_summary", "**{seconds:,} s** of training"),
-    ("docs/results.md", "cifar10_metrics_phase1", "rFD {rfid:.2f} to "),
-    ("docs/results.md", "cifar10_metrics_phase2", " to {rfid:.2f}, rKID "),
+    ("docs/results.md", "cifar10_metrics_phase1", "rFD {rfd:.2f} to "),
+    ("docs/results.md", "cifar10_metrics_phase2", " to {rfd:.2f}, rKD "),
     ("docs/fqgan.md", "demo_fq_summary", "phase 1 + 2 {psnr_phase2:.2f} against"),
 ])
 def test_the_numbers_of_a_run_are_those_of_its_committed_row(page, rows, text):

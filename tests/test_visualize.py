@@ -541,7 +541,7 @@ def test_curves_are_drawn_over_the_band_of_the_runs_with_the_same_values_and_wha
 
     of, ended = told()
     assert "perceptual loss ends at 9.5; the 3 reference runs end between 5 and 7" in ended
-    assert "The band (phase1) is of runs with the same values" in of
+    assert "The band (phase1) is of runs on shapes with the same values" in of
     bands = {alt: fig.axes[0].collections for alt, fig in drawn}
     (one,) = bands["phase1: L1 of reconstructions"]
     assert sorted({tuple(point) for point in one.get_paths()[0].vertices.tolist()}) == [
@@ -550,6 +550,8 @@ def test_curves_are_drawn_over_the_band_of_the_runs_with_the_same_values_and_wha
     assert "no band" in why and "phase1.lr is 0.001, not 0.5" in why and "more" not in why
     assert not [fig for _, fig in drawn if fig.axes[0].collections]
     assert told(data="elsewhere") == () == told("ar")  # another data set; a stage without a checkpoint
+    write_reference(tmp_path, 0, config | dict(data="cifar10"), loss_rec=2)
+    assert "runs on cifar10 with" in told(data="elsewhere")[0] and "on shapes" in told()[0]
 
 
 def test_a_thinned_log_keeps_validations_the_last_step_and_at_most_sixty_more():

@@ -1,8 +1,10 @@
 """Thins the log of a finished run for assets/curves, the band of `python -m studies report`:
 
     PYTHONPATH=. python tests/benchmarks/curves.py runs/demo assets/curves/demo_0.jsonl
+    PYTHONPATH=. python tests/benchmarks/curves.py runs/cifar10 assets/curves/cifar10.jsonl cifar10
 
-The first line is the configuration, the others are lines of metrics.jsonl with the report's curves alone.
+The first line is the configuration, with the word in the place of its folder of images. The others are lines
+of metrics.jsonl with the report's curves alone.
 """
 
 import json
@@ -29,7 +31,9 @@ def thin(rows, most=60):
 
 
 if __name__ == "__main__":
-    run, out = map(Path, sys.argv[1:])
-    lines = [dict(config=header(run / "nar.pt")["config"]), *thin(read_metrics(run / "metrics.jsonl"))]
+    run, out, *data = map(Path, sys.argv[1:])
+    config = header(run / "nar.pt")["config"]
+    config["data"] = str(*data) or config["data"]
+    lines = [dict(config=config), *thin(read_metrics(run / "metrics.jsonl"))]
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
