@@ -223,7 +223,7 @@ class Table:
                 print0("\n".join([f"\nmissing for {label}:", *(
                     f"  {shown(words, self.args.nproc)}" for _, words in commands)]))
         if seconds:
-            print0(f"--run makes them, in about {math.ceil(seconds / 60)} minutes on 2 cores and the time of "
+            print0(f"--run makes them, in about {math.ceil(seconds / 60)} minutes on an EPYC and the time of "
                    "measuring")
 
 

@@ -585,7 +585,7 @@ def test_a_table_of_which_nothing_is_there_is_short_ends_with_the_time_and_write
     assert "+Attention" in told and not [*tmp_path.iterdir()]
     *_, row, last = told.splitlines()
     assert row.startswith("  missing for +2x training: phase1, ar, nar") and "python" not in told
-    assert re.search(r"--run makes them, in about \d+ minutes on 2 cores", last)
+    assert re.search(r"--run makes them, in about \d+ minutes on an EPYC", last)
 
 
 @pytest.mark.parametrize("preset", ["demo", "imagenet", "demo-fq"])
