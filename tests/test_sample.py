@@ -419,7 +419,7 @@ def test_slices_have_exactly_eight_rows_and_the_filling_is_cut_off_again(rows):
 
 @pytest.mark.parametrize("shape, size", [
     ((3, 32, 32), 256), ((3, 128, 128), 128), ((3, 256, 256), 32), ((3, 1024, 1024), 8), ((64,), 128),
-    ((256,), 32), ((256, 2), 32)])
+    ((256,), 32), ((256, 2), 32), ((8, 16, 16), 32)])
 def test_slices_on_a_gpu_hold_two_million_pixels_and_at_most_256_rows(shape, size):
     x, sizes = torch.zeros(5, *shape, device="meta"), []
     plumbing.fast.in_slices(lambda part: sizes.append(len(part)) or part, x)
