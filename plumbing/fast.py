@@ -121,9 +121,9 @@ def in_slices(function, x):
     """function(x) over slices of one size, the last one filled up: the result for a row, to the last bit,
     then does not depend on how many rows there are.
 
-    x: images (B, 3, H, W), latents (B, n_z, h, w), tokens (B, N) or (B, N, k). A slice has 8 rows on a CPU. On
-       a GPU, where so few mean waiting for the host, it has up to 256 that hold two million pixels; a token or
-       latent counts as 16 x 16.
+    x: images (B, 3, H, W), latents (B, n_z, h, w), tokens (B, N) or (B, N, k). A slice has 8 rows on a CPU.
+       On a GPU, where so few mean waiting for the host, it has up to 256 that hold two million pixels; a
+       token or latent counts as 16 x 16.
     """
     places = x[0, 0].numel() if x.dim() == 4 else x.shape[1]
     pixels = places if x.dim() == 4 and x.shape[1] == 3 else 256 * places
