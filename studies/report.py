@@ -131,8 +131,9 @@ def like(stage, config):
     ours, found, others, images = flat(config, sections), [], [], ""
     for other, rows in reference_runs():
         theirs = flat(other, sections)
-        if config["data"] != other["data"] and not (is_folder(config["data"]) and other["data"] == "cifar10"):
-            continue  # a folder may hold CIFAR-10
+        places = ["cifar10" if is_folder(c["data"]) else c["data"] for c in (config, other)]  # it may be
+        if places[0] != places[1] or config["image_size"] != other["image_size"]:
+            continue
         unlike = [f"{key} is {theirs.get(key)}, not {value}" for key, value in ours.items()
                   if value != theirs.get(key) and key not in ("seed", "precision", "data", "val")]
         if unlike:

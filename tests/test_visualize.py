@@ -552,6 +552,7 @@ def test_curves_are_drawn_over_the_band_of_the_runs_with_the_same_values_and_wha
     assert told(data="elsewhere") == () == told("ar")  # another data set; a stage without a checkpoint
     write_reference(tmp_path, 0, config | dict(data="cifar10"), loss_rec=2)
     assert "runs on cifar10 with" in told(data="elsewhere")[0] and "on shapes" in told()[0]
+    assert told(data="elsewhere", image_size=64) == ()  # of which there is nothing to compare
 
 
 def test_a_thinned_log_keeps_validations_the_last_step_and_at_most_sixty_more():
