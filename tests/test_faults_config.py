@@ -143,7 +143,7 @@ WRONG = {  # section -> words that no preset can run with, and what the line nam
     "phase1": (["--set", "phase1.alpha=2.0"], "phase1.alpha"),
     "phase2": (["--vgg", "own", "--set", "phase1.layers=A", "--set", "phase2.layers=lpips"],
                "phase2.layers=lpips needs"),
-    "prior": (["--set", "prior.n_head=7"], "n_head 7"),
+    "prior": (["--set", "prior.n_head=11"], "n_head 11"),
     "ar": (["--set", "ar.schedule=stairs"], "ar.schedule"),
     "nar": (["--set", "nar.ema=1.0"], "nar.ema"),
     "sample": (["--set", "sample.top_p=0.0"], "sample.top_p"),
@@ -202,7 +202,8 @@ def train_words(*words):
 @pytest.mark.parametrize("section", WRONG)
 @pytest.mark.parametrize("preset", few(recipes.options.PRESETS, 0, 7))
 def test_one_wrong_value_of_any_section_is_refused_before_anything_is_written(
-        preset, section, data, tmp_path, capsys):
+        preset, section, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "train_stage", None)  # nothing is trained where nothing is refused
     wrong, named = WRONG[section]
     stages = recipes.options.PRESETS[preset].get("stages", ["phase2"])  # imagenet-ablation has one phase
     stage = "phase2" if "phase2" not in stages and section in ("tokenizer", "phase2") else "all"
@@ -231,6 +232,7 @@ LATER = [  # stage, images, further words, what the line names
 @pytest.mark.parametrize("stage, images, more, named", LATER)
 def test_what_a_later_stage_would_refuse_is_refused_before_the_first_one(
         stage, images, more, named, trained, data, flat, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "train_stage", None)
     if "processes" in named:
         monkeypatch.setattr(plumbing.preflight, "world", lambda: 4)
     words = command(stage, tmp_path / "out", flat if images == "flat" else data)
