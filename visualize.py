@@ -261,8 +261,8 @@ def figure_phases(figure, args, device):
                 row = [(f"whole\n{title}", framed(image, middle, line)) for title, image in both.items()]
                 row += [(f"enlarged\n{title}", image[:, middle, middle]) for title, image in both.items()]
             rows.append([(title, image, "") for title, image in row])
-            names.append(f"{ckpt['class_names'][labels[i]]}\n" * bool(classes)
-                         + f"{ckpt['stage'].upper()} sample {i}")
+            name = f"{ckpt['class_names'][labels[i]]}\n" if classes else ""
+            names.append(f"{name}{ckpt['stage'].upper()} sample {i}")
     note = "difference, mean of the colours: blue 0, yellow 64 of 255 levels or more"
     return draw_grid(rows, names, note if figure == "fig7a" else "white frame: what is enlarged",
                      wide=args.wide), numbers
