@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import re
 from pathlib import Path
 
 import torch
@@ -103,7 +104,7 @@ class Arena:
                 row |= {key: numbers.get(key) for key in wanted}
             row[f"extractor_{letter}"] = result["extractor_hash"]
             if "samples" in stem:
-                row["samples"] = result["num_images"]
+                row |= dict(samples=result["num_images"], images=result["reference_hash"])
         for path in (path for path, _ in commands if path.name == "compare.json"):
             probe = json.loads(path.read_text())[0]
             row |= dict(probe=probe["relative"], probe_bits=probe["bits_per_image"])
@@ -114,8 +115,8 @@ class Arena:
 
     def told(self, words):
         """A command without this machine's folders."""
-        text = shown(words).replace(str(self.root), "runs/arena")
-        return text.replace(self.args.data, "DIR") if self.args.data else text
+        words = ["DIR" if word == self.args.data else word for word in words]
+        return shown([re.sub(f"^{re.escape(str(self.root))}(?=/|$)", "runs/arena", word) for word in words])
 
 
 def on_gpu(args):
@@ -133,8 +134,10 @@ def machine(args):
 
 def append(path, row):
     """One line more, unless this configuration and seed has one."""
-    if (row["configuration"], row["seed"]) in {(r["configuration"], r["seed"]) for r in read_rows(path)}:
+    rows = read_rows(path)
+    if (row["configuration"], row["seed"]) in {(r["configuration"], r["seed"]) for r in rows}:
         return
+    check_rows([*rows, row], path)
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
         file.flush()
@@ -142,19 +145,21 @@ def append(path, row):
 
 
 def read_rows(path):
-    """The lines of a file of rows.
+    """The lines of a file of rows, checked."""
+    return check_rows(read_metrics(path), path)
 
-    raises: UserError if a row is there twice, or if another VGG, FID classifier or number of samples was used
-            than in an earlier row: such rows do not belong into one table
-    """
-    rows, seen, first = read_metrics(path), set(), {}
+
+def check_rows(rows, path):
+    """rows.  raises: UserError if one is there twice, or if another VGG, FID classifier, number of samples or
+    other training images were used than in an earlier row: such rows do not belong into one table"""
+    seen, first = set(), {}
     for row in rows:
         who = f"{row['configuration']}, seed {row['seed']}"
         if who in seen:
             raise UserError(f"{path} has two lines of {who}; delete one")
         seen.add(who)
-        for key in ("vgg", "extractor_a", "extractor_b", "samples"):
-            if row.get(key) is None:  # a row of a prior alone has no VGG
+        for key in ("vgg", "extractor_a", "extractor_b", "samples", "images"):
+            if row.get(key) is None:  # a row of a prior alone has no VGG, and the first ones no images
                 continue
             value, other = first.setdefault(key, (row[key], who))
             if value != row[key]:
@@ -186,7 +191,10 @@ def run_rows(args, path):
     A decoder of a row that was made elsewhere is left out: its tokens are not here, and pairs are of one
     machine.
     """
-    made, rows, arena = {(r["configuration"], r["seed"]) for r in read_rows(path)}, {}, Arena(args)
+    there, rows, arena = read_rows(path), {}, Arena(args)
+    made = {(row["configuration"], row["seed"]) for row in there}
+    for has in {row["samples"] for row in there} - {args.samples or SAMPLES}:
+        raise UserError(f"the rows of {path} have {has} samples: pass --samples {has}, or none")
     for name, seed in chosen(args):
         of = CONFIGURATIONS[name].of
         _, commands, base = arena.row(name, seed)

@@ -5,6 +5,7 @@ import math
 import random
 import statistics
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -140,6 +141,22 @@ def test_a_row_is_appended_once_and_rows_of_other_classifiers_are_refused(tmp_pa
     path.write_text(json.dumps(one) + "\n" + json.dumps(dict(two, extractor_b="other")) + "\n")
     with pytest.raises(UserError, match="L4, seed 1 has another extractor_b"):
         studies.arena.read_rows(path)
+    path.write_text(json.dumps(one | dict(images="x")) + "\n")
+    with pytest.raises(UserError, match="L4, seed 1 has another images"):
+        studies.arena.append(path, two | dict(images="y"))
+    assert len(path.read_text().splitlines()) == 1  # what does not belong there is not written
+
+
+def test_another_number_of_samples_is_refused_before_a_row_is_trained(tmp_path):
+    (tmp_path / "x.jsonl").write_text(json.dumps(made_up()[0] | dict(samples=10_000)) + "\n")
+    with pytest.raises(UserError, match="have 10000 samples: pass --samples 10000, or none"):
+        studies.arena.run_rows(arguments(tmp_path, samples=1000, data="x"), tmp_path / "x.jsonl")
+
+
+def test_a_row_tells_its_commands_without_this_machine_s_folders(tmp_path):
+    arena = studies.arena.Arena(arguments(tmp_path, data="data", out=Path("arena")))
+    told = arena.told(["train.py", "--data", "data", "--vgg", "assets/arena/vgg", "--out", "arena/A0,seed=0"])
+    assert told == "python train.py --data DIR --vgg assets/arena/vgg --out runs/arena/A0,seed=0"
 
 
 # The rules ------------------------------------------------------------------------------------------------
@@ -364,6 +381,8 @@ def test_rows_are_trained_measured_and_appended_and_phase_2_shares_the_tokens(ti
     assert a1["probe"] == json.loads((runs / "A1,seed=0/compare.json").read_text())[0]["relative"]
     assert {"fd_b", "rfd_b"} <= rows["P1"].keys() and not {"nats", "pfd_b", "probe"} & rows["P1"].keys()
     assert {"fd_b", "nats"} <= rows["NAR1"].keys() and rows["NAR1"]["fd_b"] != a1["fd_b"]
+    about = json.loads((runs / "A1,seed=0/metrics_samples_b.json").read_text())
+    assert (a1["samples"], a1["images"]) == (40, about["reference_hash"])
     assert a1["machine"]["threads"] == 1 and len(a1["commit"]) >= 12 and a1["seconds"] > 0
     assert len(a1["commands"]) == 9 and not any(str(tmp_path / "runs") in line or str(data) in line
                                                  for line in a1["commands"])
