@@ -10,7 +10,8 @@ leaves one checkpoint in runs/<preset>/, which later stages find there. The same
 interrupted run. The recipes are in recipes/paper.py (Tables 9 and 10) and recipes/small.py.
 
 Nothing about random numbers or data order is stored: every draw is a function of (seed, step, position in
-the global batch), so a resumed run equals an unbroken one.
+the global batch), so a resumed run equals an unbroken one. Dropout and the
+draws of forks depend on the number of processes and on --micro-batch, too.
 """
 
 if __name__ == "__main__":
@@ -220,7 +221,8 @@ def train_tokenizer(run, stage):
             evaluate_tokenizer(run, stage, step, ema.module if ema else tokenizer)
             tokenizer.train()
         if run.due("save", stage, step):
-            run.save(stage, step, tokenizer, ema, latent_hash(tokenizer), disc=disc, opt_g=opt_g, opt_d=opt_d)
+            run.save(stage, step, tokenizer, ema, latent_hash(ema.module if ema else tokenizer), disc=disc,
+                     opt_g=opt_g, opt_d=opt_d)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -46,8 +46,8 @@ def attention(q, k, v, dropout=0.0, causal=False):
 class KVCache:
     """Keys and values of one layer for the positions seen so far: only the speed of sampling changes.
 
-    On a CPU they are float32, the type they are multiplied in, and their buffers grow by 32 positions: the
-    product with a whole one takes half the time of that with its beginning.
+    On a CPU they are float32, and multiplied as such but under autocast. Their buffers grow by 32 positions:
+    the product with a whole one takes half the time of that with its beginning.
     """
 
     def __init__(self, num_tokens):

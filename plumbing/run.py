@@ -136,14 +136,15 @@ class Run:
             refuse_other_config(file, DEPENDS[stage], ckpt["config"], self.config)
             if made_from not in (None, ckpt["tokenizer_hash"]):
                 raise UserError(f"{file} was made with tokenizer {ckpt['tokenizer_hash']}, not with "
-                                f"{made_from} as here; move it away or use another --out")
+                                f"{made_from} as here; move {path} and {stage}.previous.pt away, or use "
+                                "another --out")
             if self.seen_by not in (None, ckpt.get("vgg_hash", self.seen_by)):
                 raise UserError(f"{file} was trained with another VGG than that of here (more steps, or "
                                 "another --vgg); use that one, or another --out")
             refuse_other_images(file, ckpt, self)
             if ckpt["world"] != world():
                 print0(f"note: {ckpt['world']} processes wrote {file} and {world()} go on: the batches are "
-                       "the same, the last bits of sums are not")
+                       "the same, the last bits of sums and the draws of dropout are not")
             for name, thing in state.items():
                 if thing is not None:
                     thing.load_state_dict(ckpt["model"] if name == "model" else ckpt["train"][name])

@@ -385,6 +385,7 @@ def test_phase_2_leaves_encoder_codebook_and_tokens_bit_equal_and_trains_the_dec
             assert torch.equal(value, second.state_dict()[name]), name
     assert not torch.equal(first.decoder.conv_out.weight, second.decoder.conv_out.weight)
     assert latent_hash(first) == latent_hash(second) == ckpt["tokenizer_hash"]
+    assert read_checkpoint(trained / "phase1.pt", ["phase1"])["tokenizer_hash"] == latent_hash(first)
     val = open_run("phase2", trained, data).val
     x = plumbing.images.to_float(torch.stack([val.view(i) for i in range(20)]), "cpu")
     assert torch.equal(first.encode(x), second.encode(x)) and len(first.encode(x).unique()) > 1
@@ -591,8 +592,12 @@ def test_a_checkpoint_made_with_another_tokenizer_is_not_continued(
     ckpt["ema"]["quantizer.codebook.weight"] += 1e-3
     torch.save(ckpt, out / f"{name}.pt")
     before = contents(out)
-    assert "was made with tokenizer" in refusal(capsys, stage, out, data)
+    error = refusal(capsys, stage, out, data)
+    assert "was made with tokenizer" in error and f"{stage}.previous.pt away" in error
     assert contents(out) == before
+    for file in (out / f"{stage}.pt", out / f"{stage}.previous.pt"):  # as it says
+        file.unlink(missing_ok=True)
+    call(stage, out, data, **{f"{stage}__steps": 1})
 
 
 @pytest.mark.parametrize(
