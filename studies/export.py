@@ -130,6 +130,9 @@ def export(args):
     writable(out / "README.md")
     if out.exists() and any(out.iterdir()) and not (out / first / "config.json").is_file():
         raise UserError(f"--out {out} holds other files; name another folder")
+    for stage in STAGES:
+        if stage not in files and (out / stage / "config.json").is_file():
+            raise UserError(f"--out {out} holds {stage} of another export; name another folder")
     models, hashed = {}, None
     for name, path in files.items():
         beside = "phase2" if name == "phase1" and "phase2" in models else None

@@ -128,10 +128,13 @@ def test_what_cannot_be_exported_or_opened_is_refused_in_one_line(trained, tmp_p
     torch.save(ckpt, tmp_path / "vgg.pt")
     (mine := tmp_path / "mine").mkdir()
     (mine / "README.md").write_text("do not touch")
+    run, other = shutil.copytree(trained, tmp_path / "run"), tmp_path / "other"
+    study("export", run, "--out", other)
+    (run / "phase1.pt").unlink()  # its decoder would stay beside another encoder
     for words, told in (
             ([tmp_path / "vgg.pt", "--out", tmp_path / "out", "--half"], "too large for float16"),
             ([tmp_path, "--out", tmp_path / "out"], "holds no phase1.pt"),
-            ([trained, "--out", mine], "holds other files"),
+            ([trained, "--out", mine], "holds other files"), ([run, "--out", other], "of another export"),
             ([trained, "--out", mine / "README.md"], "cannot be written")):
         assert told in refused(capsys, study, "export", *words)
     assert (mine / "README.md").read_text() == "do not touch" and not (tmp_path / "out").exists()
