@@ -98,8 +98,9 @@ def early_warnings(rows, stage, c, codebook_size=0):
         for name in ("usage", "loss_disc", "val_loss", "loss_per", "loss_rec"))
     enough = all(row["usage_tokens"] >= PER_CODE * codebook_size for row in rows if "usage_tokens" in row)
     if enough and usage and usage[-1] < 0.8 * max(usage):
-        found["usage"] = (f"codebook usage fell from {max(usage):.0%} to {usage[-1]:.0%}: codes die; raise "
-                          f"{stage}.gamma or lower {stage}.lr with --set")
+        entropy = f"raise {stage}.gamma or " if any("loss_entropy" in row for row in rows) else ""
+        found["usage"] = (f"codebook usage fell from {max(usage):.0%} to {usage[-1]:.0%}: codes die; "
+                          f"{entropy}lower {stage}.lr with --set")
     if len(disc) >= 5 and max(disc[-5:]) < 0.1:
         found["disc"] = (f"the discriminator wins, its loss stays below 0.1 and teaches nothing; raise "
                          f"{stage}.r1_gamma or {stage}.adv_start (begin later) with --set")

@@ -56,7 +56,7 @@ ENTRIES = {  # a flag: type, choices or bool; help; default; further arguments, 
     # samples and reconstructions
     "ckpt": (FILE, "ar.pt, nar.pt, or phase1.pt, phase2.pt for reconstructions", None, dict(required=True)),
     "tokenizer": (FILE, "tokenizer that decodes (default: that beside CKPT)"),
-    "num": (int, "number of images (default: samples 80, to measure 50,000, edits 8, else at most 64)", None,
+    "num": (int, "number of images (default: sample.py 80, metrics 50,000, edits 8, else up to 64)", None,
             dict(names=["--num", "--count"])),
     "classes": (str, "names or numbers, separated by commas (default: all, in turn)"),
     "reconstruct": (bool, "reconstruct validation images instead of sampling"),

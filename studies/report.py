@@ -179,7 +179,7 @@ def curves(rows, ckpts):
             panels.append(plot(draw_curve(mine, name, title, behind), title))
             last, value = curve(mine, name)[0][-1], curve(mine, name)[1][-1]
             low, high = behind.get(last, (value, value))
-            if not 2 * low - high <= value <= 2 * high - low:
+            if len(runs) > 1 and not 2 * low - high <= value <= 2 * high - low:
                 words.append(f"{title} ends at {value:.4g}; the {len(runs)} reference runs end between "
                              f"{low:.4g} and {high:.4g}")
         if runs:

@@ -542,7 +542,7 @@ def test_lines_of_the_log_are_json_even_where_a_loss_is_not_finite(trained, data
     assert json.loads(line, parse_constant=refuse)["loss"] is None
 
 
-FINE = dict(stage="phase1", lr=1.0, loss_rec=0.2, loss_per=1.0, loss_disc=1.2, usage=0.9)
+FINE = dict(stage="phase1", lr=1.0, loss_rec=0.2, loss_per=1.0, loss_disc=1.2, loss_entropy=0.1, usage=0.9)
 
 
 @pytest.mark.parametrize("name, changes, word", [
@@ -560,6 +560,12 @@ def test_each_early_warning_names_its_cause_and_a_setting_and_comes_only_then(na
     assert list(found) == [name] and word in found[name]
     almost = [{**FINE, **change} for change in changes[:-1]]
     assert plumbing.validation.early_warnings([FINE, *almost], "phase1", c) == {}
+
+
+def test_the_warning_of_dying_codes_names_gamma_only_where_there_is_an_entropy_term():
+    rows = [dict(stage="phase1", usage=usage) for usage in (0.9, 0.5)]
+    found = plumbing.validation.early_warnings(rows, "phase1", recipes.options.PRESETS["imagenet"]["phase1"])
+    assert "lower phase1.lr" in found["usage"] and "gamma" not in found["usage"]
 
 
 def test_a_warning_is_printed_once_and_between_validations_too(trained, data, tmp_path, capsys):

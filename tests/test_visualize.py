@@ -28,7 +28,7 @@ import studies.metrics
 import studies.probe
 import studies.report
 import studies.summary
-from helpers import ROOT, command, few, open_run, refused, study
+from helpers import ROOT, call, command, few, open_run, refused, study
 from PIL import Image
 from benchmarks.curves import thin
 from matplotlib.text import Text
@@ -337,6 +337,13 @@ def test_both_phases_decode_identical_tokens(run, monkeypatch, figure, name):
     assert numbers["num_images"] == 8 == len(numbers["tokens"])
 
 
+def test_an_unconditional_prior_has_figures_without_class_names(run, data, tmp_path):
+    call("nar", tmp_path, data, "--tokenizer", run / "phase2.pt", conditional=False, nar__steps=1)
+    draw("fig7a", "--ckpt", tmp_path / "nar.pt", "--num", 2, "--tokenizer", run / "phase1.pt",
+         run / "phase2.pt")
+    assert (tmp_path / "fig7a.png").stat().st_size > 10_000
+
+
 def test_losses_of_a_collapsed_codebook_and_missing_ones_are_drawn(run):
     rows = [dict(stage="ar", step=i, val_loss=loss, unigram_entropy=0.0)
             for i, loss in enumerate((1.0, None, 2.0))]
@@ -553,6 +560,11 @@ def test_curves_are_drawn_over_the_band_of_the_runs_with_the_same_values_and_wha
     write_reference(tmp_path, 0, config | dict(data="cifar10"), loss_rec=2)
     assert "runs on cifar10 with" in told(data="elsewhere")[0] and "on shapes" in told()[0]
     assert told(data="elsewhere", image_size=64) == ()  # of which there is nothing to compare
+    write_reference(tmp_path, 0, config, loss_rec=2, loss_per=5)
+    assert len(told()) == 2
+    for seed in (1, 2):
+        (tmp_path / f"demo_{seed}.jsonl").unlink()
+    assert len(told()) == 1  # one run has no width that a curve could end outside of
 
 
 def test_a_thinned_log_keeps_validations_the_last_step_and_at_most_sixty_more():
