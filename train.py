@@ -98,8 +98,14 @@ def set_lr(lr, *optimizers):
 
 
 def build_ema(model, decay):
-    """Exponential moving average of the weights, or None for decay 0 (the paper states none)."""
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True) if decay else None
+    """Exponential moving average of the weights, or None for decay 0 (the paper states none). Integers, as
+    the levels of `fsq`, are copied: their average would be cut off to the next lower one."""
+    average = get_ema_multi_avg_fn(decay)
+
+    def update(kept, new, steps):
+        average(kept, new, steps) if kept[0].is_floating_point() else torch._foreach_copy_(kept, new)
+
+    return AveragedModel(model, multi_avg_fn=update, use_buffers=True) if decay else None
 
 
 # ----------------------------------------------------------------------------------------------------------

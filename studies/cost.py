@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from perceptual import LAYER_SETS, VGGTaps, adv_loss, disc_loss, layer_weights, perceptual_loss
 from plumbing.shapes import Shapes
@@ -15,6 +15,11 @@ from visualize import told_loss
 PEAK = 989e12  # dense bf16 FLOP/s of an H100, by its data sheet
 # of it by preset imagenet (docs/full-scale.md); a VGG was not measured
 REACHED = dict(vgg=0.13, phase1=0.13, phase2=0.08, ar=0.2, nar=0.17)
+ATTENTION = {  # which FlopCounterMode does not know on a CPU
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+        lambda q, k, v, *rest, **more: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        lambda grad, q, k, v, *rest, **more: sdpa_backward_flop_count(grad, q, k, v)}
 SMALLER = dict(vgg="classifier.width", phase1="tokenizer.base_width", phase2="tokenizer.base_width",
                ar="prior.n_layer", nar="prior.n_layer")  # where one image does not fit
 
@@ -25,22 +30,24 @@ def cost(steps, *networks):
     steps:    functions that run one after the other, each with its own backward pass
     networks: whose weights the passes save; they are not activations
     returns:  FLOPs, a multiply-add being two; bytes that autograd keeps, at 2 bytes a number (bf16), in the
-              step that keeps most
+              step that keeps most. Attention with dropout is not fused here, so a prior keeps more than on a
+              GPU (docs/full-scale.md)
     """
     weights = {p.untyped_storage()._cdata for network in networks for p in network.parameters()}
     flops, most = 0, 0
     for step in steps:
-        kept = {}  # by storage; holding the tensors keeps their addresses apart
+        kept = {}  # by storage, which views share; holding the tensors keeps their addresses apart
 
         def pack(tensor, kept=kept):
             kept[tensor.untyped_storage()._cdata] = tensor
             return tensor
 
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
                 step()
         flops += counter.get_total_flops()
-        most = max(most, 2 * sum(t.numel() for address, t in kept.items() if address not in weights))
+        most = max(most, 2 * sum(t.untyped_storage().nbytes() // t.element_size()
+                                 for address, t in kept.items() if address not in weights))
     return flops, most
 
 

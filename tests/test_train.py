@@ -18,6 +18,7 @@ from urllib.error import URLError
 
 import pytest
 import torch
+import torch.nn.functional as F
 import forks
 import perceptual
 import plumbing.codes
@@ -35,6 +36,7 @@ from helpers import (
     ROOT, STEPS, call, command, contents, differing, earlier, few, forked, open_run, refusal,
     refused, rows, script,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
@@ -775,6 +777,33 @@ def test_the_cost_of_a_layer_and_of_a_prior_has_its_closed_form():
     assert kept == 2 * 3 * 4  # x in bf16, not the weights
     twice = studies.cost.cost([lambda: layer(x).sum().backward()] * 2, layer)
     assert twice == (2 * flops, kept)  # one after the other: FLOPs add up, memory does not
+
+
+def test_the_cost_of_attention_counts_its_products_and_every_view_of_what_is_kept():
+    with FakeTensorMode():
+        x = torch.zeros(1, 2, 8, 3 * 4, requires_grad=True)
+
+        def step():
+            qkv = x * 1  # of whose storage all three are views
+            F.scaled_dot_product_attention(*qkv.split(4, 3)).sum().backward()
+
+        flops, kept = studies.cost.cost([step])
+    product = 2 * 2 * 8 * 8 * 4  # two heads
+    assert flops == 2 * product + 5 * product  # backwards the scores once more
+    assert kept >= 2 * x.numel() + 2 * 2 * 8 * 4  # q, k, v and what comes out, in bf16
+
+
+def test_the_averaged_weights_of_a_fork_keep_its_integers():
+    model = torch.nn.Linear(2, 2)
+    model.register_buffer("levels", torch.arange(100))
+    ema = train.build_ema(model, 0.95)
+    before = model.weight.detach().clone()
+    for _ in range(3):
+        with torch.no_grad():
+            model.weight += 1
+        ema.update_parameters(model)
+    assert ema.module.levels.tolist() == [*range(100)]
+    torch.testing.assert_close(ema.module.weight, before + 1 * 0.95**2 + 2 * 0.95 * 0.05 + 3 * 0.05)
 
 
 @pytest.mark.slow
