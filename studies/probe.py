@@ -29,9 +29,9 @@ def probe(train, val, codebook_size, device="cpu", steps=400, batch=64, seed=0, 
 
     train, val: (n, N) int64 tokens in [0, codebook_size), or (n, N, k): then with a `Prior` of a fork, whose
                 further sizes are `more`
-    returns:    dict: nats per token of `val`, bits per image; the unigram bits per image (every token
-                by its frequency in `train`, one added), and the ratio of the two. N may differ between
-                tokenizers, so bits per image are what compares.
+    returns:    dict: nats per token of `val` (or sub-token), and of each of its images (n,); bits per image;
+                the unigram bits per image (every token by its frequency in `train`, one added), and the ratio
+                of the two. N may differ between tokenizers, so bits per image are what compares.
     """
     N, k = train.shape[1], train[0, 0].numel()
     torch.manual_seed(mix(seed, "probe"))
@@ -51,16 +51,15 @@ def probe(train, val, codebook_size, device="cpu", steps=400, batch=64, seed=0, 
         schedule.step()
     prior.eval()
     with torch.no_grad():
-        parts = [part.to(device) for part in val.split(100)]
-        nats_of_parts = [prior.loss(prior(part), part)[0].item() for part in parts]
-    nats = sum(value * len(part) for value, part in zip(nats_of_parts, parts, strict=True)) / len(val)
+        nats_of_images = torch.cat([prior.predict(part.to(device))[1].mean(1) for part in val.split(100)])
+    nats = nats_of_images.cpu().double().mean().item()
     frequency = count_codes(train, codebook_size).double().view(k, -1) + 1
     surprise = -(frequency / frequency.sum(1, keepdim=True)).log()  # (k, K)
-    unigram = sum(surprise[i][part].mean().item() for i, part in enumerate(val.view(-1, k).unbind(1))) / k
+    unigram = sum(surprise[i][part].mean().item() for i, part in enumerate(val.reshape(-1, k).unbind(1))) / k
     bits = N * k / math.log(2)
     return dict(nats_per_token=nats, bits_per_image=nats * bits, unigram_bits_per_image=unigram * bits,
                 relative=nats / unigram, num_tokens=N, codebook_size=codebook_size, steps=steps,
-                nats_of_parts=nats_of_parts)
+                nats_of_images=nats_of_images.tolist())
 
 
 def probe_of(ckpt):
@@ -98,8 +97,8 @@ def compare(args):
             psnr=decibels.mean().item(), changed=stability(tokenizer, x),
             **probe(*tokens, tokenizer.codebook_size, device, args.steps or 400, **probe_of(ckpt)))
         row["seconds"] = round(time.time() - begin, 1)
-        parts = torch.tensor(row.pop("nats_of_parts")) / row["nats_per_token"]
-        samples.append(dict(psnr=decibels.cpu(), **{name: parts * row[name] for name in NUMBERS[:2]}))
+        share = torch.tensor(row.pop("nats_of_images")) / row["nats_per_token"]  # of the mean
+        samples.append(dict(psnr=decibels.cpu(), **{name: share * row[name] for name in NUMBERS[:2]}))
         rows.append(row)
     names = *NUMBERS, "unigram_bits_per_image"
     print_table([["", *names], *([row["ckpt"], *(number(row[name]) for name in names)] for row in rows)])

@@ -257,9 +257,10 @@ def report(args):
     if "ar" in found:
         pairs, _ = load_pairs([found["ar"]], len(x), device, (), args.data)
         view, numbers = pairs[0]["view"], pairs[0]["numbers"]
-        section("Teacher-forced view", "<p>The prediction decodes what the AR prior takes for each token, "
-                f"given the true ones before: {numbers['top1']:.1%} of tokens are right, "
-                f"{numbers['nats_per_token']:.3f} nats a token.</p>", labelled(dict(input=x[:shown]) | {
+        token = "sub-token" if tokens.dim() > 2 else "token"
+        section("Teacher-forced view", f"<p>The prediction decodes what the AR prior takes for each {token}, "
+                f"given the true ones before: {numbers['top1']:.1%} of them are right, "
+                f"{numbers['nats_per_token']:.3f} nats a {token}.</p>", labelled(dict(input=x[:shown]) | {
                     key: view[key][:shown] for key in ("reconstruction", "prediction")}))
     for stage in [s for s in ("ar", "nar") if s in found]:
         prior, ckpt = load_model(found[stage], (stage,), device)

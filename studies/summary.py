@@ -143,6 +143,7 @@ def headline(summary):
     """[(what, value with its unit, what that is)] of the numbers that say how a run went. What the summary
     has not, as class accuracy without classes, is left out."""
     phases = [phase for phase in ("phase1", "phase2") if f"psnr_{phase}" in summary]
+    token = "sub-token" if "usage_of_each" in summary else "token"  # of several codebooks
     after = "after phase 1, 2" if len(phases) == 2 else "after phase 1"
 
     def of(*names, scale=1, form=".1f"):
@@ -165,8 +166,8 @@ def headline(summary):
            f"of {summary['num_samples']:,} samples the VGG sees the class asked for")
           for stage in ("AR", "NAR")),
         ("AR loss", of("ar_nats_per_token", form=".3f"), "nats",
-         f"a token; unigram entropy {of('unigram_entropy', form='.3f')}, ln K {of('ln_K', form='.3f')}"),
-        ("NAR loss", of("nar_nats_per_token", form=".3f"), "nats", "a masked token")]
+         f"a {token}; unigram entropy {of('unigram_entropy', form='.3f')}, ln K {of('ln_K', form='.3f')}"),
+        ("NAR loss", of("nar_nats_per_token", form=".3f"), "nats", f"a masked {token}")]
     return [(what, f"{value} {unit}".rstrip(), words) for what, value, unit, words in lines if value]
 
 

@@ -387,6 +387,9 @@ def test_the_probe_counts_bits_and_is_the_same_twice():
     one, two = (studies.probe.probe(codes[:50], codes[50:], 8, steps=2, batch=4) for _ in range(2))
     assert one == two and all_finite(one) and one["unigram_bits_per_image"] == pytest.approx(27, rel=0.05)
     assert one["relative"] == pytest.approx(one["bits_per_image"] / one["unigram_bits_per_image"])
+    odd = studies.probe.probe(codes[:50], codes[:1].expand(101, 9), 8, steps=2, batch=4)
+    assert len(odd["nats_of_images"]) == 101  # `compare` weighs each alike, also in a last part of one
+    assert odd["nats_per_token"] == pytest.approx(sum(odd["nats_of_images"]) / 101)
 
 
 @pytest.mark.slow
