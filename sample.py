@@ -61,7 +61,7 @@ def choose_classes(text, names):
         return None
     chosen, numbers = [], all(name.lstrip("+-").replace(".", "", 1).isdecimal() for name in names)
     rest = ", which are the names of the classes" if numbers else f" or 0..{len(names) - 1}"
-    for word in text.split(",") if text else names:
+    for word in map(str.strip, text.split(",")) if text else names:
         if word not in names and (numbers or not (word.isdecimal() and int(word) < len(names))):
             raise UserError(f"--classes {word}: not one of {', '.join(names[:20])}{rest}")
         chosen.append(names.index(word) if word in names else int(word))

@@ -138,9 +138,11 @@ def load_pairs(ckpts, num, device, tokenizers=(), data=None):
             images, x = load_images(config, num, data, path)
             x = to_float(x, device)
         same_size(path, ckpt, first, ckpts[0])
-        if names and images.class_names != names:
-            raise UserError(f"the classes of the images are not those that {path} was trained on")
-        labels = torch.tensor([images.label(j) for j in range(len(x))], device=device) if names else None
+        if names and not (images.class_names and {*images.class_names} <= {*names}):
+            raise UserError(f"{path} knows other classes than these images have: sort them into folders with "
+                            f"names out of {', '.join(names[:20])}")
+        labels = names and torch.tensor(
+            [names.index(images.class_names[images.label(j)]) for j in range(len(x))], device=device)
         view = teacher_forced_view(tokenizer, prior, x, labels)
         numbers = dict(
             ckpt=str(path), tokenizer_hash=ckpt["tokenizer_hash"], tokenizer_stage=tokenizer_ckpt["stage"],
@@ -333,7 +335,7 @@ def figure_losses(args, device):
             axis.plot(steps, values, MARKERS[i % 7] + "-", markersize=3,
                       label=f"{ckpt['stage'].upper()} {name} ({told_loss(ckpt['config']['phase1'])})")
         numbers.append(dict(ckpt=str(path), stage=ckpt["stage"], **alpha_of(ckpt["config"]), steps=steps,
-                            val_loss=losses, unigram_entropy=entropy))
+                            val_loss=losses, last_val_loss=losses[-1], unigram_entropy=entropy))
     for axis, label in zip(axes, ("nats per token", "relative to the unigram entropy"), strict=True):
         axis.set(xlabel="training step", ylabel=label)
     fig.suptitle("validation loss")

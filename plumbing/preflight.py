@@ -131,12 +131,24 @@ def check_stages(run, stages, networks):
     for stage in stages:
         check_batch(run, stage)
         check_labels(run, stage)
+        check_later(run, stage)
     given = run.args.tokenizer
     if "phase1" in stages and given:
         with as_user_error():  # the shapes: nothing is copied
             networks["phase1"].load_state_dict(read_checkpoint(given, ("phase1",))["model"], assign=True)
     elif "phase1" in stages and run.config["phase1"]["init"] and not (run.out / "phase1.pt").exists():
         raise UserError("this preset starts from an ImageNet phase 1 (Table 9): pass --tokenizer FILE")
+
+
+def check_later(run, stage):
+    """raises: UserError where more steps of a stage would part it from what the folder has made of it"""
+    file = on_rank0(lambda: newest_intact(run.out / f"{stage}.pt"))
+    if not file or read_checkpoint(file, [stage])["step"] >= run.steps(stage):
+        return
+    for later in dict(vgg=("phase1", "phase2"), phase1=("phase2", "ar", "nar")).get(stage, ()):
+        if (made := run.out / f"{later}.pt").exists():
+            raise UserError(f"{file} would go on to {run.steps(stage)} steps, and {made} was made from it as "
+                            "it is; use another --out")
 
 
 def check_batch(run, stage):

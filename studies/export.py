@@ -16,7 +16,7 @@ from safetensors.torch import save
 
 from plumbing.data import is_folder
 from plumbing.errors import UserError
-from plumbing.files import EXPORTED, read_checkpoint, save_atomic, save_text, writable
+from plumbing.files import EXPORTED, header, read_checkpoint, save_atomic, save_text, writable
 from plumbing.hashes import latent_hash, not_finite, weights_hash
 from plumbing.models import load_model
 from plumbing.processes import print0
@@ -130,9 +130,10 @@ def export(args):
     writable(out / "README.md")
     if out.exists() and any(out.iterdir()) and not (out / first / "config.json").is_file():
         raise UserError(f"--out {out} holds other files; name another folder")
-    for stage in STAGES:
-        if stage not in files and (out / stage / "config.json").is_file():
-            raise UserError(f"--out {out} holds {stage} of another export; name another folder")
+    for name in {*STAGES, *files}:
+        there, stage = out / name / "config.json", header(files[name])["stage"] if name in files else None
+        if there.is_file() and f'"stage": "{stage}"' not in there.read_text():
+            raise UserError(f"--out {out} holds {name or 'a model'} of another export; name another folder")
     models, hashed = {}, None
     for name, path in files.items():
         beside = "phase2" if name == "phase1" and "phase2" in models else None

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import shutil
 import subprocess
 import sys
@@ -114,7 +115,7 @@ def summarize(run):
         seconds_by_stage=seconds, seconds=sum(seconds.values()),
         peak_rss_mb=round(peak_memory()),
         threads=torch.get_num_threads(), torch=torch.__version__, commit=commit(),
-        command=" ".join(["python", *sys.argv]),
+        command=shlex.join(["python", *sys.argv]),
     )
     summary = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in summary.items()}
     if rank() == 0:
@@ -128,10 +129,12 @@ def ending(summary, folder):
     lines = [f"  {what:<21s}{value:<17s}{words}" for what, value, words in headline(summary)]
     lines = ["", *lines, "", f"all numbers: {folder}/summary.json; pictures: phases.png, samples_ar.png, "
              "samples_nar.png, view.png", "next:"]
+    folder = shlex.quote(str(folder))
     if summary["note"]:
         lines.insert(1, f"  {summary['note']}")
+    columns = ", one column per class" * ("ar_class_accuracy" in summary)
     commands = {
-        f"sample.py --ckpt {folder}/ar.pt": "a sheet, one column per class",
+        f"sample.py --ckpt {folder}/ar.pt": f"a sheet{columns}",
         f"sample.py --ckpt {folder}/{last}.pt --reconstruct --num 16": "inputs, reconstructions",
         f"visualize.py view --ckpt {folder}/ar.pt": "input, reconstruction, AR prediction"}
     width = max(map(len, commands))

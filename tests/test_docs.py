@@ -189,6 +189,8 @@ def test_the_quick_start_shows_the_end_of_its_run_to_the_letter():
     assert f"```{ending(row, 'runs/demo')}\n\ndone in " in README.read_text()
     classless = {name: None if "class_accuracy" in name else value for name, value in row.items()}
     assert "class" not in " ".join(what for what, _, _ in headline(classless)) and len(headline(row)) == 9
+    told = ending({key: value for key, value in row.items() if key != "ar_class_accuracy"}, "runs/u n")
+    assert "--ckpt 'runs/u n'/ar.pt" in told and "column per class" not in told  # an unconditional prior
     factorised = json.loads((ROOT / "assets/demo_fq_summary.json").read_text())
     for summary, word in ((row, "a token;"), (factorised, "a sub-token;")):
         assert next(words for what, _, words in headline(summary) if what == "AR loss").startswith(word)

@@ -135,6 +135,7 @@ def test_what_cannot_be_exported_or_opened_is_refused_in_one_line(trained, tmp_p
             ([tmp_path / "vgg.pt", "--out", tmp_path / "out", "--half"], "too large for float16"),
             ([tmp_path, "--out", tmp_path / "out"], "holds no phase1.pt"),
             ([trained, "--out", mine], "holds other files"), ([run, "--out", other], "of another export"),
+            ([trained / "phase1.pt", "--out", other / "phase2"], "holds a model of another export"),
             ([trained, "--out", mine / "README.md"], "cannot be written")):
         assert told in refused(capsys, study, "export", *words)
     assert (mine / "README.md").read_text() == "do not touch" and not (tmp_path / "out").exists()

@@ -324,8 +324,11 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content):
 def test_missing_files_folders_other_stages_and_other_formats_are_refused(run):
     with pytest.raises(UserError, match="no checkpoint .*nowhere.pt"):
         read_checkpoint(run / "nowhere.pt", ["ar"])
-    with pytest.raises(UserError, match="it is a folder"):
+    with pytest.raises(UserError, match="it is a folder, name a stage in it"):
         read_checkpoint(run, ["ar"])
+    (run / "exported").mkdir(exist_ok=True)
+    with pytest.raises(UserError, match="no checkpoint .*exported.pt; .*exported is one"):
+        read_checkpoint(run / "exported.pt", ["ar"])
     with pytest.raises(UserError, match="stage 'nar'; this needs phase1 or phase2"):
         read_checkpoint(run / "nar.pt", ["phase1", "phase2"])
     for other in ([1, 2], dict(format=FORMAT, stage="ar"), dict(state_dict={})):
@@ -429,7 +432,7 @@ def test_slices_on_a_gpu_hold_two_million_pixels_and_at_most_256_rows(shape, siz
 def test_classes_are_chosen_by_name_or_number():
     names = ["disk", "ring", "2", "star"]
     assert sample.choose_classes(None, names) == [0, 1, 2, 3]
-    assert sample.choose_classes("star,1,disk", names) == [3, 1, 0]
+    assert sample.choose_classes("star, 1,disk", names) == [3, 1, 0]
     assert sample.choose_classes("2", ["2", "1", "0"]) == [0]  # a name goes before a number
     assert sample.choose_classes(None, []) is None
     for wrong in ("4", "-1", "moon", "disk,", "1.0", "²"):

@@ -602,6 +602,17 @@ def test_a_checkpoint_made_with_another_tokenizer_is_not_continued(
     call(stage, out, data, **{f"{stage}__steps": 1})
 
 
+@pytest.mark.parametrize("stage", ["vgg", "phase1"])
+def test_more_steps_of_what_later_stages_were_made_from_are_refused_before_they_begin(
+        trained, data, tmp_path, capsys, stage):
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+    before, section = contents(out), "classifier" if stage == "vgg" else stage
+    error = refusal(capsys, "all", out, data, **{f"{section}__steps": 50})
+    assert f"{stage}.pt would go on to 50 steps" in error and "use another --out" in error
+    assert contents(out) == before
+
+
 @pytest.mark.parametrize(
     "stage, words, sets, message",
     [

@@ -337,6 +337,23 @@ def test_both_phases_decode_identical_tokens(run, monkeypatch, figure, name):
     assert numbers["num_images"] == 8 == len(numbers["tokens"])
 
 
+def test_images_of_some_of_the_classes_are_viewed_by_name_and_others_are_refused(
+        run, data, tmp_path, monkeypatch, capsys):
+    for split in ("train", "val"):
+        for name in ("star", "ring"):
+            shutil.copytree(data / split / name, tmp_path / split / name)
+    seen, real = [], visualize.teacher_forced_view
+    monkeypatch.setattr(visualize, "teacher_forced_view",
+                        lambda *words: seen.append(words[3]) or real(*words))
+    draw("view", "--ckpt", run / "ar.pt", "--num", 4, "--data", tmp_path, "--out", tmp_path / "x.png")
+    names = read_checkpoint(run / "ar.pt", ["ar"])["class_names"]
+    assert {names[label] for label in seen[0].tolist()} <= {"star", "ring"}
+    for split in ("train", "val"):
+        (tmp_path / split / "star").rename(tmp_path / split / "other")
+    error = refused(capsys, draw, "view", "--ckpt", run / "ar.pt", "--num", 4, "--data", tmp_path)
+    assert "knows other classes" in error and "names out of " in error
+
+
 def test_an_unconditional_prior_has_figures_without_class_names(run, data, tmp_path):
     call("nar", tmp_path, data, "--tokenizer", run / "phase2.pt", conditional=False, nar__steps=1)
     draw("fig7a", "--ckpt", tmp_path / "nar.pt", "--num", 2, "--tokenizer", run / "phase1.pt",
