@@ -100,7 +100,7 @@ def alpha_of(config):
     return dict(alpha=None, layers=c["layers"]) if c["layers"] else dict(alpha=c["alpha"])
 
 
-def told_loss(c):
+def loss_in_words(c):
     """The perceptual loss of a phase's section of the preset, in words"""
     return f"layers {c['layers']}" if c["layers"] else f"α = {c['alpha']:g}"
 
@@ -148,7 +148,7 @@ def load_pairs(ckpts, num, device, tokenizers=(), data=None):
             ckpt=str(path), tokenizer_hash=ckpt["tokenizer_hash"], tokenizer_stage=tokenizer_ckpt["stage"],
             num_images=len(x), **alpha_of(config), note=ckpt["note"] or tokenizer_ckpt["note"],
             **view_numbers(x, view, find_vgg(path, ckpt, device)))
-        name = f"{Path(path).absolute().parent.name}\n{told_loss(config['phase1'])}"
+        name = f"{Path(path).absolute().parent.name}\n{loss_in_words(config['phase1'])}"
         classes = [names[label] for label in labels] if names else []
         pairs.append(dict(name=name, view=view, numbers=numbers, classes=classes))
     return pairs, x
@@ -310,7 +310,7 @@ def figure_stability(args, device):
             rows.append([("x", x[i], ""), ("x + noise", noisy[i], ""), ("tokens of x", before, ""),
                          ("tokens of x + noise", after, ""),
                          ("changed", changed, f"{changed.float().mean():.0%} of tokens")])
-            names.append(f"{Path(path).absolute().parent.name}\n{told_loss(ckpt['config']['phase1'])}")
+            names.append(f"{Path(path).absolute().parent.name}\n{loss_in_words(ckpt['config']['phase1'])}")
         numbers.append(dict(ckpt=str(path), tokenizer_hash=latent_hash(tokenizer), num_images=len(x),
                             **alpha_of(ckpt["config"]), note=ckpt["note"], changed=stability(tokenizer, x)))
     note = "tokens: from blue, 0, to yellow, K - 1; changed: yellow; noise of deviation 0.01 on [0, 1]"
@@ -333,7 +333,7 @@ def figure_losses(args, device):
         relative = [loss / (entropy or math.nan) for loss in losses]  # one code has no entropy
         for axis, values in zip(axes, (losses, relative), strict=True):
             axis.plot(steps, values, MARKERS[i % 7] + "-", markersize=3,
-                      label=f"{ckpt['stage'].upper()} {name} ({told_loss(ckpt['config']['phase1'])})")
+                      label=f"{ckpt['stage'].upper()} {name} ({loss_in_words(ckpt['config']['phase1'])})")
         numbers.append(dict(ckpt=str(path), stage=ckpt["stage"], **alpha_of(ckpt["config"]), steps=steps,
                             val_loss=losses, last_val_loss=losses[-1], unigram_entropy=entropy))
     for axis, label in zip(axes, ("nats per token", "relative to the unigram entropy"), strict=True):

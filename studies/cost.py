@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from perceptual import LAYER_SETS, VGGTaps, adv_loss, disc_loss, layer_weights, perceptual_loss
 from plumbing.shapes import Shapes
 from plumbing.weights import build_vgg16
-from visualize import told_loss
+from visualize import loss_in_words
 
 PEAK = 989e12  # dense bf16 FLOP/s of an H100, by its data sheet
 # of it by preset imagenet (docs/full-scale.md); a VGG was not measured
@@ -132,7 +132,7 @@ def explain(config, networks, memory=None):
             if name not in networks:
                 continue
             c, tokenizer = config[name], networks[name].to_empty(device="cpu")
-            stage(f"{name}, {told_loss(c)}", c)
+            stage(f"{name}, {loss_in_words(c)}", c)
             if name == "phase2":
                 tokenizer.freeze_latent_space()
             row("encoder", tokenizer.encoder)

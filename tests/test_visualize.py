@@ -455,10 +455,10 @@ def test_a_figure_tells_with_which_loss_the_tokenizer_was_trained_whatever_the_p
     (out / "phase2.pt").unlink()
     run = open_run("ar", out, data, "--alpha", "0.75")
     plumbing.models.earlier_tokenizer(run, ("phase1", "phase2"))
-    assert visualize.told_loss(run.config["phase1"]) == "α = 0.25"
+    assert visualize.loss_in_words(run.config["phase1"]) == "α = 0.25"
     assert visualize.alpha_of(run.config) == dict(alpha=0.25)
     layers = dict(phase1=dict(alpha=0.25, layers="A"))
-    assert visualize.told_loss(layers["phase1"]) == "layers A"
+    assert visualize.loss_in_words(layers["phase1"]) == "layers A"
     assert visualize.alpha_of(layers) == dict(alpha=None, layers="A")
 
 
