@@ -127,7 +127,7 @@ class Run:
         """
         path, c, self.made_from = self.out / f"{stage}.pt", self.config[SECTION[stage]], made_from
         on_rank0(self.claim)
-        seen = stage in ("phase1", "phase2") and "vgg" in self.__dict__  # loaded, so in the loss
+        seen = stage in ("phase1", "phase2") and c["layers"] != "lpips" and "vgg" in self.__dict__  # loaded
         self.seen_by = weights_hash(self.vgg) if seen else None
         step, seconds, self.skips = 0, 0.0, {}
         file = on_rank0(lambda: newest_intact(path))
@@ -149,6 +149,8 @@ class Run:
                 if thing is not None:
                     thing.load_state_dict(ckpt["model"] if name == "model" else ckpt["train"][name])
             step, seconds = ckpt["step"], ckpt["seconds"]
+            if stage == "phase1" and self.args.tokenizer:
+                print0(f"note: {file} goes on; --tokenizer {self.args.tokenizer} is where a new one begins")
             self.skips = {name: torch.tensor(n, device=self.device) for name, n in ckpt["skips"].items()}
         share = f"{c['batch']} images" + (f" = {world()} processes x {c['batch'] // world()}" * (world() > 1))
         name = self.progress.name(stage)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from plumbing.codes import codebook_usage, count_codes
-from plumbing.data import images_of
+from plumbing.data import FolderData, images_of
 from plumbing.errors import UserError
 from plumbing.files import read_checkpoint, save_text, writable
 from plumbing.hashes import latent_hash, weights_hash
@@ -193,4 +193,7 @@ def measure_reconstructions(args, extractor, data, device):
 
     info = dict(tokenizer=latent_hash(tokenizer), decoder=weights_hash(tokenizer), batch=args.batch,
                 K=tokenizer.codebook_size, lpips=weights_hash(lpips) if lpips else None, note=ckpt["note"])
+    if args.reference:  # whose hash says nothing of these images
+        times = data.times() if isinstance(data, FolderData) else []
+        info["images"] = f"{mix(data.fingerprint, times):016x}"
     return measured, info

@@ -241,7 +241,7 @@ def report(args):
     x = to_float(load_images(config, count, args.data, found[first])[1], device)
     config, shown = with_data(config, args.data), min(8, len(x))
     tokens = torch.cat([last.encode(part) for part in x.split(50)])
-    codes = kept_codes(run, latent_hash(last))
+    codes = None if args.data else kept_codes(run, latent_hash(last))
     counted = codes["val"].long() if codes else tokens.cpu()
     counts = count_codes(counted, last.codebook_size)
     usage, perplexity = codebook_usage(counts)

@@ -55,6 +55,7 @@ def finished(path, words):
         return ckpt["step"] >= ckpt["config"][section]["steps"]
     told = dict(zip(words, words[1:], strict=False))  # {flag: its value}, and what is compared
     sources = [told[word] for word in ("--ckpt", "--tokenizer", "compare") if word in told]
+    sources += [p for p in [told.get("--extractor", "")] if os.path.isfile(p)]  # not inception or lite0
     if not all(os.path.exists(p) and os.stat(p).st_mtime < path.stat().st_mtime for p in sources):
         return False
     if "compare" in told:

@@ -348,6 +348,18 @@ def test_samples_and_references_are_exchanged_in_the_form_of_adm(run, scorer, re
     assert result["reference"] == "npz reference.npz" and len(result["reference_hash"]) == 16
 
 
+def test_a_reference_of_others_does_not_stand_for_the_images_that_are_measured(
+        run, data, scorer, references, tmp_path):
+    real = np.random.default_rng(0).normal(size=(100, 16))
+    np.savez(run / "reference.npz", mu=real.mean(0), sigma=np.cov(real, rowvar=False))
+    shutil.copytree(data, tmp_path / "other")
+    for path in (tmp_path / "other" / "val").rglob("*.png"):
+        Image.open(path).transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(path)
+    words = run, "phase1.pt", scorer, references, "--reference", run / "reference.npz", "--data"
+    one, two = measure(*words, data), measure(*words, tmp_path / "other")
+    assert one["results"]["psnr"] != two["results"]["psnr"] and one["images_hash"] != two["images_hash"]
+
+
 @pytest.mark.parametrize("name", few(["ar.pt", "nar.pt"], 1))
 def test_samples_measured_in_other_batches_are_the_same_pictures_with_the_same_numbers(
         run, scorer, references, name):
@@ -722,6 +734,13 @@ def test_a_damaged_checkpoint_counts_as_missing_and_its_numbers_are_refused(trai
     path = tmp_path / "phase1.pt"
     shutil.copy(trained / "phase1.pt", path)
     assert studies.rows.finished(path, []) and studies.rows.seconds_of(path) >= 0
+    result, extractor = tmp_path / "x.json", tmp_path / "resnet.pt"
+    extractor.write_text("")
+    result.write_text(json.dumps(fake_result(extractor=str(extractor), num_images=20)))
+    words = ["--ckpt", str(path), "--extractor", str(extractor)]
+    assert studies.rows.finished(result, words)
+    os.utime(extractor, (time.time() + 9, time.time() + 9))  # trained once more
+    assert not studies.rows.finished(result, words)
     path.write_bytes(path.read_bytes()[:5000])
     assert not studies.rows.finished(path, [])
     with pytest.raises(UserError, match="phase1.pt is damaged or no checkpoint"):

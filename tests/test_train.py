@@ -602,6 +602,23 @@ def test_a_checkpoint_made_with_another_tokenizer_is_not_continued(
     call(stage, out, data, **{f"{stage}__steps": 1})
 
 
+def test_a_finished_phase_of_lpips_is_not_asked_for_the_vgg_of_the_other_phase(trained, data, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+    ckpt = torch.load(out / "phase2.pt", weights_only=True)
+    ckpt["config"]["phase2"]["layers"], ckpt["vgg_hash"] = "lpips", None
+    torch.save(ckpt, out / "phase2.pt")
+    run = open_run("phase2", out, data, phase2__layers="lpips")
+    run.vgg  # noqa: B018  loaded for phase 1
+    assert run.start("phase2") == ckpt["step"]
+
+
+def test_another_tokenizer_to_start_from_is_noted_where_phase_1_goes_on(trained, data, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "out")
+    call("phase1", tmp_path / "out", data, "--tokenizer", trained / "phase1.pt")
+    assert "phase1.pt is where a new one begins" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("stage", ["vgg", "phase1"])
 def test_more_steps_of_what_later_stages_were_made_from_are_refused_before_they_begin(
         trained, data, tmp_path, capsys, stage):

@@ -533,6 +533,15 @@ def test_a_report_of_a_run_that_has_only_begun_shows_what_is_there_as_utf8_in_ev
     assert "caf\\udce9 α" in page and page.count('class="plot"') == 2 and "At a glance" not in page
 
 
+@pytest.mark.slow
+def test_a_report_on_other_images_counts_the_codes_of_these(run, data, tmp_path):
+    for split in ("train", "val"):
+        for name in ("star", "ring"):
+            shutil.copytree(data / split / name, tmp_path / split / name)
+    study("report", run, "--device", "cpu", "--num", "4", "--data", tmp_path, "--out", tmp_path / "x.html")
+    assert "codes are chosen for 4 validation images" in (tmp_path / "x.html").read_text()
+
+
 def test_results_measured_alike_share_a_table():
     def result(num, **results):
         how = dict.fromkeys(studies.metrics.HOW, "x")
