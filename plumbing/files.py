@@ -211,8 +211,9 @@ def read_file(path):
     """What a file of torch.save holds.  raises: UserError for one that is missing, damaged or another file"""
     if not path.is_file():
         near = path.with_suffix("")  # X.pt of a run is X of an export
-        raise UserError(f"no checkpoint {path}" + (
-            "; it is a folder, name a stage in it" if path.is_dir() else f"; {near} is one" * near.is_dir()))
+        there = f"; {near} is one" * is_checkpoint(near)
+        there = "; it is a folder, name a stage in it" if path.is_dir() else there
+        raise UserError(f"no checkpoint {path}{there}")
     try:
         if begins(path) == b"PK" and not intact(path):  # an old form has no checksums
             raise ValueError

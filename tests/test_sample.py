@@ -326,7 +326,8 @@ def test_missing_files_folders_other_stages_and_other_formats_are_refused(run):
         read_checkpoint(run / "nowhere.pt", ["ar"])
     with pytest.raises(UserError, match="it is a folder, name a stage in it"):
         read_checkpoint(run, ["ar"])
-    (run / "exported").mkdir(exist_ok=True)
+    (run / "exported").mkdir()
+    (run / "exported" / "config.json").write_text("{}")
     with pytest.raises(UserError, match="no checkpoint .*exported.pt; .*exported is one"):
         read_checkpoint(run / "exported.pt", ["ar"])
     with pytest.raises(UserError, match="stage 'nar'; this needs phase1 or phase2"):
