@@ -148,7 +148,7 @@ def check_later(run, stage):
     for later in dict(vgg=("phase1", "phase2"), phase1=("phase2", "ar", "nar")).get(stage, ()):
         if (made := run.out / f"{later}.pt").exists():
             raise UserError(f"{file} would go on to {run.steps(stage)} steps, and {made} was made from it as "
-                            "it is; use another --out")
+                            f"it is; move that and {later}.previous.pt away, or use another --out")
 
 
 def check_batch(run, stage):
