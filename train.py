@@ -10,8 +10,8 @@ leaves one checkpoint in runs/<preset>/, which later stages find there. The same
 interrupted run. The recipes are in recipes/paper.py (Tables 9 and 10) and recipes/small.py.
 
 Nothing about random numbers or data order is stored: every draw is a function of (seed, step, position in
-the global batch), so a resumed run equals an unbroken one. Dropout and the
-draws of forks depend on the number of processes and on --micro-batch, too.
+the global batch), so a resumed run equals an unbroken one. Dropout and the draws of forks depend on the
+number of processes and on --micro-batch, too.
 """
 
 if __name__ == "__main__":
