@@ -192,22 +192,39 @@ def interval(rho, low, high):
 
 
 def draw(rows, found, path):
-    """rFD against AR FD, both by B: a point for each row, the seeds of a configuration joined."""
+    """rFD against AR FD, both by B: a point for each row, joined to the mean over its seeds."""
     fig = new_figure(6.5, 5)
-    axis, numbers = fig.subplots(), {}
+    axis, numbers, means = fig.subplots(), {}, {}
     for i, (name, same) in enumerate(by_configuration(rows).items()):
         points = sorted((row["rfd_b"], row["fd_b"]) for row in same
                         if None not in (row.get("rfd_b"), row.get("fd_b")))
         if not points:
             continue
-        x, y = zip(*points, strict=True)
-        color, marker = f"C{i % 10}", "o" if name in FORKS else "s" if name in FIRST else "^"
-        axis.plot(x, y, color=color, marker=marker, markersize=4, linewidth=0.8, alpha=0.8)
-        axis.annotate(name, points[-1], (5, 3 if i % 2 else -9), textcoords="offset points", fontsize=8,
-                      color=color)
-        numbers[name] = points
+        numbers[name], mean = points, np.mean(points, axis=0)
+        style = dict(color=f"C{i % 10}", marker="o" if name in FORKS else "s" if name in FIRST else "^")
+        for point in points:
+            axis.plot(*zip(mean, point, strict=True), markersize=2.5, linewidth=0.6, alpha=0.6, **style)
+        means[name], = axis.plot(*mean, markersize=7, zorder=3, **style)
     title = "" if found is None else (
         f"rank correlation {interval(found['rho'], found['low'], found['high'])} over {found['n']} "
         "configurations")
     axis.set(xlabel="rFD: reconstructions", ylabel="AR FD: samples", title=title)
+    label(axis, means)
     save_figure(fig, path, dict(points=numbers, correlation=found))
+
+
+def label(axis, marks):
+    """Writes each name beside its mark (name: Line2D), on the side where it covers fewest marks and names."""
+    axis.figure.draw_without_rendering()  # it places the axes
+    taken = [mark.get_window_extent() for mark in marks.values()]
+
+    def covered(text, side):
+        text.set(position=side, ha="left" if side[0] > 0 else "right")
+        return text.get_window_extent().count_overlaps(taken)
+
+    for name, mark in marks.items():
+        text = axis.annotate(name, mark.get_xydata()[0], (0, 0), textcoords="offset points", fontsize=8,
+                             va="center", color=mark.get_color())
+        sides = [(x, y) for y in (0, 8, -8) for x in (7, -7)]
+        covered(text, min(sides, key=lambda side, text=text: covered(text, side)))
+        taken.append(text.get_window_extent())
