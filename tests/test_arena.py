@@ -312,6 +312,16 @@ def test_the_arena_is_shown_and_drawn_from_its_rows_alone(tmp_path, capsys, monk
     assert "no rows yet" in capsys.readouterr().out and not (tmp_path / "empty").exists()
 
 
+def test_no_name_in_the_figure_covers_another(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(studies.verdicts, "save_figure", lambda fig, *_: figures.append(fig))
+    studies.verdicts.draw(studies.arena.read_rows(ROOT / "assets" / "arena.jsonl"), None, tmp_path / "x.png")
+    texts = figures[0].axes[0].texts
+    boxes = [text.get_window_extent() for text in texts]
+    assert {text.get_text() for text in texts} >= {"A0", "A1", "P1", *FORKS}
+    assert all(box.count_overlaps(boxes) == 1 for box in boxes)  # itself
+
+
 # Rows that are trained ------------------------------------------------------------------------------------
 
 
